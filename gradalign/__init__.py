@@ -1,0 +1,1 @@
+"""Gradient alignment and RawBoost augmentation for speech-deepfake detectors, as fused kernels."""

@@ -1,0 +1,1 @@
+"""Audio, protocols, the small corpus and the loaders."""
