@@ -1,0 +1,153 @@
+"""One op, several backends: how an op is declared and how the backend that serves a call is chosen.
+
+Three questions stay apart. *Is the platform there?* (`Backend.available`: a built extension, an importable Triton.) *Does it take these inputs?*
+(`Backend.supports`: device and dtypes.) *Which comes first?* (`Op.order`, settled by benchmark; `use_backends` restricts it.)
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Public ops; their implementation below chooses a backend.
+_public = torch.library.Library("gradalign", "DEF")
+# Empty slots with the same schemas, filled by csrc for CPU and CUDA.
+_native = torch.library.Library("gradalign_native", "DEF")
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+_allowed: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gradalign_backends", default=BACKENDS)
+_ops: dict[str, Op] = {}
+
+
+@contextmanager
+def use_backends(*names: str) -> Iterator[None]:
+    """Restrict every op inside the block to the named backends; a call that none of them can serve raises RuntimeError.
+
+    Args:
+        names: one or more of "cuda", "triton", "cpp" and "reference".
+
+    Raises:
+        ValueError: for an unknown name, or none.
+
+    >>> import torch, gradalign as ga
+    >>> boost = ga.RawBoost(algo=5)
+    >>> with ga.use_backends("reference"):
+    ...     y = boost(torch.ones(2, 800), seeds=torch.tensor([1, 2]))
+    >>> y.shape
+    torch.Size([2, 800])
+    """
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise ValueError(f"backends must be among {', '.join(BACKENDS)}; found {', '.join(map(repr, unknown)) or 'none'}")
+    token = _allowed.set(names)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One body of an op."""
+
+    name: str
+    run: Callable[..., Any]
+    # Empty when the platform is there, else the reason why not.
+    available: Callable[[], str]
+    # Empty when these inputs are taken, else the reason why not; called with the op's own arguments.
+    supports: Callable[..., str]
+
+
+@dataclass
+class Op:
+    """An op: the reference function gives its schema, and is one of its backends."""
+
+    reference: Callable[..., Any]
+    mutates: tuple[str, ...] = ()
+    fake: Callable[..., Any] | None = None
+    order: tuple[str, ...] = BACKENDS
+    backends: dict[str, Backend] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = self.reference.__name__
+        functools.update_wrapper(self, self.reference)
+        self.schema = torch.library.infer_schema(self.reference, mutates_args=self.mutates)
+        _public.define(self.name + self.schema)
+        _native.define(self.name + self.schema)
+        _public.impl(self.name, self.dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gradalign::{self.name}", self.fake or self.reference, lib=_public)
+        self.public = getattr(torch.ops.gradalign, self.name).default
+        self.native = getattr(torch.ops.gradalign_native, self.name).default
+        self.backend("reference", available=lambda: "", supports=lambda *_: "")(self.reference)
+        _ops[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.public(*args)
+
+    def backend(self, name: str, available: Callable[[], str], supports: Callable[..., str]) -> Callable[[Callable], Callable]:
+        """Register a function of the reference's very signature as the backend ``name``; another signature raises TypeError."""
+
+        def register(run: Callable) -> Callable:
+            expected, found = (list(inspect.signature(f).parameters) for f in (self.reference, run))
+            if expected != found:
+                raise TypeError(f"backend {name!r} of op {self.name!r} must take {expected}; found {found}")
+            self.backends[name] = Backend(name, run, available, supports)
+            return run
+
+        return register
+
+    def native_backend(self, name: str, available: Callable[[], str], supports: Callable[..., str]) -> None:
+        """Register the csrc kernel of this op as the backend ``name``."""
+        self.backends[name] = Backend(name, self.native, available, supports)
+
+    def why_not(self, name: str, *args: Any) -> str:
+        """Return the reason why backend ``name`` does not serve these arguments, empty when it does; with no arguments, why it is not there at all."""
+        backend = self.backends.get(name)
+        if backend is None:
+            return "has no kernel for this op"
+        return backend.available() or (backend.supports(*args) if args else "")
+
+    def dispatch(self, *args: Any) -> Any:
+        """Run the first allowed backend that takes these arguments."""
+        allowed = _allowed.get()
+        for name in self.order:
+            if name in allowed and not self.why_not(name, *args):
+                if name == "reference" and len(allowed) > 1 and (device := first_tensor(args).device).type == "cuda":
+                    self._announce_fallback(device, args)
+                return self.backends[name].run(*args)
+        reasons = "; ".join(f"{name}: {self.why_not(name, *args)}" for name in allowed)
+        raise RuntimeError(f"gradalign.{self.name}: none of the allowed backends can serve this call ({reasons})")
+
+    def _announce_fallback(self, device: torch.device, args: Sequence[Any]) -> None:
+        reasons = "; ".join(f"{n}: {self.why_not(n, *args)}" for n in ("cuda", "triton") if self.why_not(n, *args))
+        # One fixed place of origin: Python's default filter then shows each op's warning once.
+        warnings.warn_explicit(
+            f"gradalign.{self.name} runs its plain PyTorch reference on {device.type} ({reasons})", RuntimeWarning, __file__, 1, registry=_announced
+        )
+
+
+_announced: dict = {}
+
+
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Return the first tensor among an op's arguments, which are tensors, lists of tensors and plain values."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise TypeError("an op needs at least one tensor")
+
+
+def ops() -> dict[str, Op]:
+    """Return the declared ops by name, in pipeline order."""
+    return dict(_ops)

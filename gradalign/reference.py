@@ -1,0 +1,309 @@
+"""Every op in plain PyTorch: its schema, its fallback, its fake kernel and its oracle at once.
+
+Shapes: B utterances of T samples at most, N_f filters of N_b bands each and P taps at most, K paths, N parameters, S segments.
+Waveforms are float16, bfloat16, float32 or float64; the first two are computed in float32. ``lengths`` int64 [B] are the
+utterances' own lengths (T where it is None): means, maxima and norms run over them, and samples beyond them are returned as 0.
+
+Random numbers are data: Philox4x32-10 (Salmon et al., SC 2011) keyed by one int64 seed per utterance makes each draw a pure function
+of (seed, stream, index). csrc/philox.h, csrc/bijection.h and csrc/notch.h state the same mathematics for C++ and CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The fourth word of Philox's counter; the first two are the index, the third the filter.
+STREAM_NOTCH = 0
+STREAM_ISD_BETA = 1
+STREAM_ISD_KEYS = 2
+STREAM_ISD_FACTOR = 3
+STREAM_SSI_NOISE = 4
+STREAM_SSI_SNR = 5
+# The filter number of the stationary noise; the convolutive noise's filters count from 0.
+SSI_FILTER = 1 << 16
+
+BIJECTION_ROUNDS = 8
+_MASK = 0xFFFFFFFF
+
+
+# ---------------------------------------------------------------------------------------------------------------- randomness
+
+
+def philox(seeds: Tensor, stream: int, index: Tensor, filter_id: Tensor | int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four uniform 32-bit words for each (seed, stream, index, filter).
+
+    ``seeds`` int64 and ``index`` int64 (>= 0) broadcast against each other; returns four int64 tensors with values in [0, 2**32).
+    """
+    key0, key1 = seeds & _MASK, (seeds >> 32) & _MASK
+    c0, c1 = index & _MASK, (index >> 32) & _MASK
+    c2, c3 = torch.as_tensor(filter_id, device=index.device), torch.as_tensor(stream, device=index.device)
+    for _ in range(10):
+        # The product of two 32-bit words wraps in int64; its bits are right all the same.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ key0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ key1,
+            product0 & _MASK,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _uniform(word: Tensor, low: float, high: float) -> Tensor:
+    """float64 in the open interval (low, high)."""
+    return low + (high - low) * ((word.double() + 0.5) * 2.0**-32)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finalizer: every input bit flips every output bit with probability 1/2."""
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
+    return value ^ (value >> 16)
+
+
+def bijection(keys: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """pi(index) for a keyed bijection pi of [0, size): Feistel rounds on a power of two >= size, walked until it falls inside.
+
+    ``keys`` int64 [B, BIJECTION_ROUNDS] 32-bit words; ``index`` int64 [T]; ``size`` int64 [B]. Returns int64 [B, T]; entries whose index is
+    not below ``size`` are -1. Source: Mitchell et al., "Bandwidth-Optimal Random Shuffling for GPUs", 2022.
+    """
+    inside = index[None, :] < size[:, None]
+    bits = torch.ceil(torch.log2(size.clamp_min(16).double())).long()[:, None]
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+
+    def permute(value: Tensor) -> Tensor:
+        low, high = value & low_mask, value >> low_bits
+        for r in range(0, BIJECTION_ROUNDS, 2):
+            low = low ^ (_mix(high + keys[:, r, None] & _MASK) & low_mask)
+            high = high ^ (_mix(low + keys[:, r + 1, None] & _MASK) & high_mask)
+        return high << low_bits | low
+
+    value = permute(torch.where(inside, index[None, :], 0))
+    # A cycle leaves the set of outsiders at the latest after all of them: 2**bits - size < max(size, 16) steps, a few in practice.
+    while bool((outside := inside & (value >= size[:, None])).any()):
+        value = torch.where(outside, permute(value), value)
+    return torch.where(inside, value, -1)
+
+
+def isd_factor(seeds: Tensor, lengths: Tensor, num_samples: int, p: float) -> Tensor:
+    """Factor f of impulsive noise: u1 * u2, u ~ U(-1, 1), at floor(length * beta / 100) positions, beta ~ U(0, p); 0 elsewhere. float32 [B, T]."""
+    index = torch.arange(num_samples, device=seeds.device)
+    origin = index.new_zeros(1)
+    beta = _uniform(philox(seeds[:, None], STREAM_ISD_BETA, origin)[0][:, 0], 0.0, p)
+    count = torch.floor(lengths.double() * (beta / 100)).long()
+    blocks = [philox(seeds[:, None], STREAM_ISD_KEYS, origin + block) for block in range(BIJECTION_ROUNDS // 4)]
+    keys = torch.cat([word for block in blocks for word in block], dim=1)
+    rank = bijection(keys, index, lengths)
+    word1, word2, _, _ = philox(seeds[:, None], STREAM_ISD_FACTOR, index[None, :])
+    u1, u2 = ((word >> 8).float() * 2.0**-23 - 1 for word in (word1, word2))
+    return torch.where((rank >= 0) & (rank < count[:, None]), u1 * u2, 0.0)
+
+
+def ssi_noise(seeds: Tensor, num_samples: int) -> Tensor:
+    """White noise ~ N(0, 1), float32 [B, T]: Box-Muller, four samples from each Philox block."""
+    blocks = torch.arange((num_samples + 3) // 4, device=seeds.device)
+    words = philox(seeds[:, None], STREAM_SSI_NOISE, blocks[None, :])
+    # 24-bit fractions are exact in float32, so that every backend starts from the same numbers.
+    (a, b, c, d) = ((word >> 8).float() for word in words)
+    out = []
+    for radius_word, angle_word in ((a, b), (c, d)):
+        radius = torch.sqrt(-2 * torch.log((radius_word + 1) * 2.0**-24))
+        angle = angle_word * (2.0**-24 * 2 * math.pi)
+        out += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(out, dim=-1).flatten(1)[:, :num_samples]
+
+
+def ssi_snr_db(seeds: Tensor, snr_min: float, snr_max: float) -> Tensor:
+    """Signal-to-noise ratio in dB ~ U(snr_min, snr_max), float64 [B]."""
+    return _uniform(philox(seeds, STREAM_SSI_SNR, torch.zeros_like(seeds))[0], snr_min, snr_max)
+
+
+# ------------------------------------------------------------------------------------------------------------------ RawBoost
+
+
+def notch_draws(
+    seeds: Tensor,
+    filters: Sequence[int],
+    min_gain_db: Sequence[float],
+    max_gain_db: Sequence[float],
+    num_bands: int,
+    min_center_hz: float,
+    max_center_hz: float,
+    min_width_hz: float,
+    max_width_hz: float,
+    min_taps: float,
+    max_taps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the bands of N_f notch banks per utterance.
+
+    ``seeds`` int64 [B]; ``filters`` their N_f numbers. Returns center_hz, width_hz float64 [B, N_f, N_b], taps int64 [B, N_f, N_b] (odd) and gain_db
+    float64 [B, N_f]. Source: RawBoost (arXiv 2111.04433), section 2.1.
+    """
+    number = torch.tensor(list(filters), dtype=torch.int64, device=seeds.device)[None, :, None]
+    band = torch.arange(num_bands, device=seeds.device)[None, None, :]
+    center, width, taps, gain = philox(seeds[:, None, None], STREAM_NOTCH, band, number)
+    taps = torch.floor(_uniform(taps, min_taps, max_taps)).long()
+    low = torch.tensor(list(min_gain_db), dtype=torch.float64, device=seeds.device)
+    high = torch.tensor(list(max_gain_db), dtype=torch.float64, device=seeds.device)
+    return (
+        _uniform(center, min_center_hz, max_center_hz),
+        _uniform(width, min_width_hz, max_width_hz),
+        taps + (taps % 2 == 0),
+        _uniform(gain[..., 0], 0.0, 1.0) * (high - low) + low,
+    )
+
+
+def notch_bank(
+    center_hz: Tensor, width_hz: Tensor, taps: Tensor, gain_db: Tensor, sample_rate: float, num_taps: int, dtype: torch.dtype
+) -> Tensor:
+    """Design notch banks: Hamming-windowed band-stops in series, scaled to a peak of ``gain_db`` on 512 frequencies.
+
+    ``center_hz, width_hz, taps`` [B, N_f, N_b], ``gain_db`` [B, N_f]; returns [B, N_f, P] of ``dtype``, P = ``num_taps`` (odd), each filter in the
+    middle of its row between zeros. Equivalent to a convolution of scipy's ``firwin(c, [f1, f2], fs=sample_rate)``, designed in float64.
+    """
+    half = (num_taps - 1) // (2 * center_hz.shape[-1])
+    m = torch.arange(-half, half + 1, dtype=torch.float64, device=center_hz.device)
+    low = center_hz.double() - width_hz.double() / 2
+    high = center_hz.double() + width_hz.double() / 2
+    left = 2 / sample_rate * torch.where(low <= 0, 0.001, low)[..., None]
+    right = 2 / sample_rate * torch.where(high >= sample_rate / 2, sample_rate / 2 - 0.001, high)[..., None]
+    reach = ((taps - 1) // 2)[..., None]
+    ideal = left * torch.sinc(left * m) + torch.sinc(m) - right * torch.sinc(right * m)
+    band = ideal * (0.54 + 0.46 * torch.cos(math.pi * m / reach.clamp_min(1)))
+    band = torch.where(m.abs() <= reach, band, 0.0)
+    band = band / band.sum(-1, keepdim=True)
+    # The bands are symmetric about m = 0, so their spectra are real; 512 frequencies k*pi/512 are every `step`-th bin of the transform.
+    step = -(-num_taps // 1024)
+    wrapped = band.new_zeros(*band.shape[:-1], 1024 * step)
+    wrapped[..., : half + 1] = band[..., half:]
+    wrapped[..., 1024 * step - half :] = band[..., :half]
+    response = torch.fft.rfft(wrapped).real.prod(-2)
+    peak = response[..., : 512 * step : step].abs().amax(-1, keepdim=True)
+    bank = torch.fft.irfft(response).roll(num_taps // 2, -1)[..., :num_taps]
+    return (10 ** (gain_db.double()[..., None] / 20) / peak * bank).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in the dtype it is computed in: float64 stays, everything else is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the mask [B, T] of the samples inside the utterances and x with 0 outside them."""
+    index = torch.arange(x.shape[1], device=x.device)
+    mask = index[None, :] < (torch.full_like(x[:, 0], x.shape[1]) if lengths is None else lengths)[:, None]
+    return mask, torch.where(mask, x, 0.0)
+
+
+def _filter(x: Tensor, filters: Tensor) -> Tensor:
+    """y[n] = sum_k b[k] x[n + (P+1)/2 - k]: x [..., T], filters [..., P] in x's dtype; x is zero outside [0, T).
+
+    The advance is one sample more than the group delay (P-1)/2, as published.
+    """
+    num_samples, num_taps = x.shape[-1], filters.shape[-1]
+    size = num_samples + num_taps
+    full = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filters, size), size)
+    start = (num_taps + 1) // 2
+    return full[..., start : start + num_samples]
+
+
+def _cond_norm(y: Tensor) -> Tensor:
+    """Divide each row by its largest magnitude where that is above 1."""
+    peak = y.abs().amax(-1, keepdim=True)
+    return y / torch.where(peak > 1, peak, 1.0)
+
+
+def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
+    """Linear and non-linear convolutive noise: cond_norm(z - mean(z)), z = sum over i of FIR_i(x**i).
+
+    ``x`` [B, T]; ``filters`` [B, N_f, P]; ``lengths`` int64 [B] or None. Source: RawBoost (arXiv 2111.04433), section 2.1.
+    """
+    if x.numel() == 0:
+        return x.clone()
+    mask, wave = _own(_wide(x), lengths)
+    powers = torch.stack([wave**i for i in range(1, filters.shape[1] + 1)], dim=1)
+    y = _filter(powers, filters.to(wave.dtype)).sum(1)
+    y = torch.where(mask, y, 0.0)
+    y = torch.where(mask, y - y.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
+    return _cond_norm(y).to(x.dtype)
+
+
+def isd(x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float) -> Tensor:
+    """Impulsive signal-dependent noise: cond_norm(x + g_sd * x * f).
+
+    ``x`` [B, T]; f is ``factor`` [B, T], or drawn from ``seeds`` int64 [B] (see `isd_factor`). Source: RawBoost (arXiv 2111.04433), section 2.2.
+    """
+    if x.numel() == 0:
+        return x.clone()
+    _, wave = _own(_wide(x), lengths)
+    if factor is None:
+        own = torch.full_like(seeds, x.shape[1]) if lengths is None else lengths
+        factor = isd_factor(seeds, own, x.shape[1], p)
+    return _cond_norm(wave + g_sd * wave * factor.to(wave.dtype)).to(x.dtype)
+
+
+def ssi(
+    x: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """Stationary signal-independent noise: x + v * |x| / |v| * 10**(-SNR/20), v = FIR(noise).
+
+    ``x`` [B, T]; ``filters`` [B, P]; the noise and its level are ``noise`` [B, T] and ``snr_db`` [B], or drawn from ``seeds`` int64 [B] (see `ssi_noise`,
+    `ssi_snr_db`). Silence stays silence. Source: RawBoost (arXiv 2111.04433), section 2.3.
+    """
+    if x.numel() == 0:
+        return x.clone()
+    mask, wave = _own(_wide(x), lengths)
+    if noise is None:
+        noise, snr_db = ssi_noise(seeds, x.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
+    colored = _filter(torch.where(mask, noise.to(wave.dtype), 0.0), filters.to(wave.dtype))
+    colored = torch.where(mask, colored, 0.0)
+    signal_norm, noise_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (wave, colored))
+    gain = (10 ** (-snr_db.double() / 20)).to(wave.dtype)[:, None]
+    scale = torch.where(noise_norm > 0, signal_norm / noise_norm * gain, 0.0)
+    return (wave + colored * scale).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------- gradients
+
+
+def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:
+    """Gram matrices of the paths' gradients, one per segment of the parameters: float64 [S, K, K].
+
+    ``grads`` holds K*N tensors, path after path: ``grads[k*N + n]`` is path k's gradient of parameter n, which belongs to segment ``segments[n]``. Returns
+    G[s, i, j] = sum over the parameters n of segment s of <g_i[n], g_j[n]>.
+    """
+    num_params = len(segments)
+    out = grads[0].new_zeros(num_segments, num_paths, num_paths, dtype=torch.float64)
+    for n, s in enumerate(segments):
+        rows = torch.stack([grads[k * num_params + n].reshape(-1).double() for k in range(num_paths)])
+        out[s] += rows @ rows.T
+    return out
+
+
+def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:
+    """Merge the paths' gradients in place into the first path's: out[n] = w[s, 0] * out[n] + sum over k > 0 of w[s, k] * g_k[n], s = segments[n].
+
+    ``out`` holds path 0's N tensors, ``others`` the (K-1)*N of the further paths, path after path; ``weights`` float64 [S, K]. Computed in float32 (float64 for
+    float64 gradients), stored in ``out``'s dtype.
+    """
+    num_params = len(segments)
+    for n, s in enumerate(segments):
+        wide = _wide(out[n])
+        w = weights[s].to(wide.dtype)
+        total = w[0] * wide
+        for k in range(1, weights.shape[1]):
+            total = total + w[k] * others[(k - 1) * num_params + n].to(wide.dtype)
+        out[n].copy_(total)
