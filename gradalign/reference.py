@@ -194,7 +194,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the mask [B, T] of the samples inside the utterances and x with 0 outside them."""
     index = torch.arange(x.shape[1], device=x.device)
     mask = index[None, :] < (torch.full_like(x[:, 0], x.shape[1]) if lengths is None else lengths)[:, None]
@@ -213,7 +213,7 @@ def _filter(x: Tensor, filters: Tensor) -> Tensor:
     return full[..., start : start + num_samples]
 
 
-def _cond_norm(y: Tensor) -> Tensor:
+def cond_norm(y: Tensor) -> Tensor:
     """Divide each row by its largest magnitude where that is above 1."""
     peak = y.abs().amax(-1, keepdim=True)
     return y / torch.where(peak > 1, peak, 1.0)
@@ -226,12 +226,12 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = _own(_wide(x), lengths)
+    mask, wave = own(_wide(x), lengths)
     powers = torch.stack([wave**i for i in range(1, filters.shape[1] + 1)], dim=1)
     y = _filter(powers, filters.to(wave.dtype)).sum(1)
     y = torch.where(mask, y, 0.0)
     y = torch.where(mask, y - y.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
-    return _cond_norm(y).to(x.dtype)
+    return cond_norm(y).to(x.dtype)
 
 
 def isd(x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float) -> Tensor:
@@ -241,11 +241,10 @@ def isd(x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor 
     """
     if x.numel() == 0:
         return x.clone()
-    _, wave = _own(_wide(x), lengths)
+    _, wave = own(_wide(x), lengths)
     if factor is None:
-        own = torch.full_like(seeds, x.shape[1]) if lengths is None else lengths
-        factor = isd_factor(seeds, own, x.shape[1], p)
-    return _cond_norm(wave + g_sd * wave * factor.to(wave.dtype)).to(x.dtype)
+        factor = isd_factor(seeds, torch.full_like(seeds, x.shape[1]) if lengths is None else lengths, x.shape[1], p)
+    return cond_norm(wave + g_sd * wave * factor.to(wave.dtype)).to(x.dtype)
 
 
 def ssi(
@@ -265,7 +264,7 @@ def ssi(
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = _own(_wide(x), lengths)
+    mask, wave = own(_wide(x), lengths)
     if noise is None:
         noise, snr_db = ssi_noise(seeds, x.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
     colored = _filter(torch.where(mask, noise.to(wave.dtype), 0.0), filters.to(wave.dtype))

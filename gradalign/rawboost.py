@@ -1,0 +1,413 @@
+"""RawBoost for whole batches: configuration -> draws -> augmentation.
+
+Source: Tak et al., "RawBoost: A raw data boosting and augmentation method applied to automatic speaker verification anti-spoofing", ICASSP 2022,
+arXiv 2111.04433. Equal to the published NumPy code for the same draws; where that code fails (silence, NumPy >= 2.4), silence stays silence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradalign import ops, reference
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The steps each algorithm runs, in order; 8 adds its two in parallel.
+_STEPS = {
+    0: (),
+    1: ("lnl",),
+    2: ("isd",),
+    3: ("ssi",),
+    4: ("lnl", "isd", "ssi"),
+    5: ("lnl", "isd"),
+    6: ("lnl", "ssi"),
+    7: ("isd", "ssi"),
+    8: ("lnl", "isd"),
+}
+
+
+@dataclass(frozen=True)
+class NotchDraws:
+    """The random numbers of a set of notch banks.
+
+    Attributes:
+        center_hz: band centres in Hz, float64 [B, N_f, N_b] (the stationary noise: [B, N_b]).
+        width_hz: band widths in Hz, same shape.
+        taps: taps of each band's filter, odd int64, same shape.
+        gain_db: peak gain of each bank in dB, float64 [B, N_f] (the stationary noise: [B]).
+    """
+
+    center_hz: Tensor
+    width_hz: Tensor
+    taps: Tensor
+    gain_db: Tensor
+
+
+@dataclass(frozen=True)
+class RawBoostDraws:
+    """Everything random in one augmentation of a batch; a field is None where the algorithm has no such step.
+
+    Attributes:
+        lnl: the convolutive noise's notch banks, with axes [B, N_f, N_b].
+        isd_factor: factor f of the impulsive noise, [B, T], 0 at the positions not chosen.
+        ssi: the stationary noise's notch bank, with axes [B, N_b].
+        ssi_noise: white noise before its filter, [B, T].
+        snr_db: signal-to-noise ratio in dB, [B].
+    """
+
+    lnl: NotchDraws | None = None
+    isd_factor: Tensor | None = None
+    ssi: NotchDraws | None = None
+    ssi_noise: Tensor | None = None
+    snr_db: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RawBoostConfig:
+    """The published parameters under readable names; the defaults are the published ones.
+
+    Attributes:
+        algo: 0 none; 1 LnL convolutive, 2 ISD impulsive, 3 SSI stationary noise; 4 = 1, 2, 3 in series; 5 = 1, 2; 6 = 1, 3; 7 = 2, 3; 8 = 1 + 2 in parallel.
+        sample_rate: in Hz.
+        n_f: number of branches of LnL: branch i filters x**i.
+        n_bands: notch filters in each bank.
+        min_f, max_f: range of their centres, Hz.
+        min_bw, max_bw: range of their widths, Hz.
+        min_coeff, max_coeff: range of their taps (whole part of a uniform draw, plus 1 where even).
+        min_g, max_g: range of a bank's gain, dB.
+        min_bias, max_bias: subtracted from that range for LnL's branches 2 and up, dB.
+        p: upper bound of the share of samples with impulsive noise, percent.
+        g_sd: gain of the impulsive noise.
+        snr_min, snr_max: range of the stationary noise's SNR, dB.
+    """
+
+    algo: int = 4
+    sample_rate: int = 16000
+    n_f: int = 5
+    n_bands: int = 5
+    min_f: float = 20
+    max_f: float = 8000
+    min_bw: float = 100
+    max_bw: float = 1000
+    min_coeff: int = 10
+    max_coeff: int = 100
+    min_g: float = 0
+    max_g: float = 0
+    min_bias: float = 5
+    max_bias: float = 20
+    p: float = 10
+    g_sd: float = 2
+    snr_min: float = 10
+    snr_max: float = 40
+
+    def __post_init__(self) -> None:
+        for name in ("algo", "sample_rate", "n_f", "n_bands", "min_coeff", "max_coeff"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an int; found {value!r} ({type(value).__name__})")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise TypeError(f"`{f.name}` must be a finite number; found {value!r}")
+        if self.algo not in _STEPS:
+            raise ValueError(f"`algo` must be one of 0..8; found {self.algo}")
+        for name, least in (("sample_rate", 1), ("n_f", 1), ("n_bands", 1), ("min_coeff", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}; found {getattr(self, name)}")
+        for low, high in (("min_f", "max_f"), ("min_bw", "max_bw"), ("min_coeff", "max_coeff"), ("min_g", "max_g"), ("snr_min", "snr_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"`{low}` must not be above `{high}`; found {getattr(self, low)} > {getattr(self, high)}")
+        if not 0 <= self.p <= 100:
+            raise ValueError(f"`p` must be a percentage in [0, 100]; found {self.p}")
+        if self.min_bw <= 0:
+            raise ValueError(f"`min_bw` must be above 0 Hz; found {self.min_bw}")
+        if not 0 <= self.min_f <= self.max_f <= self.sample_rate / 2:
+            raise ValueError(
+                f"`min_f` and `max_f` must lie in [0, sample_rate / 2] = [0, {self.sample_rate / 2:g}] Hz; found {self.min_f} and {self.max_f}"
+            )
+
+    @property
+    def num_taps(self) -> int:
+        """The most taps a bank can have."""
+        longest = max(self.min_coeff, math.ceil(self.max_coeff) - 1)
+        return self.n_bands * (longest + (longest % 2 == 0) - 1) + 1
+
+
+class RawBoost(nn.Module):
+    """RawBoost data augmentation of a batch of waveforms, each utterance from its own seed.
+
+    ``boost(x, seeds=seeds)`` depends on nothing but each utterance's samples, length and seed: not on the batch around it, the padding, the device or the backend.
+    Samples at and beyond an utterance's length are returned as 0.
+
+    Args:
+        algo: algorithm 0..8; see `RawBoostConfig` for this and every further keyword.
+
+    Raises:
+        ValueError, TypeError: for a parameter outside its range.
+
+    >>> import torch, gradalign as ga
+    >>> boost = ga.RawBoost(algo=4, sample_rate=16000)
+    >>> x = 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+    >>> seeds = torch.tensor([1, 2])
+    >>> y = boost(x, seeds=seeds)
+    >>> y.shape, y.dtype
+    (torch.Size([2, 16000]), torch.float32)
+    >>> draws = boost.draw(seeds, num_samples=16000)
+    >>> bool((boost.apply(x, draws) - y).abs().max() < 1e-6)
+    True
+    """
+
+    def __init__(self, algo: int = 4, sample_rate: int = 16000, **parameters: Any) -> None:
+        super().__init__()
+        unknown = sorted(set(parameters) - {f.name for f in fields(RawBoostConfig)})
+        if unknown:
+            raise TypeError(f"RawBoost has no parameter {', '.join(map(repr, unknown))}; expected {', '.join(f.name for f in fields(RawBoostConfig))}")
+        self.config = RawBoostConfig(algo=algo, sample_rate=sample_rate, **parameters)
+
+    @classmethod
+    def from_args(cls, args: Any, algo: int | None = None, sample_rate: int = 16000) -> RawBoost:
+        """Build from an object with the published names (``args.N_f, args.nBands, args.minF, ...``), such as the published argparse namespace.
+
+        Args:
+            args: any object with all of the published attributes; ``args.algo`` is used unless ``algo`` is given.
+            algo: algorithm 0..8.
+            sample_rate: in Hz.
+
+        Raises:
+            TypeError: naming the attributes that are missing.
+
+        >>> from argparse import Namespace
+        >>> args = Namespace(algo=5, N_f=5, nBands=5, minF=20, maxF=8000, minBW=100, maxBW=1000, minCoeff=10, maxCoeff=100, minG=0, maxG=0,
+        ...                  minBiasLinNonLin=5, maxBiasLinNonLin=20, P=10, g_sd=2, SNRmin=10, SNRmax=40)
+        >>> RawBoost.from_args(args).config == RawBoost(algo=5).config
+        True
+        """
+        names = {
+            "n_f": "N_f",
+            "n_bands": "nBands",
+            "min_f": "minF",
+            "max_f": "maxF",
+            "min_bw": "minBW",
+            "max_bw": "maxBW",
+            "min_coeff": "minCoeff",
+            "max_coeff": "maxCoeff",
+            "min_g": "minG",
+            "max_g": "maxG",
+            "min_bias": "minBiasLinNonLin",
+            "max_bias": "maxBiasLinNonLin",
+            "p": "P",
+            "g_sd": "g_sd",
+            "snr_min": "SNRmin",
+            "snr_max": "SNRmax",
+        }
+        if algo is None:
+            names["algo"] = "algo"
+        missing = [published for published in names.values() if not hasattr(args, published)]
+        if missing:
+            raise TypeError(f"args must have the published names; missing {', '.join(missing)}")
+        parameters = {ours: getattr(args, published) for ours, published in names.items()}
+        return cls(**({} if algo is None else {"algo": algo}), **parameters, sample_rate=sample_rate)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            x: waveforms [B, T] or one waveform [T], float16, bfloat16, float32 or float64, any strides.
+            lengths: the utterances' own lengths in samples, int64 [B]; None means T. Checked when on the CPU, clamped to [0, T] on a device.
+            seeds: one int64 seed per utterance [B] (or a 0-d tensor for [T]); None draws them from PyTorch's global generator.
+
+        Returns:
+            Tensor of x's shape, dtype and device.
+
+        Raises:
+            ValueError, TypeError: for a wrong shape, dtype, device or length, naming expected and found.
+        """
+        x, lengths, batched = self._check_input(x, lengths)
+        if seeds is None:
+            seeds = torch.randint(torch.iinfo(torch.int64).max, (x.shape[0],), dtype=torch.int64, device=x.device)
+        else:
+            seeds = _check_seeds(seeds if batched else seeds.reshape(-1), x.shape[0]).to(x.device)
+        lnl_filters, ssi_filters = self._design(self._draw_notches(seeds), x.dtype)
+        y = self._run(x, lengths, lnl_filters, ssi_filters, seeds, RawBoostDraws())
+        return y if batched else y[0]
+
+    def draw(self, seeds: Tensor, num_samples: int, lengths: Tensor | None = None) -> RawBoostDraws:
+        """Everything random that ``forward`` with these seeds uses, as tensors.
+
+        Args:
+            seeds: int64 [B].
+            num_samples: T, the batch's number of samples.
+            lengths: the utterances' own lengths in samples, int64 [B]; None means T.
+
+        Returns:
+            `RawBoostDraws` on the seeds' device.
+
+        Raises:
+            ValueError, TypeError: for a wrong shape, dtype or length, naming expected and found.
+
+        >>> draws = RawBoost(algo=4).draw(torch.tensor([3, 4, 5]), num_samples=800)
+        >>> draws.lnl.center_hz.shape, draws.isd_factor.shape, draws.snr_db.shape
+        (torch.Size([3, 5, 5]), torch.Size([3, 800]), torch.Size([3]))
+        """
+        c, steps = self.config, _STEPS[self.config.algo]
+        seeds = _check_seeds(seeds, None)
+        if num_samples < 0:
+            raise ValueError(f"`num_samples` must be at least 0; found {num_samples}")
+        if lengths is None:
+            lengths = torch.full_like(seeds, num_samples)
+        else:
+            lengths = _check_lengths(lengths, seeds.shape[0], num_samples, seeds.device)
+        lnl, ssi = self._draw_notches(seeds)
+        return RawBoostDraws(
+            lnl=lnl,
+            isd_factor=reference.isd_factor(seeds, lengths, num_samples, c.p) if "isd" in steps else None,
+            ssi=ssi,
+            ssi_noise=reference.ssi_noise(seeds, num_samples) if "ssi" in steps else None,
+            snr_db=reference.ssi_snr_db(seeds, c.snr_min, c.snr_max) if "ssi" in steps else None,
+        )
+
+    def apply(self, x: Tensor, draws: RawBoostDraws, lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Augment a batch with given draws; equals ``forward(x, lengths, seeds)`` for ``draws = draw(seeds, T, lengths)``.
+
+        Args:
+            x: waveforms [B, T] or one waveform [T], as in ``forward``.
+            draws: `RawBoostDraws` for the batch, on x's device.
+            lengths: as in ``forward``.
+
+        Returns:
+            Tensor of x's shape, dtype and device.
+
+        Raises:
+            ValueError, TypeError: for a missing draw or a wrong shape, dtype or device, naming expected and found.
+        """
+        x, lengths, batched = self._check_input(x, lengths)
+        self._check_draws(draws, x)
+        lnl_filters, ssi_filters = self._design((draws.lnl, draws.ssi), x.dtype)
+        y = self._run(x, lengths, lnl_filters, ssi_filters, None, draws)
+        return y if batched else y[0]
+
+    def _draw_notches(self, seeds: Tensor) -> tuple[NotchDraws | None, NotchDraws | None]:
+        """Draw all filters of the algorithm at once; return (LnL's [B, N_f, N_b], SSI's [B, N_b])."""
+        c, steps = self.config, _STEPS[self.config.algo]
+        has_lnl, has_ssi = "lnl" in steps, "ssi" in steps
+        numbers = [*(range(c.n_f) if has_lnl else ()), *((reference.SSI_FILTER,) if has_ssi else ())]
+        if not numbers:
+            return None, None
+        bias = [i != 0 and i != reference.SSI_FILTER for i in numbers]
+        center_hz, width_hz, taps, gain_db = ops.notch_draws(
+            seeds,
+            numbers,
+            [float(c.min_g - b * c.min_bias) for b in bias],
+            [float(c.max_g - b * c.max_bias) for b in bias],
+            c.n_bands,
+            float(c.min_f),
+            float(c.max_f),
+            float(c.min_bw),
+            float(c.max_bw),
+            float(c.min_coeff),
+            float(c.max_coeff),
+        )
+        lnl = NotchDraws(*(v[:, : c.n_f] for v in (center_hz, width_hz, taps, gain_db))) if has_lnl else None
+        ssi = NotchDraws(*(v[:, -1] for v in (center_hz, width_hz, taps, gain_db))) if has_ssi else None
+        return lnl, ssi
+
+    def _design(self, notches: tuple[NotchDraws | None, NotchDraws | None], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Design all filters in one call; return (LnL's [B, N_f, P], SSI's [B, P])."""
+        lnl, ssi = notches
+        parts = [] if lnl is None else [(lnl.center_hz, lnl.width_hz, lnl.taps, lnl.gain_db)]
+        if ssi is not None:
+            parts.append(tuple(v[:, None] for v in (ssi.center_hz, ssi.width_hz, ssi.taps, ssi.gain_db)))
+        if not parts:
+            return None, None
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bands = [parts[0][i] if len(parts) == 1 else torch.cat([part[i] for part in parts], dim=1) for i in range(4)]
+        filters = ops.notch_bank(*bands, float(self.config.sample_rate), self.config.num_taps, wide)
+        return (None if lnl is None else filters[:, : lnl.taps.shape[1]]), (None if ssi is None else filters[:, -1])
+
+    def _run(
+        self, x: Tensor, lengths: Tensor | None, lnl_filters: Tensor | None, ssi_filters: Tensor | None, seeds: Tensor | None, draws: RawBoostDraws
+    ) -> Tensor:
+        c = self.config
+
+        def isd(wave: Tensor) -> Tensor:
+            return ops.isd(wave, lengths, seeds, draws.isd_factor, float(c.p), float(c.g_sd))
+
+        if c.algo == 8:
+            return reference.cond_norm(ops.lnl(x, lnl_filters, lengths) + isd(x))
+        y = x
+        for step in _STEPS[c.algo]:
+            if step == "lnl":
+                y = ops.lnl(y, lnl_filters, lengths)
+            elif step == "isd":
+                y = isd(y)
+            else:
+                y = ops.ssi(y, ssi_filters, lengths, seeds, draws.ssi_noise, draws.snr_db, float(c.snr_min), float(c.snr_max))
+        return reference.own(x, lengths)[1].clone() if c.algo == 0 else y
+
+    def _check_input(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+        if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"`x` must be a float16, bfloat16, float32 or float64 tensor; found {found}")
+        if x.dim() not in (1, 2):
+            raise ValueError(f"`x` must be [B, T] or [T]; found {list(x.shape)}")
+        batched = x.dim() == 2
+        x = x if batched else x[None]
+        if lengths is not None:
+            lengths = _check_lengths(lengths if batched else lengths.reshape(-1), x.shape[0], x.shape[1], x.device)
+        return x, lengths, batched
+
+    def _check_draws(self, draws: RawBoostDraws, x: Tensor) -> None:
+        c, (b, t), steps = self.config, x.shape, _STEPS[self.config.algo]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if "lnl" in steps:
+            shapes |= {f"lnl.{n}": (b, c.n_f, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {"lnl.gain_db": (b, c.n_f)}
+        if "isd" in steps:
+            shapes["isd_factor"] = (b, t)
+        if "ssi" in steps:
+            shapes |= {f"ssi.{n}": (b, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {"ssi.gain_db": (b,), "ssi_noise": (b, t), "snr_db": (b,)}
+        for name, shape in shapes.items():
+            value: Any = draws
+            for part in name.split("."):
+                value = None if value is None else getattr(value, part)
+            if value is None:
+                raise ValueError(f"algorithm {c.algo} needs `draws.{name}`; found None")
+            if tuple(value.shape) != shape:
+                raise ValueError(f"`draws.{name}` must be {list(shape)}; found {list(value.shape)}")
+            if value.device != x.device:
+                raise ValueError(f"`draws.{name}` must be on {x.device} like `x`; found {value.device}")
+            if name.endswith("taps"):
+                if value.dtype != torch.int64:
+                    raise TypeError(f"`draws.{name}` must be int64; found {value.dtype}")
+                longest = (c.num_taps - 1) // c.n_bands + 1
+                if value.numel() and not bool(((value % 2 == 1) & (value >= 1) & (value <= longest)).all()):
+                    raise ValueError(f"`draws.{name}` must be odd and in [1, {longest}]; found values in [{int(value.min())}, {int(value.max())}]")
+
+    def extra_repr(self) -> str:
+        """Return the algorithm and sample rate, for ``repr``."""
+        return f"algo={self.config.algo}, sample_rate={self.config.sample_rate}"
+
+
+def _check_seeds(seeds: Tensor, batch: int | None) -> Tensor:
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.dim() != 1 or (batch is not None and seeds.shape[0] != batch):
+        found = f"{str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        error = TypeError if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 else ValueError
+        raise error(f"`seeds` must be int64 [{'B' if batch is None else batch}]; found {found}")
+    return seeds
+
+
+def _check_lengths(lengths: Tensor, batch: int, num_samples: int, device: torch.device) -> Tensor:
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"`lengths` must be an integer tensor [{batch}]; found {found}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"`lengths` must be [{batch}]; found {list(lengths.shape)}")
+    if lengths.device.type == "cpu":
+        if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > num_samples):
+            raise ValueError(f"`lengths` must lie in [0, T] = [0, {num_samples}]; found [{int(lengths.min())}, {int(lengths.max())}]")
+        return lengths.to(device, torch.int64)
+    # Reading a device's values would stall it.
+    return lengths.to(device, torch.int64).clamp(0, num_samples)
