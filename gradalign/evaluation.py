@@ -184,8 +184,8 @@ def evaluate(
     """One row of error measures over all scores, and with ``by="attack"`` one per attack (against all bona fide).
 
     Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), ``min_dcf``, ``act_dcf``, ``cllr`` (bits),
-    and ``min_tdcf`` if ``asv_rates`` = (p_fa, p_miss, p_fa_spoof) are given. ``act_dcf`` and ``cllr`` read the scores as
-    log-likelihood ratios. Raises ValueError when a class is missing.
+    and ``min_tdcf`` if ``asv_rates`` = (p_fa, p_miss, p_fa_spoof) are given. ``act_dcf`` and ``cllr`` read the scores
+    as log-likelihood ratios. Raises ValueError when a class is missing.
     """
     from gradalign import metrics
 

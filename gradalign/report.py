@@ -1,0 +1,808 @@
+"""The report over a folder of training runs: ``report.html``, ``report.png`` and ``summary.json``.
+
+Numbers are computed from what each run recorded (``metrics.jsonl``, ``steps.csv``, ``scores_*.txt``), per method over
+seeds. Finished runs make the numbers; unfinished and unreadable ones are listed.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradalign import figures
+from gradalign._files import atomic_path
+from gradalign.evaluation import Scores, read_protocol_labels, read_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASELINE = "none"
+"""The method that the others are compared with, when it was trained."""
+
+_METHOD_ORDER = ("none", "mean", "pcgrad", "gradvac", "cagrad")
+_DEGREES_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as recorded in its folder.
+
+    ``status`` is ``finished``, ``unfinished`` or ``unreadable``, ``reason`` says why. ``epochs`` holds the rows of
+    ``metrics.jsonl``, ``cosines`` float64 [steps] the cosine between the views' gradients (NaN where undefined).
+    """
+
+    name: str
+    folder: Path
+    method: str
+    seed: int
+    status: str
+    reason: str = ""
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    cosines: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    dev: Scores | None = None
+    test: Scores | None = None
+
+    def curve(self, key: str) -> np.ndarray:
+        """One column of ``metrics.jsonl``, float64 [epochs]; NaN where a row lacks it."""
+        return np.array([math.nan if row.get(key) is None else float(row[key]) for row in self.epochs])
+
+    def best_epoch(self) -> int:
+        """How many epochs it took to the lowest dev loss (1 is the first epoch)."""
+        return int(np.nanargmin(self.curve("dev_loss"))) + 1
+
+    def conflict_share(self) -> float:
+        """The share of steps whose two gradients had a negative cosine, in [0, 1]; NaN without steps."""
+        defined = self.cosines[np.isfinite(self.cosines)]
+        return float(np.mean(defined < 0)) if len(defined) else math.nan
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON; found: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object; found {type(value).__name__}")
+    return value
+
+
+def _read_epochs(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}:{number}: expected one JSON object per line; found {line[:40]!r}") from None
+    return rows
+
+
+def read_cosines(path: Path) -> np.ndarray:
+    """The ``cosine`` column of a run's ``steps.csv``: float64 [steps]; empty entries are NaN."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if "cosine" not in (reader.fieldnames or []):
+            raise ValueError(f"{path}: expected the columns step, cosine; found {', '.join(reader.fieldnames or [])}")
+        try:
+            return np.array([float(row["cosine"] or "nan") for row in reader], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a number in every `cosine` entry; {error}") from None
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read one run folder; what cannot be read makes the run ``unreadable``, with the reason."""
+    folder = Path(folder)
+    named = re.fullmatch(r"(.+)-seed(\d+)", folder.name)
+    method, seed = (named[1], int(named[2])) if named else (folder.name, 0)
+    parts: dict[str, Any] = {}
+    try:
+        parts["config"] = _read_json(folder / "config.json")
+        method = str(parts["config"].get("align", method))
+        seed = int(parts["config"].get("seed", seed))
+        for key, name, read in (
+            ("environment", "environment.json", _read_json),
+            ("epochs", "metrics.jsonl", _read_epochs),
+            ("cosines", "steps.csv", read_cosines),
+            ("dev", "scores_dev.txt", read_scores),
+            ("test", "scores_test.txt", read_scores),
+        ):
+            if (folder / name).exists():
+                parts[key] = read(folder / name)
+        if not (folder / "results.json").exists():
+            status, reason = "unfinished", f"{len(parts.get('epochs', []))} epochs so far, no results.json yet"
+        elif not parts.get("epochs"):
+            status, reason = "unreadable", "results.json without epochs in metrics.jsonl"
+        else:
+            status, reason = "finished", ""
+    except (ValueError, OSError) as error:
+        status, reason = "unreadable", str(error)
+    return Run(folder.name, folder, method, seed, status, reason, **parts)
+
+
+def read_runs(runs_dir: str | Path) -> list[Run]:
+    """All runs below a folder (sub-folders with a ``config.json``), ordered by method and seed.
+
+    Raises FileNotFoundError when there are none.
+    """
+    runs_dir = Path(runs_dir)
+    if not runs_dir.is_dir():
+        raise FileNotFoundError(f"{runs_dir}: expected a folder of training runs; found nothing there")
+    runs = [read_run(path.parent) for path in runs_dir.glob("*/config.json")]
+    if not runs:
+        raise FileNotFoundError(f"{runs_dir}: expected run folders with a config.json; found none")
+    return sorted(runs, key=lambda run: (_rank(run.method), run.method, run.seed, run.name))
+
+
+def _rank(method: str) -> int:
+    return _METHOD_ORDER.index(method) if method in _METHOD_ORDER else len(_METHOD_ORDER)
+
+
+def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    return groups
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def spread(values: dict[int, float]) -> dict[str, Any] | None:
+    """Mean, standard deviation (n - 1; None for one seed), minimum, maximum and the value of every seed.
+
+    >>> spread({0: 1.0, 1: 3.0})
+    {'mean': 2.0, 'sd': 1.4142135623730951, 'min': 1.0, 'max': 3.0, 'values': {'0': 1.0, '1': 3.0}}
+    """
+    known = {str(seed): float(value) for seed, value in values.items() if math.isfinite(value)}
+    if not known:
+        return None
+    array = np.array(list(known.values()))
+    return {
+        "mean": float(array.mean()),
+        "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "values": known,
+    }
+
+
+def compare(baseline: dict[int, float], other: dict[int, float]) -> dict[str, Any] | None:
+    """The mean difference ``other - baseline`` over the seeds both have, with its 95% interval (paired t).
+
+    ``verdict`` is ``difference``, ``within spread`` (the interval holds 0) or ``too few seeds`` (fewer than two in
+    common, so there is no spread to judge by). None without a common seed.
+
+    >>> compare({0: 10.0, 1: 12.0, 2: 11.0}, {0: 9.0, 1: 13.0, 2: 11.0})["verdict"]
+    'within spread'
+    """
+    seeds = sorted(s for s in baseline if s in other and math.isfinite(baseline[s]) and math.isfinite(other[s]))
+    if not seeds:
+        return None
+    differences = np.array([other[s] - baseline[s] for s in seeds])
+    mean = float(differences.mean())
+    if len(seeds) < 2:
+        return {"mean": mean, "low": None, "high": None, "seeds": seeds, "verdict": "too few seeds"}
+    freedom = len(seeds) - 1
+    quantile = _DEGREES_95[freedom - 1] if freedom <= len(_DEGREES_95) else 2.131
+    half = quantile * float(differences.std(ddof=1)) / math.sqrt(len(seeds))
+    verdict = "difference" if abs(mean) > half else "within spread"
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": seeds, "verdict": verdict}
+
+
+def det_curve(bonafide: np.ndarray, spoof: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(false acceptance rates, miss rates)`` over all thresholds, each [N] in [0, 1], from accepting all to none.
+
+    A score at or above the threshold is accepted as bona fide.
+
+    >>> [r.tolist() for r in det_curve(np.array([1.0, 2.0]), np.array([0.0, 1.0]))]
+    [[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 1.0]]
+    """
+    thresholds = np.append(np.unique(np.concatenate([bonafide, spoof])), np.inf)
+    miss = np.searchsorted(np.sort(bonafide), thresholds, side="left") / len(bonafide)
+    accept = 1 - np.searchsorted(np.sort(spoof), thresholds, side="left") / len(spoof)
+    return accept, miss
+
+
+def _seen_attacks(runs: Sequence[Run]) -> set[str]:
+    """The attacks of training: from the data's own protocol if it is still there, else those of the dev scores."""
+    for run in runs:
+        protocol = Path(str(run.config.get("data", ""))) / "protocols" / "train.txt"
+        if run.config.get("data") and protocol.is_file():
+            return {attack for attack, bonafide in read_protocol_labels(protocol).values() if not bonafide}
+    return {attack for run in runs if run.dev is not None for attack in run.dev.attack_names()}
+
+
+def _eer(scores: Scores | None, attacks: set[str] | None = None) -> float:
+    from gradalign import metrics
+
+    if scores is None:
+        return math.nan
+    bonafide, spoof = scores.split()
+    if attacks is not None:
+        chosen = [not b and a in attacks for a, b in zip(scores.attacks, scores.bonafide, strict=True)]
+        spoof = scores.values[np.array(chosen, dtype=bool)]
+    return float(metrics.eer(bonafide, spoof)) if len(bonafide) and len(spoof) else math.nan
+
+
+def _min_dcf(scores: Scores | None, attacks: set[str]) -> float:
+    from gradalign import metrics
+
+    if scores is None:
+        return math.nan
+    chosen = [not b and a in attacks for a, b in zip(scores.attacks, scores.bonafide, strict=True)]
+    bonafide, spoof = scores.values[scores.bonafide], scores.values[np.array(chosen, dtype=bool)]
+    return float(metrics.min_dcf(bonafide, spoof)) if len(bonafide) and len(spoof) else math.nan
+
+
+# Columns of the tables: key in summary.json, heading, factor and digits for printing, unit.
+_MEASURES = (
+    ("conflict_share", "steps in conflict", 100.0, 1, "%"),
+    ("test_eer", "EER, unseen-attack test", 100.0, 2, "%"),
+    ("dev_eer", "EER, dev", 100.0, 2, "%"),
+    ("test_min_dcf", "min DCF, unseen-attack test", 1.0, 3, ""),
+    ("best_epoch", "epochs to best dev loss", 1.0, 1, ""),
+    ("seconds", "wall time per run", 1 / 60, 1, "min"),
+)
+_COMPARED = ("test_eer", "dev_eer", "best_epoch", "conflict_share")
+
+
+def summarize(runs_dir: str | Path) -> dict[str, Any]:
+    """All numbers of the report (the content of ``summary.json``); rates are in [0, 1], times in seconds."""
+    return _summarize(Path(runs_dir), read_runs(runs_dir))
+
+
+def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
+    finished = [run for run in runs if run.status == "finished"]
+    seen = _seen_attacks(finished)
+    tested = {attack for run in finished if run.test is not None for attack in run.test.attack_names()}
+    unseen = tested - seen
+    # A test set without a new attack is still a test set: then the headline is over all of it, and says so.
+    headline = unseen or tested
+    methods: dict[str, Any] = {}
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for method, group in _by_method(finished).items():
+        measured = {
+            "conflict_share": {run.seed: run.conflict_share() for run in group},
+            "test_eer": {run.seed: _eer(run.test, headline) for run in group},
+            "test_eer_all": {run.seed: _eer(run.test) for run in group},
+            "dev_eer": {run.seed: _eer(run.dev) for run in group},
+            "test_min_dcf": {run.seed: _min_dcf(run.test, headline) for run in group},
+            "best_epoch": {run.seed: float(run.best_epoch()) for run in group},
+            "best_dev_loss": {run.seed: float(np.nanmin(run.curve("dev_loss"))) for run in group},
+            "seconds": {run.seed: float(np.nansum(run.curve("seconds"))) for run in group},
+        }
+        values[method] = measured
+        methods[method] = {
+            "runs": len(group),
+            "seeds": [run.seed for run in group],
+            **{key: spread(by_seed) for key, by_seed in measured.items()},
+            "attacks": {
+                attack: spread({run.seed: _eer(run.test, {attack}) for run in group}) for attack in sorted(tested)
+            },
+        }
+    comparisons = []
+    if BASELINE in values:
+        for method in values:
+            for key in _COMPARED:
+                result = compare(values[BASELINE][key], values[method][key]) if method != BASELINE else None
+                if result is not None:
+                    comparisons.append({"measure": key, "method": method, "baseline": BASELINE, **result})
+    settings = {}
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        found = {json.dumps(run.config.get(key)) for run in runs if run.config}
+        settings[key] = json.loads(found.pop()) if len(found) == 1 else "differs between runs"
+    return {
+        "runs_dir": str(runs_dir),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "methods": methods,
+        "comparisons": comparisons,
+        "attacks": {attack: "seen" if attack in seen else "unseen" for attack in sorted(tested)},
+        "unseen_attacks_only": bool(unseen),
+        "runs": [
+            {
+                "name": run.name,
+                "method": run.method,
+                "seed": run.seed,
+                "status": run.status,
+                "reason": run.reason,
+                "epochs": len(run.epochs),
+            }
+            for run in runs
+        ],
+        "settings": settings,
+        "environment": next((run.environment for run in runs if run.environment), {}),
+    }
+
+
+def _format(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
+    if stat is None:
+        return "–"
+    mean = f"{factor * stat['mean']:.{digits}f}"
+    if stat["sd"] is None:
+        return f"{mean} (one seed)"
+    return f"{mean} ({factor * stat['min']:.{digits}f}–{factor * stat['max']:.{digits}f})"
+
+
+def _comparison_sentence(item: dict[str, Any]) -> str:
+    _, heading, factor, digits, unit = next(m for m in _MEASURES if m[0] == item["measure"])
+    unit = " points" if unit == "%" else (" epochs" if item["measure"] == "best_epoch" else "")
+    text = f"{item['method']} against {item['baseline']}, {heading}: {factor * item['mean']:+.{digits}f}{unit}"
+    count = len(item["seeds"])
+    if item["low"] is None:
+        return f"{text} on one common seed: no spread to judge it by."
+    interval = f"95% interval {factor * item['low']:+.{digits}f} to {factor * item['high']:+.{digits}f}"
+    verdict = (
+        "a difference beyond the seed spread"
+        if item["verdict"] == "difference"
+        else "no difference beyond the seed spread"
+    )
+    return f"{text} on average over {count} paired seeds ({interval}): {verdict}."
+
+
+def _headings(summary: dict[str, Any]) -> list[tuple[str, str, float, int, str]]:
+    if summary["unseen_attacks_only"]:
+        return list(_MEASURES)
+    return [(k, h.replace("unseen-attack test", "test"), f, d, u) for k, h, f, d, u in _MEASURES]
+
+
+def text_summary(runs_dir: str | Path) -> str:
+    """The summary as plain text for a terminal: one line per method, then the comparisons."""
+    summary = summarize(runs_dir)
+    measures = _headings(summary)
+    table = [["method", "seeds", *[f"{h}{f' [{u}]' if u else ''}" for _, h, _, _, u in measures]]]
+    for method, row in summary["methods"].items():
+        table.append([method, str(row["runs"]), *[_format(row[key], f, d) for key, _, f, d, _ in measures]])
+    lines = []
+    if summary["methods"]:
+        for i, heading in enumerate(table[0]):
+            width = max(len(line[0]) for line in table)
+            if i >= 2:
+                lines.append(heading)
+                lines += [f"  {line[0].ljust(width)}  {line[i]}" for line in table[1:]]
+        seeds = ", ".join(f"{method} {row['runs']}" for method, row in summary["methods"].items())
+        lines.insert(0, f"mean (lowest–highest) over seeds: {seeds}")
+    lines += [_comparison_sentence(item) for item in summary["comparisons"] if item["measure"] != "conflict_share"]
+    lines += [f"{r['name']}: {r['status']}: {r['reason']}" for r in summary["runs"] if r["status"] != "finished"]
+    return "\n".join(lines)
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def _drawn(runs: list[Run]) -> dict[str, list[Run]]:
+    """Per method the runs whose curves are drawn: the finished ones, or while there are none, all that have epochs."""
+    groups = _by_method(run for run in runs if run.epochs and run.status != "unreadable")
+    return {m: [r for r in group if r.status == "finished"] or group for m, group in groups.items()}
+
+
+def _draw_conflict_share(axes: Axes, groups: dict[str, list[Run]]) -> None:
+    curves = {m: [100 * run.curve("conflict_rate") for run in g] for m, g in groups.items()}
+    ends = figures.draw_epochs(axes, curves)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("steps in conflict [%]")
+    figures.label(axes, ends)
+
+
+def _draw_loss(axes: Axes, groups: dict[str, list[Run]]) -> None:
+    best = {m: [run.best_epoch() for run in g] for m, g in groups.items()}
+    ends = figures.draw_epochs(axes, {m: [run.curve("dev_loss") for run in g] for m, g in groups.items()}, best=best)
+    figures.draw_epochs(axes, {m: [run.curve("train_loss") for run in g] for m, g in groups.items()}, dashed=True)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("cross-entropy [nat]")
+    figures.label(axes, ends)
+
+
+def _draw_dev_eer(axes: Axes, groups: dict[str, list[Run]]) -> None:
+    ends = figures.draw_epochs(axes, {m: [100 * run.curve("dev_eer") for run in g] for m, g in groups.items()})
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("EER on dev [%]")
+    figures.label(axes, ends)
+
+
+def _draw_det(axes: Axes, groups: dict[str, list[Run]], summary: dict[str, Any]) -> None:
+    attacks = {a for a, kind in summary["attacks"].items() if kind == "unseen" or not summary["unseen_attacks_only"]}
+    curves, texts = {}, {}
+    for method, group in groups.items():
+        pairs = []
+        for run in group:
+            if run.test is not None:
+                chosen = [not b and a in attacks for a, b in zip(run.test.attacks, run.test.bonafide, strict=True)]
+                spoof = run.test.values[np.array(chosen, dtype=bool)]
+                bonafide = run.test.values[run.test.bonafide]
+                if len(bonafide) and len(spoof):
+                    pairs.append(det_curve(bonafide, spoof))
+        stat = summary["methods"].get(method, {}).get("test_eer")
+        if pairs:
+            curves[method] = pairs
+            texts[method] = f"{method}: EER {100 * stat['mean']:.1f}%" if stat else method
+    figures.draw_det(axes, curves, texts)
+
+
+def _test_eers(summary: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
+    found = {m: row[key] for m, row in summary["methods"].items()}
+    return {m: {s: 100 * v for s, v in stat["values"].items()} for m, stat in found.items() if stat}
+
+
+def _attack_eers(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        method: {
+            attack: {seed: 100 * value for seed, value in stat["values"].items()}
+            for attack, stat in row["attacks"].items()
+            if stat
+        }
+        for method, row in summary["methods"].items()
+    }
+
+
+def _seen(summary: dict[str, Any]) -> set[str]:
+    return {attack for attack, kind in summary["attacks"].items() if kind == "seen"}
+
+
+def _test_name(summary: dict[str, Any]) -> str:
+    return "unseen-attack test" if summary["unseen_attacks_only"] else "test"
+
+
+def _draw_table(axes: Axes, summary: dict[str, Any]) -> None:
+    axes.set_axis_off()
+    measures = _headings(summary)
+    left = [0.0, 0.10] + [0.155 + 0.143 * i for i in range(len(measures))]
+    heads = ["method", "seeds"] + [f"{h}{f' [{u}]' if u else ''}" for _, h, _, _, u in measures]
+    notes = _short_comparisons(summary)
+    rows = len(summary["methods"]) + 0.8 * len(notes)
+    step = 1.0 / (max(rows, 2) + 1.2)
+    top = 1.0 - step / 2
+    for x, text in zip(left, heads, strict=True):
+        axes.text(x, top, text, transform=axes.transAxes, color="#666666", va="center", fontsize=9.5)
+    for i, (method, row) in enumerate(summary["methods"].items()):
+        y = top - step * (i + 1)
+        cells = [method, str(row["runs"])] + [_format(row[k], f, d) for k, _, f, d, _ in measures]
+        for j, (x, text) in enumerate(zip(left, cells, strict=True)):
+            axes.text(
+                x,
+                y,
+                text,
+                transform=axes.transAxes,
+                va="center",
+                fontsize=11,
+                color=figures.color(method) if j == 0 else "#222222",
+                fontweight="bold" if j == 0 else "normal",
+            )
+    for i, note in enumerate(notes):
+        y = top - step * (len(summary["methods"]) + 1.1 + 0.8 * i)
+        axes.text(0.0, y, note, transform=axes.transAxes, va="center", color="#444444", fontsize=10)
+
+
+def _short_comparisons(summary: dict[str, Any]) -> list[str]:
+    """One line per method: its test EER and epochs to the best against the baseline's."""
+    lines = []
+    for method in summary["methods"]:
+        items = {i["measure"]: i for i in summary["comparisons"] if i["method"] == method and i["low"] is not None}
+        texts = []
+        for key, name, factor, unit in (
+            ("test_eer", "test EER", 100, " points"),
+            ("best_epoch", "epochs to best", 1, ""),
+        ):
+            if key in items:
+                item = items[key]
+                within = "beyond" if item["verdict"] == "difference" else "no difference beyond"
+                interval = f"95% interval {factor * item['low']:+.1f} to {factor * item['high']:+.1f}"
+                texts.append(f"{name} {factor * item['mean']:+.1f}{unit} ({interval}: {within} seed spread)")
+        if texts:
+            lines.append(f"{method} against {BASELINE}, paired by seed: {'; '.join(texts)}")
+    return lines
+
+
+def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
+    """The one picture of a report, 1600 x 1000 pixels at 100 dpi: conflicts, losses, EERs, DET curves and a table."""
+    groups = _drawn(runs)
+    with figures.styled():
+        figure = figures.new_figure(16, 10)
+        figure.suptitle(_overview_title(runs, summary), x=0.012, ha="left", fontsize=14, fontweight="bold")
+        grid = figure.add_gridspec(3, 3, height_ratios=[1, 1.12, 0.12 + 0.22 * max(2, len(summary["methods"]))])
+        panels = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
+        panels[0].set_title("Conflict: the two views' gradients disagree")
+        _draw_conflict_share(panels[0], groups)
+        panels[1].set_title("Loss: dev solid (ring: best), training dashed")
+        _draw_loss(panels[1], groups)
+        panels[2].set_title("Error on dev (attacks seen in training)")
+        _draw_dev_eer(panels[2], groups)
+        if any(run.test is not None for group in groups.values() for run in group):
+            panels[3].set_title(f"DET curve, {_test_name(summary)} set")
+            _draw_det(panels[3], groups, summary)
+        else:
+            panels[3].set_axis_off()
+        if summary["methods"] and summary["attacks"]:
+            panels[4].set_title(f"EER on the {_test_name(summary)} set [%], one dot per seed")
+            figures.draw_seeds(panels[4], _test_eers(summary, "test_eer"))
+            panels[5].set_title("EER per attack: mean, lowest to highest seed")
+            figures.draw_attacks(panels[5], _attack_eers(summary), _seen(summary))
+        else:
+            panels[4].set_axis_off()
+            panels[5].set_axis_off()
+        _draw_table(figure.add_subplot(grid[2, :]), summary)
+    return figure
+
+
+def _overview_title(runs: list[Run], summary: dict[str, Any]) -> str:
+    detector = summary["settings"].get("detector", "detector")
+    count = sum(r["status"] == "finished" for r in summary["runs"])
+    methods = ", ".join(summary["methods"]) or ", ".join(_by_method(runs))
+    algo = summary["settings"].get("algo", "?")
+    return f"Detector “{detector}” trained on clean and RawBoost-{algo} speech; alignment: {methods} ({count} runs)"
+
+
+def _small(draw: Any, width: float = 6.4, height: float = 4.0) -> Figure:
+    with figures.styled():
+        figure = figures.new_figure(width, height)
+        draw(figure.add_subplot())
+    return figure
+
+
+def draw_conflicts(groups: dict[str, list[Run]]) -> Figure:
+    """The cosine between the two views' gradients against steps, one panel per method, over all its seeds."""
+    groups = {m: g for m, g in groups.items() if any(len(run.cosines) for run in g)}
+    with figures.styled():
+        figure = figures.new_figure(max(6.4, 3.6 * len(groups)), 3.6)
+        axes = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
+        for panel, (method, group) in zip(axes, groups.items(), strict=False):
+            figures.draw_cosines(panel, [run.cosines for run in group], method)
+            shares = [100 * run.conflict_share() for run in group]
+            panel.set_title(f"{method}: {np.nanmean(shares):.1f}% in conflict", color=figures.color(method))
+        axes[0].set_ylabel("cosine, clean against augmented")
+    return figure
+
+
+# ---- page ----------------------------------------------------------------------------------------------------------
+
+_PAGE_STYLE = """
+body{font:16px/1.5 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#222;background:#fff;
+max-width:1120px;margin:2rem auto;padding:0 1.2rem}
+h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0 1rem} h2{font-size:1.25rem;margin:2.2rem 0 .6rem}
+p,li{max-width:78ch} table{border-collapse:collapse;font-size:.92rem;margin:.6rem 0}
+th,td{text-align:right;padding:.32rem .7rem;border-bottom:1px solid #e4e4e4;vertical-align:top;
+font-variant-numeric:tabular-nums}
+th{color:#555;font-weight:600;border-bottom:2px solid #bbb} td:first-child,th:first-child{text-align:left}
+td small{color:#777;display:block;font-size:.8rem} .wide{overflow-x:auto} figure{margin:1rem 0}
+figure img{max-width:100%;height:auto} figcaption{color:#555;font-size:.9rem;max-width:78ch}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(460px,1fr));gap:0 1.4rem}
+.key{color:#777} details summary{cursor:pointer;color:#555} code{font-size:.9em}
+"""
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of already escaped cells; the first row is the heading."""
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _picture(figure: Figure, caption: str, alt: str) -> str:
+    data = base64.b64encode(figures.to_bytes(figure, "svg")).decode()
+    return (
+        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{_text(alt)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _method_cell(method: str) -> str:
+    return f'<b style="color:{figures.color(method)}">{_text(method)}</b>'
+
+
+def _stat_cell(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
+    if stat is None:
+        return "–"
+    values = ", ".join(f"{factor * v:.{digits}f}" for v in stat["values"].values())
+    return f"{_text(_format(stat, factor, digits))}<small>{values}</small>"
+
+
+def _comparison_table(summary: dict[str, Any]) -> str:
+    methods = [m for m in summary["methods"] if m != BASELINE]
+    rows = [["difference of the means", *[_method_cell(m) for m in methods]]]
+    items = {(i["measure"], i["method"]): i for i in summary["comparisons"]}
+    for key, heading, factor, digits, unit in _headings(summary):
+        if key not in _COMPARED:
+            continue
+        cells = []
+        for method in methods:
+            item = items.get((key, method))
+            if item is None:
+                cells.append("–")
+                continue
+            value = f"{factor * item['mean']:+.{digits}f}{' points' if unit == '%' else ''}"
+            if item["low"] is None:
+                cells.append(f"{value}<small>one common seed: no spread to judge by</small>")
+                continue
+            interval = f"95% interval {factor * item['low']:+.{digits}f} to {factor * item['high']:+.{digits}f}"
+            if item["verdict"] == "difference":
+                cells.append(f"<b>{value}</b><small>{interval}<br><b>beyond the seed spread</b></small>")
+            else:
+                cells.append(f"{value}<small>{interval}<br>no difference beyond the seed spread</small>")
+        rows.append([_text(heading), *cells])
+    return _table(rows)
+
+
+def _explanation(runs: list[Run], summary: dict[str, Any]) -> str:
+    settings, methods = summary["settings"], summary["methods"]
+    sample = next((run for run in runs if run.test is not None and run.dev is not None), None)
+    data = ""
+    if sample is not None and sample.test is not None and sample.dev is not None:
+        kinds = list(summary["attacks"].values())
+        data = (
+            f" The dev set has {int(sample.dev.bonafide.sum())} bona fide and {int((~sample.dev.bonafide).sum())} "
+            f"spoofed utterances; the test set has {int(sample.test.bonafide.sum())} and "
+            f"{int((~sample.test.bonafide).sum())}, from {len(kinds)} attacks of which {kinds.count('unseen')} "
+            "do not occur in training."
+        )
+    seeds = max((row["runs"] for row in methods.values()), default=0)
+    names = ", ".join(f"<b>{_text(m)}</b>" for m in (methods or _by_method(runs)))
+    detector, speech = _text(settings.get("detector", "unknown")), _text(settings.get("data", "unknown data"))
+    algo = _text(settings.get("algo", "?"))
+    return f"""
+<p>A speech-deepfake detector (<b>{detector}</b>) was trained to tell human from synthetic speech on
+<code>{speech}</code>. Every training step sees each utterance twice: as recorded (clean), and distorted by RawBoost algorithm {algo}
+(augmented). Each view gives its own gradient, the direction in which it would change the detector. When the two point against each
+other (negative cosine), the step is <b>in conflict</b>: what helps one view hurts the other. The methods compared here,
+{names}, differ only in how they merge the two gradients; <b>none</b> is plain training on the mean of both losses. Each
+method was trained from up to {seeds} random seeds, since results differ between seeds even when nothing else
+changes.{data}
+</p>
+<p><b>EER</b> (equal error rate) is the error where as many spoofs pass as human recordings are refused; 50% is
+guessing, lower is better. <b>Min DCF</b> weighs the two errors by their cost; 1 is no better than giving every utterance the same
+answer. <b>Epochs to best dev loss</b> tells how soon training was as good as it got. Numbers are means over seeds, in
+brackets the lowest and the highest seed.</p>"""
+
+
+def _page(runs: list[Run], summary: dict[str, Any]) -> str:
+    measures, methods, groups = _headings(summary), summary["methods"], _drawn(runs)
+    parts = [f"<h1>{_text(_overview_title(runs, summary))}</h1>", _explanation(runs, summary)]
+
+    if summary["comparisons"]:
+        parts.append(f"<h2>Compared with {_text(BASELINE)}</h2>")
+        parts.append(_comparison_table(summary))
+        parts.append(
+            "<p class='key'>Runs of the same seed start from the same weights and see the same data in the same order, "
+            "so differences are taken seed by seed. The interval is the 95% t interval of their mean; with few seeds "
+            "it is wide, and a difference inside it may be chance. It does not cover the choice of data.</p>"
+        )
+    if methods:
+        parts.append("<h2>Results per method</h2>")
+        head = ["method", "seeds", *[_text(f"{h}{f' [{u}]' if u else ''}") for _, h, _, _, u in measures]]
+        rows = [head]
+        for method, row in methods.items():
+            cells = [_stat_cell(row[key], factor, digits) for key, _, factor, digits, _ in measures]
+            seeds = f"{row['runs']}<small>{', '.join(map(str, row['seeds']))}</small>"
+            rows.append([_method_cell(method), seeds, *cells])
+        parts.append(_table(rows))
+        parts.append("<p class='key'>Mean (lowest–highest seed); small: every seed's value.</p>")
+    if methods and summary["attacks"]:
+        parts.append("<h2>EER per attack of the test set [%]</h2>")
+        rows = [["attack", "in training", *[_method_cell(m) for m in methods]]]
+        for attack, kind in sorted(summary["attacks"].items(), key=lambda item: (item[1] == "seen", item[0])):
+            cells = [_stat_cell(row["attacks"][attack], 100, 2) for row in methods.values()]
+            rows.append([_text(attack), "yes" if kind == "seen" else "no (unseen)", *cells])
+        everything = [_stat_cell(row["test_eer_all"], 100, 2) for row in methods.values()]
+        rows.append(["<b>all attacks pooled</b>", "", *everything])
+        parts.append(_table(rows))
+        parts.append("<p class='key'>Each attack against all bona fide utterances of the test set.</p>")
+
+    unfinished = [r for r in summary["runs"] if r["status"] != "finished"]
+    if unfinished:
+        parts.append("<h2>Runs not counted</h2>")
+        rows = [["run", "status", "epochs", "why"]]
+        rows += [[_text(r["name"]), _text(r["status"]), str(r["epochs"]), _text(r["reason"])] for r in unfinished]
+        parts.append(_table(rows))
+
+    if groups:
+        parts.append("<h2>Curves</h2><div class='pair'>")
+        parts.append(
+            _picture(
+                _small(lambda axes: _draw_conflict_share(axes, groups)),
+                "Share of each epoch's steps in which the two views' gradients have a negative cosine. Line: mean over "
+                "seeds, as far as every seed trained; band: lowest to highest seed; thin: each seed.",
+                "conflict share against epochs",
+            )
+        )
+        parts.append(
+            _picture(
+                _small(lambda axes: _draw_loss(axes, groups)),
+                "Class-weighted cross-entropy: dev solid, with a ring at each seed's best epoch; training (mean of "
+                "both views) dashed.",
+                "loss against epochs",
+            )
+        )
+        parts.append(
+            _picture(
+                _small(lambda axes: _draw_dev_eer(axes, groups)),
+                "EER on the dev set after each epoch.",
+                "dev EER against epochs",
+            )
+        )
+        if methods and summary["attacks"]:
+            parts.append(
+                _picture(
+                    _small(lambda axes: figures.draw_seeds(axes, _test_eers(summary, "test_eer"))),
+                    f"EER [%] on the {_test_name(summary)} set. One dot per seed, joined across methods; bar: mean.",
+                    "test EER per seed",
+                )
+            )
+            parts.append(
+                _picture(
+                    _small(lambda axes: _draw_det(axes, groups, summary), 6.4, 5.6),
+                    f"Detection error trade-off on the {_test_name(summary)} set, axes in probit scale: lower left is "
+                    "better, the dotted diagonal holds the EER. Bold: mean over seeds; thin: each seed.",
+                    "DET curves",
+                )
+            )
+            height = max(5.6, 1.5 + 0.4 * len(summary["attacks"]))
+            parts.append(
+                _picture(
+                    _small(lambda axes: figures.draw_attacks(axes, _attack_eers(summary), _seen(summary)), 6.4, height),
+                    "EER per attack: mean over seeds, line from the lowest to the highest seed.",
+                    "EER per attack",
+                )
+            )
+        parts.append("</div>")
+        if any(len(run.cosines) for group in groups.values() for run in group):
+            parts.append(
+                _picture(
+                    draw_conflicts(groups),
+                    "Cosine between the gradients of the clean and the augmented view over training: median over "
+                    "steps and seeds, band from the 10% to the 90% quantile. Below the line at 0 the views are in conflict.",
+                    "cosine against steps",
+                )
+            )
+    parts.append("<h2>How it was made</h2>")
+    for title, content in (("Settings", summary["settings"]), ("Versions and machine", summary["environment"])):
+        rows = [["", ""]] + [[_text(k), f"<code>{_text(_plain(v))}</code>"] for k, v in content.items()]
+        parts.append(f"<details><summary>{title}</summary>{_table(rows)}</details>")
+    parts.append(f"<p class='key'>Made by gradalign on {_text(summary['created'])}. Numbers in full: summary.json.</p>")
+    title = _text(_overview_title(runs, summary))
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<meta name='viewport' content='width=device-width,initial-scale=1'><style>{_PAGE_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def write_report(runs_dir: str | Path) -> Path:
+    """Write ``report.html``, ``report.png`` and ``summary.json`` into ``runs_dir``; returns the path of the first.
+
+    The page is self-contained: figures are embedded, nothing is loaded from elsewhere, no script is needed. Raises
+    FileNotFoundError when there are no runs.
+    """
+    runs_dir = Path(runs_dir)
+    runs = read_runs(runs_dir)
+    summary = _summarize(runs_dir, runs)
+    contents = {
+        "summary.json": (json.dumps(summary, indent=2) + "\n").encode(),
+        "report.png": figures.to_bytes(draw_overview(runs, summary), "png", dpi=100),
+        "report.html": _page(runs, summary).encode(),
+    }
+    for name, content in contents.items():
+        with atomic_path(runs_dir / name) as temporary:
+            temporary.write_bytes(content)
+    return runs_dir / "report.html"
