@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gradalign._errors import AudioError
+
 SUFFIXES = (".flac", ".wav")
 """Audio files that are augmented; the output keeps the input's format."""
 
@@ -42,7 +44,7 @@ def plan(source: Path, target: Path) -> list[tuple[str, Path, Path]]:
     """
     if source.is_file():
         if source.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{source}: expected a file ending in {' or '.join(SUFFIXES)}; found {source.suffix!r}")
+            raise AudioError(f"{source}: expected a file ending in {' or '.join(SUFFIXES)}; found {source.suffix!r}")
         output = target / source.name if target.is_dir() else target
         if output.suffix.lower() != source.suffix.lower():
             raise ValueError(
@@ -71,7 +73,7 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
     """Write RawBoost of one file to another, atomically; returns whether it was scaled down to full scale.
 
     Sample rate, channels, format and sample width are the input's. Each channel gets the same draws. Bands above
-    the file's Nyquist frequency are not drawn. Raises ValueError naming the file when it cannot be read, or holds no
+    the file's Nyquist frequency are not drawn. Raises AudioError naming the file when it cannot be read, or holds no
     samples or values that are not finite.
     """
     import numpy as np
@@ -85,11 +87,11 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
         info = soundfile.info(str(source))
         wave, rate = soundfile.read(str(source), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"{source}: expected a readable audio file; found: {error}") from None
+        raise AudioError(f"{source}: expected a readable audio file; found: {error}") from None
     if wave.shape[0] == 0:
-        raise ValueError(f"{source}: expected at least one sample; found none")
+        raise AudioError(f"{source}: expected at least one sample; found none")
     if not np.isfinite(wave).all():
-        raise ValueError(f"{source}: expected finite samples; found NaN or Inf")
+        raise AudioError(f"{source}: expected finite samples; found NaN or Inf")
     boost = RawBoost(algo=algo, sample_rate=rate, max_f=min(8000, rate / 2))
     seeds = torch.full((wave.shape[1],), seed, dtype=torch.int64)
     boosted = boost(torch.from_numpy(np.ascontiguousarray(wave.T)), seeds=seeds).numpy().T
@@ -116,7 +118,7 @@ def augment_files(
     """Augment every ``(name, input, output)`` of `plan`; the seed of each follows from its name.
 
     Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``. With
-    ``skip_bad``, files that cannot be read are listed in the result instead of raising ValueError.
+    ``skip_bad``, files that cannot be read are listed in the result instead of raising AudioError.
     """
     planned = list(files)
     existing = [output for _, _, output in planned if output.exists()]
@@ -135,7 +137,7 @@ def augment_files(
         try:
             result.scaled += augment_file(source, target, algo=algo, seed=file_seed(name, seed))
             result.written += 1
-        except ValueError as error:
+        except AudioError as error:
             if not skip_bad:
                 raise
             result.skipped.append((source, str(error)))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gradalign._errors import DataError
+
 LABELS = {"bonafide": True, "bona-fide": True, "genuine": True, "spoof": False}
 """The label words of score files and protocols; ``True`` is bona fide."""
 
@@ -47,7 +49,7 @@ def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
+        raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split()
         if fields and not fields[0].startswith("#"):
@@ -63,15 +65,15 @@ def read_protocol_labels(path: str | Path) -> dict[str, tuple[str, bool]]:
     labels: dict[str, tuple[str, bool]] = {}
     for number, fields in _lines(path):
         if len(fields) != 5 or fields[4] not in LABELS:
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number}: expected `speaker utterance - attack label` with label bonafide or spoof; "
                 f"found {' '.join(fields)!r}"
             )
         if fields[1] in labels:
-            raise ValueError(f"{path}:{number}: expected each utterance once; found {fields[1]!r} again")
+            raise DataError(f"{path}:{number}: expected each utterance once; found {fields[1]!r} again")
         labels[fields[1]] = (fields[3], LABELS[fields[4]])
     if not labels:
-        raise ValueError(f"{path}: expected at least one protocol line; found none")
+        raise DataError(f"{path}: expected at least one protocol line; found none")
     return labels
 
 
@@ -96,9 +98,9 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
             utterance = fields[0]
             attack, is_bonafide = known.get(utterance, ("-", False))
         elif len(fields) == 2:
-            raise ValueError(f"{path}:{number}: found no labels (`utterance score`); expected --protocol to give them")
+            raise DataError(f"{path}:{number}: found no labels (`utterance score`); expected --protocol to give them")
         else:
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number}: expected `utterance attack label score` with label bonafide or spoof; "
                 f"found {' '.join(fields)!r}"
             )
@@ -107,13 +109,13 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
         except ValueError:
             value = float("nan")
         if not np.isfinite(value):
-            raise ValueError(f"{path}:{number}: expected a finite score; found {fields[-1]!r}")
+            raise DataError(f"{path}:{number}: expected a finite score; found {fields[-1]!r}")
         if utterance in seen:
-            raise ValueError(f"{path}:{number}: expected each utterance once; found {utterance!r} again")
+            raise DataError(f"{path}:{number}: expected each utterance once; found {utterance!r} again")
         seen.add(utterance)
         if known is not None and utterance in known and known[utterance][1] != is_bonafide:
             label = "bonafide" if is_bonafide else "spoof"
-            raise ValueError(f"{path}:{number}: {utterance!r} is {label} here and not so in {protocol}")
+            raise DataError(f"{path}:{number}: {utterance!r} is {label} here and not so in {protocol}")
         if known is not None and utterance in known:
             attack = known[utterance][0]
         utterances.append(utterance)
@@ -121,13 +123,13 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
         bonafide.append(is_bonafide)
         values.append(value)
     if not utterances:
-        raise ValueError(f"{path}: expected at least one score; found none")
+        raise DataError(f"{path}: expected at least one score; found none")
     if known is not None:
         extra = [u for u in utterances if u not in known]
         missing = [u for u in known if u not in seen]
         if extra or missing:
             example = (extra or missing)[0]
-            raise ValueError(
+            raise DataError(
                 f"{path} and {protocol} must name the same utterances; found {len(extra)} scores without a protocol "
                 f"line and {len(missing)} protocol lines without a score (for example {example!r})"
             )
@@ -148,14 +150,14 @@ def read_asv_scores(path: str | Path) -> dict[str, np.ndarray]:
         except ValueError:
             value = float("nan")
         if len(kinds) != 1 or not np.isfinite(value):
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number}: expected a line with one of target, nontarget, spoof and a score at its end; "
                 f"found {' '.join(fields)!r}"
             )
         found[kinds[0]].append(value)
     empty = [kind for kind, values in found.items() if not values]
     if empty:
-        raise ValueError(f"{path}: expected target, nontarget and spoof scores; found none of {', '.join(empty)}")
+        raise DataError(f"{path}: expected target, nontarget and spoof scores; found none of {', '.join(empty)}")
     return {kind: np.array(values, dtype=np.float64) for kind, values in found.items()}
 
 

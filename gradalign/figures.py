@@ -238,6 +238,16 @@ def draw_attacks(axes: Axes, values: Mapping[str, Mapping[str, Mapping[str, floa
             if points:
                 axes.plot([min(points), max(points)], [row + offset] * 2, color=color(method), linewidth=1.6, alpha=0.5)
                 axes.plot([np.mean(points)], [row + offset], "o", color=color(method), markersize=5.5)
+                if row == 0:
+                    axes.annotate(
+                        method,
+                        (max(points), row + offset),
+                        xytext=(7, 0),
+                        textcoords="offset points",
+                        color=color(method),
+                        fontsize=8.5,
+                        va="center",
+                    )
     axes.set_yticks(range(len(attacks)), [f"{a} (seen)" if a in seen else a for a in attacks])
     for text, attack in zip(axes.get_yticklabels(), attacks, strict=True):
         text.set_color("#999999" if attack in seen else "#222222")

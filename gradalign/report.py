@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradalign import figures
+from gradalign._errors import DataError
 from gradalign._files import atomic_path
 from gradalign.evaluation import Scores, read_protocol_labels, read_scores
 
@@ -77,9 +78,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON; found: {error}") from None
+        raise DataError(f"{path}: expected JSON; found: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object; found {type(value).__name__}")
+        raise DataError(f"{path}: expected a JSON object; found {type(value).__name__}")
     return value
 
 
@@ -89,7 +90,7 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(f"{path}:{number}: expected one JSON object per line; found {line[:40]!r}") from None
+            raise DataError(f"{path}:{number}: expected one JSON object per line; found {line[:40]!r}") from None
     return rows
 
 
@@ -98,11 +99,11 @@ def read_cosines(path: Path) -> np.ndarray:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if "cosine" not in (reader.fieldnames or []):
-            raise ValueError(f"{path}: expected the columns step, cosine; found {', '.join(reader.fieldnames or [])}")
+            raise DataError(f"{path}: expected the columns step, cosine; found {', '.join(reader.fieldnames or [])}")
         try:
             return np.array([float(row["cosine"] or "nan") for row in reader], dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected a number in every `cosine` entry; {error}") from None
+            raise DataError(f"{path}: expected a number in every `cosine` entry; {error}") from None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -330,6 +331,12 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     }
 
 
+def _signed(value: float, digits: int) -> str:
+    """A number with its sign, minus as the typographic sign; never a negative zero."""
+    text = f"{value:+.{digits}f}"
+    return ("+" + text[1:] if float(text) == 0 else text).replace("-", "−")
+
+
 def _format(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
     if stat is None:
         return "–"
@@ -342,11 +349,11 @@ def _format(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
 def _comparison_sentence(item: dict[str, Any]) -> str:
     _, heading, factor, digits, unit = next(m for m in _MEASURES if m[0] == item["measure"])
     unit = " points" if unit == "%" else (" epochs" if item["measure"] == "best_epoch" else "")
-    text = f"{item['method']} against {item['baseline']}, {heading}: {factor * item['mean']:+.{digits}f}{unit}"
+    text = f"{item['method']} against {item['baseline']}, {heading}: {_signed(factor * item['mean'], digits)}{unit}"
     count = len(item["seeds"])
     if item["low"] is None:
         return f"{text} on one common seed: no spread to judge it by."
-    interval = f"95% interval {factor * item['low']:+.{digits}f} to {factor * item['high']:+.{digits}f}"
+    interval = f"95% interval {_signed(factor * item['low'], digits)} to {_signed(factor * item['high'], digits)}"
     verdict = (
         "a difference beyond the seed spread"
         if item["verdict"] == "difference"
@@ -501,8 +508,8 @@ def _short_comparisons(summary: dict[str, Any]) -> list[str]:
             if key in items:
                 item = items[key]
                 within = "beyond" if item["verdict"] == "difference" else "no difference beyond"
-                interval = f"95% interval {factor * item['low']:+.1f} to {factor * item['high']:+.1f}"
-                texts.append(f"{name} {factor * item['mean']:+.1f}{unit} ({interval}: {within} seed spread)")
+                interval = f"95% interval {_signed(factor * item['low'], 1)} to {_signed(factor * item['high'], 1)}"
+                texts.append(f"{name} {_signed(factor * item['mean'], 1)}{unit} ({interval}: {within} seed spread)")
         if texts:
             lines.append(f"{method} against {BASELINE}, paired by seed: {'; '.join(texts)}")
     return lines
@@ -576,8 +583,9 @@ max-width:1120px;margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0 1rem} h2{font-size:1.25rem;margin:2.2rem 0 .6rem}
 p,li{max-width:78ch} table{border-collapse:collapse;font-size:.92rem;margin:.6rem 0}
 th,td{text-align:right;padding:.32rem .7rem;border-bottom:1px solid #e4e4e4;vertical-align:top;
-font-variant-numeric:tabular-nums}
-th{color:#555;font-weight:600;border-bottom:2px solid #bbb} td:first-child,th:first-child{text-align:left}
+white-space:nowrap;font-variant-numeric:tabular-nums}
+th{white-space:normal;color:#555;font-weight:600;border-bottom:2px solid #bbb}
+td:first-child,th:first-child{text-align:left}
 td small{color:#777;display:block;font-size:.8rem} .wide{overflow-x:auto} figure{margin:1rem 0}
 figure img{max-width:100%;height:auto} figcaption{color:#555;font-size:.9rem;max-width:78ch}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(460px,1fr));gap:0 1.4rem}
@@ -628,11 +636,13 @@ def _comparison_table(summary: dict[str, Any]) -> str:
             if item is None:
                 cells.append("–")
                 continue
-            value = f"{factor * item['mean']:+.{digits}f}{' points' if unit == '%' else ''}"
+            value = f"{_signed(factor * item['mean'], digits)}{' points' if unit == '%' else ''}"
             if item["low"] is None:
                 cells.append(f"{value}<small>one common seed: no spread to judge by</small>")
                 continue
-            interval = f"95% interval {factor * item['low']:+.{digits}f} to {factor * item['high']:+.{digits}f}"
+            interval = (
+                f"95% interval {_signed(factor * item['low'], digits)} to {_signed(factor * item['high'], digits)}"
+            )
             if item["verdict"] == "difference":
                 cells.append(f"<b>{value}</b><small>{interval}<br><b>beyond the seed spread</b></small>")
             else:
@@ -659,17 +669,16 @@ def _explanation(runs: list[Run], summary: dict[str, Any]) -> str:
     algo = _text(settings.get("algo", "?"))
     return f"""
 <p>A speech-deepfake detector (<b>{detector}</b>) was trained to tell human from synthetic speech on
-<code>{speech}</code>. Every training step sees each utterance twice: as recorded (clean), and distorted by RawBoost algorithm {algo}
-(augmented). Each view gives its own gradient, the direction in which it would change the detector. When the two point against each
-other (negative cosine), the step is <b>in conflict</b>: what helps one view hurts the other. The methods compared here,
-{names}, differ only in how they merge the two gradients; <b>none</b> is plain training on the mean of both losses. Each
-method was trained from up to {seeds} random seeds, since results differ between seeds even when nothing else
-changes.{data}
-</p>
+<code>{speech}</code>. Every training step sees each utterance twice: as recorded (clean), and distorted by RawBoost
+algorithm {algo} (augmented). Each view gives its own gradient, the direction in which it would change the detector.
+When the two point against each other (negative cosine), the step is <b>in conflict</b>: what helps one view hurts the
+other. The methods compared here, {names}, differ only in how they merge the two gradients; <b>none</b> is plain
+training on the mean of both losses. Each method was trained from up to {seeds} random seeds, since results differ
+between seeds even when nothing else changes.{data}</p>
 <p><b>EER</b> (equal error rate) is the error where as many spoofs pass as human recordings are refused; 50% is
-guessing, lower is better. <b>Min DCF</b> weighs the two errors by their cost; 1 is no better than giving every utterance the same
-answer. <b>Epochs to best dev loss</b> tells how soon training was as good as it got. Numbers are means over seeds, in
-brackets the lowest and the highest seed.</p>"""
+guessing, lower is better. <b>Min DCF</b> weighs the two errors by their cost; 1 is no better than giving every
+utterance the same answer. <b>Epochs to best dev loss</b> tells how soon training was as good as it got. Numbers are
+means over seeds, in brackets the lowest and the highest seed.</p>"""
 
 
 def _page(runs: list[Run], summary: dict[str, Any]) -> str:
@@ -767,7 +776,7 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
                 _picture(
                     draw_conflicts(groups),
                     "Cosine between the gradients of the clean and the augmented view over training: median over "
-                    "steps and seeds, band from the 10% to the 90% quantile. Below the line at 0 the views are in conflict.",
+                    "steps and seeds, band from the 10% to the 90% quantile. Below 0 the views are in conflict.",
                     "cosine against steps",
                 )
             )
