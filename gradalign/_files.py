@@ -39,8 +39,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)) and error.filename2 is None:
+            error.filename = str(path)
         raise
 
 
