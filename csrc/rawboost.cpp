@@ -1,0 +1,389 @@
+// RawBoost on the CPU: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to the functions of these names in gradalign/reference.py.
+// One utterance per task; nothing an utterance yields depends on the batch around it or on the number of threads.
+#include <algorithm>
+#include <array>
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "bijection.h"
+#include "common.h"
+#include "fft.h"
+#include "notch.h"
+
+namespace gradalign {
+
+// ------------------------------------------------------------------------------------------------------------------ the filter bank
+
+// Buffers of one thread, kept between utterances.
+template <typename T>
+struct Scratch {
+  std::vector<T> wave, out, noise;
+  std::vector<Complex<T>> base, power, work, sum, spectra;
+  std::map<int, std::unique_ptr<Twiddles<T>>> twiddles;
+
+  const Twiddles<T>& plan(int n) {
+    auto& entry = twiddles[n];
+    if (!entry) entry = std::make_unique<Twiddles<T>>(n);
+    return *entry;
+  }
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+// y[n] = sum over branches i and taps k of b_i[k] * x[n + (P+1)/2 - k]^(i+1), x zero outside [0, length): overlap-save, with the signal's
+// blocks in the lanes' real and imaginary parts (the filters are real, so the two never mix).
+template <typename T>
+GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, T* y, Scratch<T>& s) {
+  using Vector = typename LaneVector<T>::type;
+  constexpr int kLanes = LaneVector<T>::count;
+  // The transform size of least work: points times stages, over the groups of blocks it needs.
+  int points = 0;
+  int64_t groups = 0;
+  double least = 0;
+  for (int n = 1024, stages = 10; n <= (1 << 24); n *= 2, ++stages) {
+    int64_t hop = n - (num_taps - 1);
+    if (n < 2 * num_taps) continue;
+    int64_t needed = (length + 2 * kLanes * hop - 1) / (2 * kLanes * hop);
+    double work = double(n) * stages * needed;
+    if (points != 0 && work >= least) break;
+    points = n, groups = needed, least = work;
+  }
+  const Twiddles<T>& w = s.plan(points);
+  const int64_t hop = points - (num_taps - 1), advance = (num_taps + 1) / 2 - (num_taps - 1);
+
+  // The filters' spectra, one filter per lane.
+  const int64_t banks = (num_filters + kLanes - 1) / kLanes;
+  s.spectra.assign(size_t(banks) * points, Complex<T>{});
+  for (int64_t bank = 0; bank < banks; ++bank) {
+    Complex<T>* h = s.spectra.data() + bank * points;
+    for (int64_t i = bank * kLanes; i < std::min(num_filters, (bank + 1) * kLanes); ++i)
+      for (int64_t k = 0; k < num_taps; ++k) reinterpret_cast<T*>(&h[k].re)[i % kLanes] = filters[i * num_taps + k] / T(points);
+    fft(h, w);
+  }
+
+  s.base.resize(points), s.power.resize(points), s.work.resize(points), s.sum.resize(points);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = group * 2 * kLanes;
+    for (int half = 0; half < 2; ++half) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t start = (first + half * kLanes + lane) * hop + advance;
+        const int64_t from = std::clamp<int64_t>(-start, 0, points), to = std::clamp<int64_t>(length - start, from, points);
+        T* column = reinterpret_cast<T*>(half == 0 ? &s.base[0].re : &s.base[0].im) + lane;
+        for (int64_t t = 0; t < from; ++t) column[t * 2 * kLanes] = 0;
+        for (int64_t t = from; t < to; ++t) column[t * 2 * kLanes] = x[start + t];
+        for (int64_t t = to; t < points; ++t) column[t * 2 * kLanes] = 0;
+      }
+    }
+    for (int64_t i = 0; i < num_filters; ++i) {
+      for (int t = 0; t < points; ++t) {
+        if (i == 0) {
+          s.power[t] = s.base[t];
+        } else {
+          s.power[t].re *= s.base[t].re;
+          s.power[t].im *= s.base[t].im;
+        }
+        s.work[t] = s.power[t];
+      }
+      fft(s.work.data(), w);
+      const T* h = reinterpret_cast<const T*>(s.spectra.data() + (i / kLanes) * points) + i % kLanes;
+      for (int k = 0; k < points; ++k) {
+        const Complex<T> product = times<T>(s.work[k], h[k * 2 * kLanes], h[k * 2 * kLanes + kLanes]);
+        const Vector zero = {};
+        s.sum[k].re = (i == 0 ? zero : s.sum[k].re) + product.re;
+        s.sum[k].im = (i == 0 ? zero : s.sum[k].im) + product.im;
+      }
+    }
+    inverse_fft(s.sum.data(), w);
+    for (int half = 0; half < 2; ++half) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t start = (first + half * kLanes + lane) * hop, count = std::min(hop, length - start);
+        const T* column = reinterpret_cast<const T*>(half == 0 ? &s.sum[num_taps - 1].re : &s.sum[num_taps - 1].im) + lane;
+        for (int64_t t = 0; t < count; ++t) y[start + t] = column[t * 2 * kLanes];
+      }
+    }
+  }
+}
+
+// Sums run in 16 interleaved float64 partial sums: vectorised, and the same on every instruction set.
+constexpr int kSums = 16;
+
+template <typename T, typename Term>
+GRADALIGN_HD double wide_sum(const T* v, int64_t count, Term term) {
+  double partial[kSums] = {}, total = 0;
+  int64_t t = 0;
+  for (; t + kSums <= count; t += kSums)
+    for (int i = 0; i < kSums; ++i) partial[i] += term(double(v[t + i]));
+  for (; t < count; ++t) partial[t % kSums] += term(double(v[t]));
+  for (int i = 0; i < kSums; ++i) total += partial[i];
+  return total;
+}
+
+template <typename T>
+GRADALIGN_HD T peak(const T* v, int64_t count) {
+  T partial[kSums] = {}, largest = 0;
+  int64_t t = 0;
+  for (; t + kSums <= count; t += kSums)
+    for (int i = 0; i < kSums; ++i) partial[i] = std::abs(v[t + i]) > partial[i] ? std::abs(v[t + i]) : partial[i];
+  for (; t < count; ++t) largest = std::max(largest, std::abs(v[t]));
+  for (int i = 0; i < kSums; ++i) largest = std::max(largest, partial[i]);
+  return largest;
+}
+
+template <typename T>
+GRADALIGN_HD void cond_norm(T* v, int64_t count) {
+  T largest = peak(v, count);
+  if (largest > 1)
+    for (int64_t t = 0; t < count; ++t) v[t] /= largest;
+}
+
+template <typename T>
+GRADALIGN_HD void lnl_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
+  filter_bank(s.wave.data(), filters, num_filters, num_taps, length, s.out.data(), s);
+  T mean = T(wide_sum(s.out.data(), length, [](double v) { return v; }) / double(length));
+  for (int64_t t = 0; t < length; ++t) s.out[t] -= mean;
+  cond_norm(s.out.data(), length);
+}
+
+template <typename T>
+GRADALIGN_HD void isd_utterance(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {
+  std::copy_n(s.wave.data(), length, s.out.data());
+  double beta = uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p);
+  int64_t count = int64_t(std::floor(double(length) * (beta / 100)));
+  Bijection pi = make_bijection(seed, uint32_t(length));
+  for (int64_t rank = 0; rank < count; ++rank) {
+    uint32_t t = unpermute(pi, uint32_t(rank));
+    Words words = philox(seed, kStreamIsdFactor, t);
+    s.out[t] += T(g_sd) * s.wave[t] * T(impulse_factor(words.w[0], words.w[1]));
+  }
+  cond_norm(s.out.data(), length);
+}
+
+template <typename T>
+GRADALIGN_HD void white_noise(uint64_t seed, int64_t length, T* noise) {
+  constexpr int kBlocks = 16;
+  for (int64_t first = 0; first < length; first += 4 * kBlocks) {
+    float sample[4][kBlocks];
+    for (int i = 0; i < kBlocks; ++i) {
+      Words words = philox(seed, kStreamSsiNoise, uint64_t(first / 4 + i));
+      box_muller(words.w[0], words.w[1], &sample[0][i], &sample[1][i]);
+      box_muller(words.w[2], words.w[3], &sample[2][i], &sample[3][i]);
+    }
+    int64_t count = std::min<int64_t>(4 * kBlocks, length - first);
+    for (int64_t t = 0; t < count; ++t) noise[first + t] = T(sample[t % 4][t / 4]);
+  }
+}
+
+template <typename T>
+GRADALIGN_HD void ssi_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+  filter_bank(s.noise.data(), filter, 1, num_taps, length, s.out.data(), s);
+  auto square = [](double v) { return v * v; };
+  double signal = std::sqrt(wide_sum(s.wave.data(), length, square)), noise = std::sqrt(wide_sum(s.out.data(), length, square));
+  T scale = noise > 0 ? T(signal / noise * std::pow(10.0, -snr_db / 20)) : T(0);
+  for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] + scale * s.out[t];
+}
+
+// The compiler clones plain functions, not templates.
+#define GRADALIGN_UTTERANCE(T)                                                                                              \
+  GRADALIGN_CLONES void lnl_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {   \
+    lnl_utterance<T>(filters, num_filters, num_taps, length, s);                                                            \
+  }                                                                                                                         \
+  GRADALIGN_CLONES void isd_one(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {                      \
+    isd_utterance<T>(seed, p, g_sd, length, s);                                                                             \
+  }                                                                                                                         \
+  GRADALIGN_CLONES void factor_one(const T* factor, double g_sd, int64_t length, Scratch<T>& s) {                           \
+    for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] + T(g_sd) * s.wave[t] * factor[t];                            \
+    cond_norm(s.out.data(), length);                                                                                        \
+  }                                                                                                                         \
+  GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) { white_noise<T>(seed, length, noise); }         \
+  GRADALIGN_CLONES void ssi_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {          \
+    ssi_utterance<T>(filter, num_taps, length, snr_db, s);                                                                  \
+  }
+GRADALIGN_UTTERANCE(float)
+GRADALIGN_UTTERANCE(double)
+#undef GRADALIGN_UTTERANCE
+
+// ------------------------------------------------------------------------------------------------------------------------------- ops
+
+// Read row b of a [B, T] tensor of any strides and floating dtype.
+template <typename T>
+void read_row(const Tensor& x, int64_t b, int64_t count, T* row) {
+  dispatch_floating(x.scalar_type(), "a waveform", [&](auto type) {
+    using S = decltype(type);
+    const S* source = static_cast<const S*>(x.const_data_ptr()) + b * x.stride(0);
+    const int64_t stride = x.stride(1);
+    for (int64_t t = 0; t < count; ++t) row[t] = T(source[t * stride]);
+  });
+}
+
+// Allocate y like x and fill it utterance by utterance: body(b, length, scratch) reads scratch.wave and writes scratch.out.
+template <typename Body>
+Tensor for_each_utterance(const Tensor& x, const std::optional<Tensor>& lengths, Body&& body) {
+  const int64_t batch = x.size(0), num_samples = x.size(1);
+  Tensor y = torch::stable::new_empty(x, {batch, num_samples});
+  std::optional<Tensor> own = lengths ? std::optional(torch::stable::contiguous(*lengths)) : std::nullopt;
+  dispatch_floating(x.scalar_type(), "x", [&](auto type) {
+    using S = decltype(type);
+    using T = Wide<S>;
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      Scratch<T>& s = Scratch<T>::mine();
+      if (int64_t(s.wave.size()) < num_samples) s.wave.resize(num_samples), s.out.resize(num_samples), s.noise.resize(num_samples);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t length = own ? std::clamp<int64_t>(own->const_data_ptr<int64_t>()[b], 0, num_samples) : num_samples;
+        read_row(x, b, length, s.wave.data());
+        if (length > 0) body(b, length, s);
+        for (int64_t t = 0; t < length; ++t) out[b * num_samples + t] = S(s.out[t]);
+        std::fill(out + b * num_samples + length, out + (b + 1) * num_samples, S(0));
+      }
+    });
+  });
+  return y;
+}
+
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
+
+ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> notch_draws(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
+                                                       const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz,
+                                                       double max_center_hz, double min_width_hz, double max_width_hz, double min_taps,
+                                                       double max_taps) {
+  const int64_t batch = seeds.size(0), num_filters = int64_t(filters.size());
+  Tensor keys = torch::stable::contiguous(seeds);
+  Tensor center_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double), width_hz = torch::stable::empty_like(center_hz);
+  Tensor taps = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Long);
+  Tensor gain_db = torch::stable::new_empty(seeds, {batch, num_filters}, ScalarType::Double);
+  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t f = 0; f < num_filters; ++f) {
+      for (int64_t band = 0; band < num_bands; ++band) {
+        NotchDraw draw = draw_notch(uint64_t(keys.const_data_ptr<int64_t>()[b]), uint32_t(filters[f]), uint32_t(band), ranges);
+        const int64_t i = (b * num_filters + f) * num_bands + band;
+        center_hz.mutable_data_ptr<double>()[i] = draw.center_hz;
+        width_hz.mutable_data_ptr<double>()[i] = draw.width_hz;
+        taps.mutable_data_ptr<int64_t>()[i] = draw.taps;
+        if (band == 0) gain_db.mutable_data_ptr<double>()[b * num_filters + f] = draw.gain * (max_gain_db[f] - min_gain_db[f]) + min_gain_db[f];
+      }
+    }
+  }
+  return {center_hz, width_hz, taps, gain_db};
+}
+
+// Design one bank into `bank` [num_taps], which is in the middle of its row between zeros.
+GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, double gain_db, int64_t num_taps, double* bank) {
+  static const std::array<double, kResponsePoints> cos_w = [] {
+    std::array<double, kResponsePoints> table;
+    for (int k = 0; k < kResponsePoints; ++k) table[k] = std::cos(kPi * k / kResponsePoints);
+    return table;
+  }();
+  std::array<double, kResponsePoints> response;
+  response.fill(1);
+  std::vector<double> half(num_taps), next(num_taps);
+  const int64_t middle = num_taps / 2;
+  std::fill_n(bank, num_taps, 0.0);
+  bank[middle] = 1;
+  int64_t reach = 0;
+  for (int64_t i = 0; i < num_bands; ++i) {
+    const int r = bands[i].reach;
+    double sum = 0;
+    for (int m = 0; m <= r; ++m) sum += (m == 0 ? 1 : 2) * (half[m] = notch_tap(bands[i], m));
+    for (int m = 0; m <= r; ++m) half[m] /= sum;
+    constexpr int kAtOnce = 32;
+    for (int k = 0; k < kResponsePoints; k += kAtOnce) {
+      double band_response[kAtOnce];
+      symmetric_response<kAtOnce>(half.data(), r, cos_w.data() + k, band_response);
+      for (int j = 0; j < kAtOnce; ++j) response[k + j] *= band_response[j];
+    }
+    std::fill(next.begin(), next.end(), 0.0);
+    for (int m = -r; m <= r; ++m) {
+      const double tap = half[std::abs(m)];
+      for (int64_t n = middle - reach; n <= middle + reach; ++n) next[n + m] += tap * bank[n];
+    }
+    reach += r;
+    std::copy(next.begin(), next.end(), bank);
+  }
+  double largest = 0;
+  for (double value : response) largest = std::max(largest, std::abs(value));
+  const double scale = std::pow(10.0, gain_db / 20) / largest;
+  for (int64_t n = 0; n < num_taps; ++n) bank[n] *= scale;
+}
+
+Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
+                  ScalarType dtype) {
+  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2);
+  Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
+  Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(center_hz, {batch, num_filters, num_taps}, dtype);
+  dispatch_floating(dtype, "dtype", [&](auto type) {
+    using S = decltype(type);
+    torch::stable::parallel_for(0, batch * num_filters, 1, [&](int64_t begin, int64_t end) {
+      std::vector<NotchBand> bands(num_bands);
+      std::vector<double> bank(num_taps);
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < num_bands; ++j) {
+          const int64_t at = i * num_bands + j;
+          bands[j] = notch_band(centers.const_data_ptr<double>()[at], widths.const_data_ptr<double>()[at], counts.const_data_ptr<int64_t>()[at], sample_rate);
+        }
+        design_bank(bands.data(), num_bands, gains.const_data_ptr<double>()[i], num_taps, bank.data());
+        for (int64_t n = 0; n < num_taps; ++n) static_cast<S*>(out.mutable_data_ptr())[i * num_taps + n] = S(Wide<S>(bank[n]));
+      }
+    });
+  });
+  return out;
+}
+
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  const int64_t num_filters = filters.size(1), num_taps = filters.size(2);
+  Tensor bank = contiguous_as(filters, wide_dtype(x));
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    using T = typename std::decay_t<decltype(s.wave)>::value_type;
+    lnl_one(bank.const_data_ptr<T>() + b * num_filters * num_taps, num_filters, num_taps, length, s);
+  });
+}
+
+Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
+           double g_sd) {
+  std::optional<Tensor> keys = factor ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    if (factor) {
+      read_row(*factor, b, length, s.noise.data());
+      factor_one(s.noise.data(), g_sd, length, s);
+    } else {
+      isd_one(uint64_t(keys->const_data_ptr<int64_t>()[b]), p, g_sd, length, s);
+    }
+  });
+}
+
+Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+           const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+  const int64_t num_taps = filters.size(1);
+  Tensor bank = contiguous_as(filters, wide_dtype(x));
+  std::optional<Tensor> keys = noise ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
+  std::optional<Tensor> levels = noise ? std::optional(contiguous_as(*snr_db, ScalarType::Double)) : std::nullopt;
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    using T = typename std::decay_t<decltype(s.wave)>::value_type;
+    double level;
+    if (noise) {
+      read_row(*noise, b, length, s.noise.data());
+      level = levels->const_data_ptr<double>()[b];
+    } else {
+      const uint64_t seed = uint64_t(keys->const_data_ptr<int64_t>()[b]);
+      noise_one(seed, length, s.noise.data());
+      level = uniform(philox(seed, kStreamSsiSnr, 0).w[0], snr_min, snr_max);
+    }
+    ssi_one(bank.const_data_ptr<T>() + b * num_taps, num_taps, length, level, s);
+  });
+}
+
+}  // namespace gradalign
+
+STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CPU, m) {
+  m.impl("notch_draws", TORCH_BOX(&gradalign::notch_draws));
+  m.impl("notch_bank", TORCH_BOX(&gradalign::notch_bank));
+  m.impl("lnl", TORCH_BOX(&gradalign::lnl));
+  m.impl("isd", TORCH_BOX(&gradalign::isd));
+  m.impl("ssi", TORCH_BOX(&gradalign::ssi));
+}

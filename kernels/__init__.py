@@ -1,0 +1,1 @@
+"""Triton kernels; importing this package registers them as the backend "triton"."""
