@@ -88,6 +88,8 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
         wave, rate = soundfile.read(str(source), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"{source}: expected a readable audio file; found: {error}") from None
+    if len(wave) < info.frames:
+        raise AudioError(f"{source}: expected {info.frames} samples by its header; found {len(wave)} (truncated?)")
     if wave.shape[0] == 0:
         raise AudioError(f"{source}: expected at least one sample; found none")
     if not np.isfinite(wave).all():

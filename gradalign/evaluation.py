@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gradalign._errors import DataError
-
-LABELS = {"bonafide": True, "bona-fide": True, "genuine": True, "spoof": False}
-"""The label words of score files and protocols; ``True`` is bona fide."""
+from gradalign.data.protocol import LABELS, read_protocol
 
 
 @dataclass(frozen=True)
@@ -56,36 +54,17 @@ def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
             yield number, fields
 
 
-def read_protocol_labels(path: str | Path) -> dict[str, tuple[str, bool]]:
-    """The ``(attack, is bona fide)`` of each utterance of an ASVspoof-style protocol.
-
-    Lines are ``speaker utterance - attack label``. Raises ValueError naming file, line, expected and found.
-    """
-    path = Path(path)
-    labels: dict[str, tuple[str, bool]] = {}
-    for number, fields in _lines(path):
-        if len(fields) != 5 or fields[4] not in LABELS:
-            raise DataError(
-                f"{path}:{number}: expected `speaker utterance - attack label` with label bonafide or spoof; "
-                f"found {' '.join(fields)!r}"
-            )
-        if fields[1] in labels:
-            raise DataError(f"{path}:{number}: expected each utterance once; found {fields[1]!r} again")
-        labels[fields[1]] = (fields[3], LABELS[fields[4]])
-    if not labels:
-        raise DataError(f"{path}: expected at least one protocol line; found none")
-    return labels
-
-
 def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
     """Read a score file.
 
     Lines are ``utterance attack label score`` (as `gradalign score` and the ASVspoof baselines write them), or
     ``utterance score`` where ``protocol`` gives the labels. With a protocol, both must name the same utterances.
-    Raises ValueError naming file, line, expected and found; FileNotFoundError.
+    Raises DataError naming file, line, expected and found; FileNotFoundError.
     """
     path = Path(path)
-    known = read_protocol_labels(protocol) if protocol is not None else None
+    known = None
+    if protocol is not None:
+        known = {u.name: (u.attack, u.label == 1) for u in read_protocol(protocol)}
     utterances: list[str] = []
     attacks: list[str] = []
     bonafide: list[bool] = []
@@ -93,7 +72,7 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
     seen: set[str] = set()
     for number, fields in _lines(path):
         if len(fields) == 4 and fields[2] in LABELS:
-            utterance, attack, is_bonafide = fields[0], fields[1], LABELS[fields[2]]
+            utterance, attack, is_bonafide = fields[0], fields[1], LABELS[fields[2]] == 1
         elif len(fields) == 2 and known is not None:
             utterance = fields[0]
             attack, is_bonafide = known.get(utterance, ("-", False))

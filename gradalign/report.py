@@ -23,7 +23,8 @@ import numpy as np
 from gradalign import figures
 from gradalign._errors import DataError
 from gradalign._files import atomic_path
-from gradalign.evaluation import Scores, read_protocol_labels, read_scores
+from gradalign.data.protocol import read_protocol
+from gradalign.evaluation import Scores, read_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,16 @@ _DEGREES_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def share_negative(cosines: np.ndarray) -> float:
+    """The share of negative values among the finite ones; NaN when there are none.
+
+    >>> share_negative(np.array([-0.5, 0.5, np.nan, 0.1, 0.2]))
+    0.25
+    """
+    finite = cosines[np.isfinite(cosines)]
+    return float(np.mean(finite < 0)) if len(finite) else math.nan
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,7 @@ class Run:
 
     def conflict_share(self) -> float:
         """The share of steps whose two gradients had a negative cosine, in [0, 1]; NaN without steps."""
-        defined = self.cosines[np.isfinite(self.cosines)]
-        return float(np.mean(defined < 0)) if len(defined) else math.nan
+        return share_negative(self.cosines)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -223,9 +233,10 @@ def det_curve(bonafide: np.ndarray, spoof: np.ndarray) -> tuple[np.ndarray, np.n
 def _seen_attacks(runs: Sequence[Run]) -> set[str]:
     """The attacks of training: from the data's own protocol if it is still there, else those of the dev scores."""
     for run in runs:
-        protocol = Path(str(run.config.get("data", ""))) / "protocols" / "train.txt"
-        if run.config.get("data") and protocol.is_file():
-            return {attack for attack, bonafide in read_protocol_labels(protocol).values() if not bonafide}
+        data, protocol = run.config.get("data"), run.config.get("train_protocol")
+        path = Path(protocol) if protocol else Path(str(data)) / "protocols" / "train.txt"
+        if (protocol or data) and path.is_file():
+            return {utterance.attack for utterance in read_protocol(path) if utterance.label == 0}
     return {attack for run in runs if run.dev is not None for attack in run.dev.attack_names()}
 
 

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradalign import conflicts
+
+
+def make_views(count=4):
+    generator = torch.Generator().manual_seed(0)
+    views = []
+    for _ in range(count):
+        clean = torch.randn(6, 5, generator=generator)
+        views.append(
+            (clean, clean + torch.randn(6, 5, generator=generator), torch.randint(0, 2, (6,), generator=generator))
+        )
+    return views
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def flat(model, view, labels, layer=None):
+    module = model if layer is None else model.get_submodule(layer)
+    loss = nn.functional.cross_entropy(model(view), labels)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]).double()
+
+
+def test_cosines_are_those_of_the_flattened_gradients(model):
+    views = make_views()
+    found = conflicts.layer_cosines(model, views, nn.functional.cross_entropy)
+    assert found.names == ["0", "2", "4"]
+    assert found.sizes == [24, 15, 8]
+    for step, (clean, augmented, labels) in enumerate(views):
+        for column, layer in enumerate([*found.names, None]):
+            a, b = (flat(model, view, labels, layer) for view in (clean, augmented))
+            value = found.whole[step] if layer is None else found.layers[step, column]
+            assert value == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
+
+
+def test_measuring_leaves_weights_and_grads_alone(model):
+    before = [p.clone() for p in model.parameters()]
+    conflicts.layer_cosines(model, make_views(), nn.functional.cross_entropy)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_with_an_optimizer_it_trains_on_the_mean_loss(model):
+    twin = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    twin.load_state_dict(model.state_dict())
+    views = make_views()
+    conflicts.layer_cosines(
+        model, views, nn.functional.cross_entropy, optimizer=torch.optim.SGD(model.parameters(), lr=0.5)
+    )
+    plain = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for clean, augmented, labels in views:
+        plain.zero_grad()
+        sum(nn.functional.cross_entropy(twin(view), labels) / 2 for view in (clean, augmented)).backward()
+        plain.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_unused_and_frozen_layers(model):
+    model[0].requires_grad_(False)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = model, nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    found = conflicts.layer_cosines(Padded(), make_views(), nn.functional.cross_entropy)
+    assert found.names == ["used.2", "used.4", "spare"]
+    assert np.isnan(found.layers[:, 2]).all()
+    assert np.isnan(found.shares()[2])
+    assert np.isfinite(found.layers[:, :2]).all()
+    assert np.isfinite(found.whole).all()
+
+
+def test_no_step_is_an_error(model):
+    with pytest.raises(ValueError, match="expected at least one step"):
+        conflicts.layer_cosines(model, [], nn.functional.cross_entropy)

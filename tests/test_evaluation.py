@@ -1,0 +1,135 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from gradalign import evaluation
+from gradalign._errors import DataError
+
+SCORES = "h1 - bonafide 2.5\nh2 - bonafide 0.5\ns1 A spoof -1\ns2 A spoof 1.0\ns3 B spoof -2e0\n"
+PROTOCOL = "p1 h1 - - bonafide\np1 h2 - - bonafide\np2 s1 - A spoof\np2 s2 - A spoof\np2 s3 - B spoof\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "scores.txt").write_text(SCORES)
+    (tmp_path / "plain.txt").write_text(
+        "".join(f"{line.split()[0]} {line.split()[3]}\n" for line in SCORES.splitlines())
+    )
+    (tmp_path / "protocol.txt").write_text(PROTOCOL)
+    return tmp_path
+
+
+def test_read_scores_gives_classes_and_attacks(files):
+    scores = evaluation.read_scores(files / "scores.txt")
+    bonafide, spoof = scores.split()
+    assert bonafide.tolist() == [2.5, 0.5]
+    assert spoof.tolist() == [-1.0, 1.0, -2.0]
+    assert scores.split("A")[1].tolist() == [-1.0, 1.0]
+    assert scores.attack_names() == ["A", "B"]
+    assert len(scores) == 5
+
+
+def test_protocol_labels_a_plain_score_file(files):
+    plain = evaluation.read_scores(files / "plain.txt", files / "protocol.txt")
+    full = evaluation.read_scores(files / "scores.txt")
+    assert plain.attacks == full.attacks
+    assert np.array_equal(plain.values, full.values)
+    assert np.array_equal(plain.bonafide, full.bonafide)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h1 - bonafide\n", r"scores\.txt:1: expected `utterance attack label score`"),
+        ("h1 - bonafide 1\nh2 - bonefide 1\n", r"scores\.txt:2: .*'h2 - bonefide 1'"),
+        ("h1 - bonafide nan\n", r"scores\.txt:1: expected a finite score; found 'nan'"),
+        ("h1 - bonafide x\n", r"scores\.txt:1: expected a finite score; found 'x'"),
+        ("h1 - bonafide 1\nh1 - bonafide 2\n", r"scores\.txt:2: .*'h1' again"),
+        ("h1 1.0\n", r"scores\.txt:1: .*--protocol"),
+        ("\n", r"scores\.txt: expected at least one score; found none"),
+    ],
+)
+def test_broken_score_files_are_named(tmp_path, text, message):
+    (tmp_path / "scores.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        evaluation.read_scores(tmp_path / "scores.txt")
+
+
+def test_binary_file_is_named(tmp_path):
+    (tmp_path / "scores.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"scores\.txt: expected a text file"):
+        evaluation.read_scores(tmp_path / "scores.txt")
+
+
+def test_protocol_of_other_utterances_is_an_error(files):
+    (files / "protocol.txt").write_text(PROTOCOL.replace("h2", "h9"))
+    with pytest.raises(DataError, match=r"1 scores without a protocol line and 1 protocol lines without a score.*'h2'"):
+        evaluation.read_scores(files / "scores.txt", files / "protocol.txt")
+
+
+def test_protocol_that_contradicts_a_label_is_an_error(files):
+    (files / "protocol.txt").write_text(PROTOCOL.replace("A spoof", "A bonafide", 1))
+    with pytest.raises(DataError, match=r"scores\.txt:3: 's1' is spoof here and not so in .*protocol\.txt"):
+        evaluation.read_scores(files / "scores.txt", files / "protocol.txt")
+
+
+def test_protocol_with_a_typo_is_named(files):
+    (files / "protocol.txt").write_text(PROTOCOL.replace("B spoof", "B spof"))
+    with pytest.raises(DataError, match=r"protocol\.txt:5: expected .*found 'spof'"):
+        evaluation.read_scores(files / "plain.txt", files / "protocol.txt")
+
+
+def test_asv_rates_by_counting(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = {"target": rng.normal(2, 1, 300), "nontarget": rng.normal(-1, 1, 400), "spoof": rng.normal(0, 1, 200)}
+    lines = [f"- {kind} {value:.17g}" for kind, values in kinds.items() for value in values]
+    (tmp_path / "asv.txt").write_text("\n".join(lines))
+    p_fa, p_miss, p_fa_spoof = evaluation.asv_rates_at_eer(evaluation.read_asv_scores(tmp_path / "asv.txt"))
+    every = np.concatenate([kinds["target"], kinds["nontarget"]])
+    gaps = [abs(np.mean(kinds["target"] < t) - np.mean(kinds["nontarget"] >= t)) for t in every]
+    threshold = every[int(np.argmin(gaps))]
+    assert p_fa == pytest.approx(np.mean(kinds["nontarget"] >= threshold), abs=1e-12)
+    assert p_miss == pytest.approx(np.mean(kinds["target"] < threshold), abs=1e-12)
+    assert p_fa_spoof == pytest.approx(np.mean(kinds["spoof"] >= threshold), abs=1e-12)
+
+
+def test_asv_file_without_spoof_is_an_error(tmp_path):
+    (tmp_path / "asv.txt").write_text("- target 1\n- nontarget 0\n")
+    with pytest.raises(DataError, match=r"asv\.txt: .*found none of spoof"):
+        evaluation.read_asv_scores(tmp_path / "asv.txt")
+
+
+def test_rows_per_attack_hold_the_metrics(files):
+    from gradalign import metrics
+
+    scores = evaluation.read_scores(files / "scores.txt")
+    rows = evaluation.evaluate(scores, by="attack", asv_rates=(0.05, 0.04, 0.3))
+    assert [(r["condition"], r["bonafide"], r["spoof"]) for r in rows] == [("all", 2, 3), ("A", 2, 2), ("B", 2, 1)]
+    for row, attack in zip(rows, [None, "A", "B"], strict=True):
+        bonafide, spoof = scores.split(attack)
+        assert row["eer"] == metrics.eer(bonafide, spoof)
+        assert row["min_dcf"] == metrics.min_dcf(bonafide, spoof)
+        assert row["act_dcf"] == metrics.act_dcf(bonafide, spoof)
+        assert row["cllr"] == metrics.cllr(bonafide, spoof)
+        assert row["min_tdcf"] == metrics.min_tdcf(
+            bonafide, spoof, asv=metrics.AsvRates(0.05, 0.04, 0.3), version="2021"
+        )
+
+
+def test_one_class_alone_is_an_error(tmp_path):
+    (tmp_path / "scores.txt").write_text("h1 - bonafide 1\n")
+    with pytest.raises(ValueError, match="found 1 bona fide and 0 spoofed"):
+        evaluation.evaluate(evaluation.read_scores(tmp_path / "scores.txt"))
+
+
+def test_formats_hold_the_same_numbers():
+    rows = [{"condition": "all", "bonafide": 2, "spoof": 3, "eer": 1 / 3, "min_dcf": 0.25}]
+    assert json.loads(evaluation.format_json(rows)) == rows
+    read = next(csv.DictReader(io.StringIO(evaluation.format_csv(rows))))
+    assert float(read["eer"]) == 1 / 3
+    heading, _, line = evaluation.format_table(rows).splitlines()
+    assert heading.split() == ["condition", "bona", "fide", "spoof", "EER", "%", "min", "DCF"]
+    assert line.split() == ["all", "2", "3", "33.33", "0.2500"]
