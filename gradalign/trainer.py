@@ -1,7 +1,8 @@
 """Dual-path training: clean and RawBoost-augmented views, each with its own gradient, merged by an aligned optimizer.
 
-Source of the scheme: Truong et al., arXiv 2509.20682. A run is reproducible bit for bit on the CPU and survives being killed at any
-point: everything random is a pure function of (seed, epoch, utterance) or kept in the checkpoint, and every file is replaced whole.
+Source of the scheme: Truong et al., arXiv 2509.20682. A run is reproducible bit for bit on the CPU and survives being
+killed at any point: everything random is a pure function of (seed, epoch, utterance) or kept in the checkpoint, and
+every file is replaced whole.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ METHODS = ("none", "mean", "pcgrad", "gradvac", "cagrad")
 class TrainConfig:
     """Everything that decides a training run.
 
-    Data are either a folder in corpus layout (``data``) or one protocol and one audio folder per split. Field order is the order of `config.json`.
+    Data are either a folder in corpus layout (``data``) or one protocol and one audio folder per split.
 
     Attributes:
-        data: folder with ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, as `gradalign corpus build` writes it; None: the six paths below.
-        train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be missing.
+        data: folder with ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, as `gradalign corpus build`
+            writes it; None: the six paths below.
+        train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
+            missing.
         train_audio, dev_audio, test_audio: folder of each split's audio files, named by utterance.
         out: folder of the runs; the run's own folder is ``out/<align>-seed<seed>``.
         align: none | mean | pcgrad | gradvac | cagrad.
@@ -52,7 +55,7 @@ class TrainConfig:
         device: as PyTorch names it, or auto (a GPU where there is one).
         threads: CPU threads of PyTorch; 0 leaves its own choice.
         num_workers: processes that read audio ahead; 0 reads in the training process.
-        cache_mb: memory for decoded audio (16-bit), so that files are decoded once; used by readers in the training process only.
+        cache_mb: memory for decoded audio, so that files are decoded once; without effect where num_workers > 0.
         checkpoint_steps: write a checkpoint every so many steps too, not only at the end of an epoch; 0: only there.
         skip_bad: leave out and list audio files that cannot be read, instead of stopping.
     """
@@ -108,11 +111,18 @@ class TrainConfig:
             if value is None and "None" in str(f.type):
                 continue
             if kind.startswith("tuple"):
-                ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
+                ok = (
+                    isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
+                )
                 _expect(ok, f.name, "two numbers above 0", value)
                 object.__setattr__(self, f.name, (float(value[0]), float(value[1])))
             elif kind.startswith("dict"):
-                _expect(isinstance(value, dict) and all(isinstance(k, str) for k in value), f.name, "a dict with names as keys", value)
+                _expect(
+                    isinstance(value, dict) and all(isinstance(k, str) for k in value),
+                    f.name,
+                    "a dict with names as keys",
+                    value,
+                )
             elif kind == "bool":
                 _expect(isinstance(value, bool), f.name, "true or false", value)
             elif kind == "int":
@@ -155,7 +165,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
-        """Read a file that `to_json` wrote (or a part of one: the rest are defaults). Raises ConfigError naming the file."""
+        """Read a file that `to_json` wrote; settings it lacks are defaults. Raises ConfigError naming the file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

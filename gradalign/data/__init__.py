@@ -1,1 +1,22 @@
 """Audio, protocols, the small corpus and the loaders."""
+
+from gradalign._errors import AudioError, DataError
+from gradalign.data.audio import find_audio, fit_length, read_audio
+from gradalign.data.dataset import Batch, Example, SpeechDataset, epoch_plan, load_batches, utterance_draws
+from gradalign.data.protocol import Utterance, read_protocol
+
+__all__ = [
+    "AudioError",
+    "Batch",
+    "DataError",
+    "Example",
+    "SpeechDataset",
+    "Utterance",
+    "epoch_plan",
+    "find_audio",
+    "fit_length",
+    "load_batches",
+    "read_audio",
+    "read_protocol",
+    "utterance_draws",
+]

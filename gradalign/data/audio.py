@@ -1,0 +1,128 @@
+"""Reading audio files: soundfile decodes, several channels are averaged, torchaudio resamples when asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradalign._errors import AudioError
+
+SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+"""Suffixes that `find_audio` tries, in this order."""
+
+
+def find_audio(folder: str | Path, utterance: str) -> Path:
+    """The audio file of an utterance: ``folder/<utterance>`` with the first suffix of `SUFFIXES` that is there.
+
+    An utterance may hold folders and its own suffix (``speaker/a.wav``). Raises AudioError naming what was looked for.
+    """
+    folder = Path(folder)
+    if Path(utterance).suffix.lower() in SUFFIXES and (folder / utterance).is_file():
+        return folder / utterance
+    for suffix in SUFFIXES:
+        path = folder / f"{utterance}{suffix}"
+        if path.is_file():
+            return path
+    raise AudioError(f"{folder / utterance}: expected a file ending in {', '.join(SUFFIXES)}; found none")
+
+
+def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Tensor:
+    """Read a whole audio file as one channel.
+
+    Args:
+        path: FLAC, WAV, OGG, MP3 or whatever else libsndfile decodes.
+        sample_rate: of the result, Hz.
+        resample: convert files of another rate (torchaudio, Hann-windowed sinc); otherwise they are an error.
+
+    Returns:
+        float32 [T], full scale at 1; the mean over channels.
+
+    Raises:
+        AudioError: naming the file, when it is missing, unreadable, truncated, empty, holds NaN or Inf, or has another
+            sample rate.
+    """
+    import soundfile
+
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: expected an audio file; found nothing there")
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            promised, rate, is_wav = file.frames, file.samplerate, file.format in ("WAV", "WAVEX")
+            wave = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        raise AudioError(f"{path}: expected a readable audio file; found: {error}") from None
+    if is_wav:
+        promised = max(promised, _promised_wav_frames(Path(path)))
+    if len(wave) < promised:
+        raise AudioError(f"{path}: expected {promised} samples by its header; found {len(wave)} (a truncated file?)")
+    if len(wave) == 0:
+        raise AudioError(f"{path}: expected at least one sample; found none")
+    mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{path}: expected finite samples; found NaN or Inf")
+    result = torch.from_numpy(np.ascontiguousarray(mono))
+    if rate != sample_rate:
+        if not resample:
+            raise AudioError(
+                f"{path}: expected a sample rate of {sample_rate} Hz; found {rate} Hz (resampling converts such files)"
+            )
+        from torchaudio.functional import resample as convert
+
+        result = convert(result, rate, sample_rate)
+    return result
+
+
+def _promised_wav_frames(path: Path) -> int:
+    """The length a RIFF header announces; libsndfile shortens it silently to what is there. 0 where it is not known."""
+    frame_bytes = 0
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF":
+            return 0
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            kind, size = header[:4], int.from_bytes(header[4:], "little")
+            if kind == b"fmt ":
+                frame_bytes = int.from_bytes(file.read(size)[12:14], "little")
+            elif kind == b"data":
+                # Writers to a pipe leave the size open as 0 or all ones.
+                known = frame_bytes > 0 and size < 0xFFFFFF00
+                return size // frame_bytes if known else 0
+            else:
+                file.seek(size, 1)
+            file.seek(size % 2, 1)
+    return 0
+
+
+def fit_length(wave: Tensor, num_samples: int = 64600, start: int | None = None) -> Tensor:
+    """Crop or repeat an utterance to a fixed length, as the published detectors do.
+
+    Args:
+        wave: [T], T > 0.
+        num_samples: of the result.
+        start: first sample of the crop, 0 <= start <= T - num_samples; None is 0. Shorter utterances are repeated from
+            their beginning and take no start above 0.
+
+    Returns:
+        [num_samples], of wave's dtype; a view of it where that is possible.
+
+    Raises:
+        ValueError: naming expected and found.
+
+    >>> fit_length(torch.tensor([1, 2, 3]), 7)
+    tensor([1, 2, 3, 1, 2, 3, 1])
+    >>> fit_length(torch.tensor([1, 2, 3]), 2, start=1)
+    tensor([2, 3])
+    """
+    if wave.ndim != 1 or len(wave) == 0:
+        raise ValueError(f"`wave` must be [T] with T > 0; found {list(wave.shape)}")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1; found {num_samples}")
+    first = 0 if start is None else start
+    if not 0 <= first <= max(0, len(wave) - num_samples):
+        raise ValueError(f"`start` must be in [0, {max(0, len(wave) - num_samples)}]; found {first}")
+    if len(wave) >= num_samples:
+        return wave[first : first + num_samples]
+    return wave.repeat(num_samples // len(wave) + 1)[:num_samples]

@@ -1,0 +1,188 @@
+"""Data sets of utterances: what a training step reads, as a pure function of (seed, epoch, utterance)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gradalign._errors import AudioError
+from gradalign.data.audio import find_audio, fit_length, read_audio
+from gradalign.data.protocol import Utterance
+
+
+class Example(NamedTuple):
+    """One utterance, ready for a batch.
+
+    ``wave`` float32 [T]; ``label`` 1 bona fide, 0 spoof; ``row`` its index in the data set; ``length`` the samples of
+    ``wave`` before it repeats itself, at most T; ``seed`` of its augmentation, in [0, 2^63).
+    """
+
+    wave: Tensor
+    label: int
+    row: int
+    length: int
+    seed: int
+
+
+class Batch(NamedTuple):
+    """Several utterances: ``wave`` float32 [B, T]; ``label``, ``row``, ``length`` and ``seed`` int64 [B].
+
+    ``bad`` holds (row, message) of the utterances that could not be read, which are in none of the other fields.
+    """
+
+    wave: Tensor
+    label: Tensor
+    row: Tensor
+    length: Tensor
+    seed: Tensor
+    bad: list[tuple[int, str]]
+
+
+def utterance_draws(seed: int, epoch: int, name: str) -> tuple[int, int]:
+    """Two random numbers in [0, 2^63) for an utterance in an epoch: its augmentation's seed and its crop.
+
+    They depend on nothing else: not on order, batch, workers or on how often a run was killed and resumed.
+
+    >>> utterance_draws(0, 1, "a") == utterance_draws(0, 1, "a") != utterance_draws(0, 2, "a")
+    True
+    """
+    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little") >> 1, int.from_bytes(digest[8:], "little") >> 1
+
+
+class SpeechDataset(Dataset[Example]):
+    """Utterances of a protocol with their audio files.
+
+    Args:
+        utterances: from `read_protocol`.
+        audio_dir: folder of the files, named by utterance; see `find_audio`.
+        sample_rate: Hz.
+        num_samples: length of every wave: longer audio is cropped, shorter is repeated.
+        seed: of crops and augmentation; `set_epoch` changes both.
+        random_crop: crop longer audio at a random place, not at its start.
+        resample: convert files of another sample rate.
+        cache_mb: keep up to so many megabytes of decoded audio in memory.
+
+    Indexing raises AudioError naming the file when an utterance cannot be read.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        audio_dir: str | Path,
+        *,
+        sample_rate: int = 16000,
+        num_samples: int = 64600,
+        seed: int = 0,
+        random_crop: bool = False,
+        resample: bool = False,
+        cache_mb: int = 0,
+    ) -> None:
+        self.utterances = list(utterances)
+        self.audio_dir = Path(audio_dir)
+        self.sample_rate = sample_rate
+        self.num_samples = num_samples
+        self.seed = seed
+        self.random_crop = random_crop
+        self.resample = resample
+        self.epoch = 0
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_bytes_left = cache_mb * 2**20
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose crops and augmentation seeds come next."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Example:
+        utterance = self.utterances[index]
+        augmentation_seed, crop = utterance_draws(self.seed, self.epoch, utterance.name)
+        wave = self._read(index)
+        spare = len(wave) - self.num_samples
+        start = crop % (spare + 1) if self.random_crop and spare > 0 else None
+        length = min(len(wave), self.num_samples)
+        return Example(fit_length(wave, self.num_samples, start), utterance.label, index, length, augmentation_seed)
+
+    def _read(self, index: int) -> Tensor:
+        kept = self._cache.get(index)
+        if kept is not None:
+            return torch.from_numpy(kept.astype(np.float32) / 32768 if kept.dtype == np.int16 else kept)
+        path = find_audio(self.audio_dir, self.utterances[index].name)
+        wave = read_audio(path, self.sample_rate, self.resample)
+        if self._cache_bytes_left > 0:
+            keep = wave.numpy()
+            scaled = keep * np.float32(32768)
+            fits = scaled.min() >= -32768 and scaled.max() <= 32767
+            # 16-bit files come back exactly from 16 bits; anything else is kept as it is: the cache changes nothing.
+            if fits and np.array_equal(whole := scaled.astype(np.int16), scaled):
+                keep = whole
+            if keep.nbytes <= self._cache_bytes_left:
+                self._cache[index] = keep
+                self._cache_bytes_left -= keep.nbytes
+        return wave
+
+
+class _Batches(Dataset[Batch]):
+    """A data set indexed by lists of rows.
+
+    A file that cannot be read is data here, not an exception: a worker process would hand that over as a traceback in a
+    string.
+    """
+
+    def __init__(self, dataset: SpeechDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        examples: list[Example] = []
+        bad: list[tuple[int, str]] = []
+        for i in rows:
+            try:
+                examples.append(self.dataset[i])
+            except AudioError as error:
+                bad.append((i, str(error)))
+        waves = torch.stack([e.wave for e in examples]) if examples else torch.zeros(0, self.dataset.num_samples)
+        numbers = torch.tensor([[e.label, e.row, e.length, e.seed] for e in examples], dtype=torch.int64)
+        label, row, length, seed = numbers.reshape(-1, 4).unbind(1)
+        return Batch(waves, label, row, length, seed, bad)
+
+
+def load_batches(
+    dataset: SpeechDataset, plan: Iterable[Sequence[int]], *, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of a plan (lists of rows), in its order, read by ``num_workers`` processes (0: by this one).
+
+    The global random state is not touched.
+    """
+    loader: DataLoader[Batch] = DataLoader(
+        _Batches(dataset),
+        sampler=[list(rows) for rows in plan],
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # A loader draws a base seed for its workers; from the global state it would change with every resume.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def epoch_plan(size: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The shuffled batches of one training epoch: a pure function of its arguments.
+
+    The last, incomplete batch is left out, since batch statistics of a few utterances are no good, unless it is the
+    only one.
+
+    >>> [len(batch) for batch in epoch_plan(10, 4, seed=0, epoch=0)]
+    [4, 4]
+    """
+    generator = torch.Generator().manual_seed(utterance_draws(seed, epoch, "order of the epoch")[0])
+    order = torch.randperm(size, generator=generator).tolist()
+    return [order[i : i + batch_size] for i in range(0, max(1, size - batch_size + 1), batch_size)]

@@ -1,0 +1,272 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from gradalign.data import (
+    AudioError,
+    DataError,
+    SpeechDataset,
+    Utterance,
+    epoch_plan,
+    find_audio,
+    fit_length,
+    load_batches,
+    read_audio,
+    read_protocol,
+    utterance_draws,
+)
+
+
+def write(path, samples, rate=16000, subtype="PCM_16"):
+    soundfile.write(str(path), samples, rate, subtype=subtype)
+    return path
+
+
+def noise(length, seed=0):
+    return (0.1 * np.random.default_rng(seed).standard_normal(length)).astype(np.float32)
+
+
+# ---- audio ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "ogg"])
+def test_read_audio_returns_the_samples_that_were_written(tmp_path, suffix):
+    t = np.arange(16000) / 16000
+    tone = (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+    path = write(tmp_path / f"a.{suffix}", tone, subtype="VORBIS" if suffix == "ogg" else "PCM_16")
+    wave = read_audio(path, 16000)
+    assert wave.dtype == torch.float32
+    assert wave.shape == (16000,)
+    # One 16-bit step (the WAV writer cuts off, it does not round); Vorbis is lossy.
+    tolerance = 0.02 if suffix == "ogg" else 1 / 32768
+    assert np.abs(wave.numpy() - tone).max() <= tolerance
+
+
+def test_read_audio_averages_channels(tmp_path):
+    left, right = noise(100, 1), noise(100, 2)
+    path = write(tmp_path / "a.wav", np.stack([left, right], 1), subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(path, 16000).numpy(), (left + right) / 2, rtol=0, atol=1e-8)
+
+
+def test_read_audio_resamples_only_when_asked(tmp_path):
+    t = np.arange(8000) / 8000
+    path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 300 * t), rate=8000)
+    with pytest.raises(AudioError, match=r"a\.wav: expected a sample rate of 16000 Hz; found 8000 Hz"):
+        read_audio(path, 16000)
+    wave = read_audio(path, 16000, resample=True).numpy()
+    assert wave.shape == (16000,)
+    expected = 0.5 * np.sin(2 * np.pi * 300 * np.arange(16000) / 16000)
+    assert np.abs(wave - expected)[200:-200].max() < 2e-3
+
+
+def test_missing_audio_is_named(tmp_path):
+    with pytest.raises(AudioError, match=r"nothing\.flac: expected an audio file; found nothing there"):
+        read_audio(tmp_path / "nothing.flac", 16000)
+
+
+def test_unreadable_audio_is_named(tmp_path):
+    path = tmp_path / "a.flac"
+    path.write_bytes(b"this is no FLAC file at all" * 20)
+    with pytest.raises(AudioError, match=r"a\.flac: expected a readable audio file; found: "):
+        read_audio(path, 16000)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_audio_is_named(tmp_path, suffix, share):
+    path = write(tmp_path / f"a.{suffix}", noise(16000))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(AudioError, match=rf"a\.{suffix}: expected"):
+        read_audio(path, 16000)
+
+
+def test_wav_with_trailing_and_odd_chunks_is_not_taken_for_truncated(tmp_path):
+    path = write(tmp_path / "a.wav", noise(333))
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + content[12:] + b"junk\0\0\0\0")
+    assert read_audio(path, 16000).shape == (333,)
+
+
+def test_empty_audio_is_named(tmp_path):
+    path = write(tmp_path / "a.wav", np.zeros(0))
+    with pytest.raises(AudioError, match=r"a\.wav: expected at least one sample; found none"):
+        read_audio(path, 16000)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_audio_that_is_not_finite_is_named(tmp_path, value):
+    samples = noise(100)
+    samples[57] = value
+    path = write(tmp_path / "a.wav", samples, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"a\.wav: expected finite samples; found NaN or Inf"):
+        read_audio(path, 16000)
+
+
+def test_find_audio_tries_suffixes_and_names_what_it_looked_for(tmp_path):
+    (tmp_path / "speaker").mkdir()
+    (tmp_path / "speaker" / "a.wav").touch()
+    (tmp_path / "b.c.flac").touch()
+    assert find_audio(tmp_path, "speaker/a") == tmp_path / "speaker" / "a.wav"
+    assert find_audio(tmp_path, "speaker/a.wav") == tmp_path / "speaker" / "a.wav"
+    assert find_audio(tmp_path, "b.c") == tmp_path / "b.c.flac"
+    with pytest.raises(AudioError, match=r"c: expected a file ending in \.flac, .*; found none"):
+        find_audio(tmp_path, "c")
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 500, 999, 1000])
+def test_fit_length_repeats_as_published(length):
+    wave = torch.arange(length)
+    published = np.tile(wave.numpy(), (1, int(1000 / length) + 1))[:, :1000][0]
+    np.testing.assert_array_equal(fit_length(wave, 1000).numpy(), published)
+
+
+def test_fit_length_crops_from_the_start_given():
+    wave = torch.arange(70000)
+    assert fit_length(wave).shape == (64600,)
+    assert fit_length(wave)[0] == 0
+    assert fit_length(wave, 64600, start=5400)[-1] == 69999
+    with pytest.raises(ValueError, match=r"`start` must be in \[0, 5400\]; found 5401"):
+        fit_length(wave, 64600, start=5401)
+    with pytest.raises(ValueError, match=r"`wave` must be \[T\] with T > 0; found \[0\]"):
+        fit_length(torch.zeros(0))
+
+
+# ---- protocol ------------------------------------------------------------------------------------------------------
+
+
+def test_read_protocol_of_the_published_form(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("LA_0079 LA_T_1138215 - - bonafide\n\n# a remark\nLA_0079 LA_T_1004644 - A01 spoof\n")
+    assert read_protocol(path) == [
+        Utterance("LA_T_1138215", "LA_0079", "-", 1),
+        Utterance("LA_T_1004644", "LA_0079", "A01", 0),
+    ]
+    assert [u.label_name for u in read_protocol(path)] == ["bonafide", "spoof"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("s a - - bonafide\ns b - A01 spoofed\n", r":2: expected the label bonafide or spoof; found 'spoofed'"),
+        ("s a - - bonafide\ns b A01 spoof\n", r":2: expected the 5 columns `.*`; found 4: 's b A01 spoof'"),
+        (
+            "s a - - bonafide\n\ns a - A01 spoof\n",
+            r":3: expected each utterance once; found 'a' again \(first in line 1\)",
+        ),
+        ("", r": expected at least one line `speaker utterance - attack label`; found none"),
+        ("# only a remark\n\n", r": expected at least one line"),
+    ],
+)
+def test_a_wrong_protocol_is_named_with_its_line(tmp_path, content, message):
+    path = tmp_path / "dev.txt"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"dev\.txt" + message):
+        read_protocol(path)
+
+
+def test_a_protocol_that_is_missing_or_binary_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"dev\.txt: expected a protocol file; found nothing there"):
+        read_protocol(tmp_path / "dev.txt")
+    (tmp_path / "dev.txt").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(DataError, match=r"dev\.txt: expected a text file; found bytes that are not UTF-8"):
+        read_protocol(tmp_path / "dev.txt")
+
+
+# ---- data set ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, length in enumerate([400, 2500, 1000, 4000, 1500]):
+        write(tmp_path / f"u{i}.flac", noise(length, i))
+    return tmp_path
+
+
+def utterances(count=5):
+    return [Utterance(f"u{i}", "s", "-" if i % 2 else "A01", i % 2) for i in range(count)]
+
+
+def dataset(folder, **options):
+    return SpeechDataset(utterances(), folder, num_samples=1000, **{"seed": 3, "random_crop": True, **options})
+
+
+def test_examples_hold_crops_of_the_files(folder):
+    data = dataset(folder)
+    for i in range(5):
+        example, whole = data[i], read_audio(folder / f"u{i}.flac", 16000).numpy()
+        assert example.wave.shape == (1000,)
+        assert (example.label, example.row, example.length) == (i % 2, i, min(len(whole), 1000))
+        windows = np.lib.stride_tricks.sliding_window_view(np.tile(whole, 3), 1000)[: max(1, len(whole) - 999)]
+        assert (windows == example.wave.numpy()).all(1).any()
+
+
+def test_crops_depend_on_seed_epoch_and_utterance_alone(folder):
+    def first(epoch=0, order=(0, 1, 2, 3, 4), **options):
+        data = dataset(folder, **options)
+        data.set_epoch(epoch)
+        found = {i: data[i] for i in order}
+        return torch.stack([found[i].wave for i in range(5)]), [found[i].seed for i in range(5)]
+
+    waves, seeds = first()
+    again, seeds_again = first(order=(4, 2, 0, 1, 3))
+    assert torch.equal(waves, again)
+    assert seeds == seeds_again
+    assert len(set(seeds)) == 5
+    for other, other_seeds in (first(epoch=1), first(seed=4)):
+        # Utterances 0 and 2 are not longer than the crop: they are the same in every epoch, their augmentation is not.
+        assert (waves == other).all(1).tolist() == [True, False, True, False, False]
+        assert not set(seeds) & set(other_seeds)
+    start, _ = first(random_crop=False)
+    assert torch.equal(start[3], read_audio(folder / "u3.flac", 16000)[:1000])
+
+
+def test_crop_starts_are_uniform():
+    starts = np.array([utterance_draws(0, epoch, f"u{i}")[1] % 10 for epoch in range(50) for i in range(200)])
+    counts = np.bincount(starts, minlength=10)
+    chi_square = ((counts - 1000) ** 2 / 1000).sum()
+    # 99.9% quantile of chi-square with 9 degrees of freedom.
+    assert chi_square < 27.9
+
+
+def test_the_cache_changes_nothing(folder):
+    write(folder / "u0.wav", noise(700, 9), subtype="FLOAT")
+    (folder / "u0.flac").unlink()
+    plain, cached = dataset(folder), dataset(folder, cache_mb=1)
+    for _ in range(2):
+        for i in range(5):
+            assert torch.equal(plain[i].wave, cached[i].wave)
+    for path in folder.iterdir():
+        path.unlink()
+    assert torch.equal(cached[3].wave, cached[3].wave)
+    with pytest.raises(AudioError):
+        plain[3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_load_batches_reads_a_plan_in_order_and_lists_bad_files(folder, num_workers):
+    (folder / "u1.flac").write_bytes(b"no audio")
+    data = dataset(folder)
+    state = torch.get_rng_state()
+    batches = list(load_batches(data, [[4, 1, 0], [1], [2, 3]], num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [b.row.tolist() for b in batches] == [[4, 0], [], [2, 3]]
+    assert [[row for row, _ in b.bad] for b in batches] == [[1], [1], []]
+    assert "u1.flac: expected a readable audio file" in batches[0].bad[0][1]
+    assert "Traceback" not in batches[0].bad[0][1]
+    assert [tuple(b.wave.shape) for b in batches] == [(2, 1000), (0, 1000), (2, 1000)]
+    assert torch.equal(batches[2].wave[1], data[3].wave)
+    assert batches[2].label.tolist() == [0, 1]
+    assert batches[2].seed.tolist() == [data[2].seed, data[3].seed]
+    assert batches[0].length.tolist() == [1000, 400]
+
+
+def test_epoch_plans_are_permutations_that_follow_from_seed_and_epoch():
+    plan = epoch_plan(103, 10, seed=1, epoch=2)
+    assert [len(b) for b in plan] == [10] * 10
+    assert len({i for b in plan for i in b}) == 100
+    assert plan == epoch_plan(103, 10, seed=1, epoch=2)
+    assert plan != epoch_plan(103, 10, seed=1, epoch=3)
+    assert plan != epoch_plan(103, 10, seed=2, epoch=2)
+    assert sorted(epoch_plan(7, 10, seed=0, epoch=0)[0]) == list(range(7))
