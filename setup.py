@@ -39,7 +39,8 @@ def why_no_cuda() -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"release (\d+)\.(\d+)", text)
     if not found or found[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {found[0] if found else 'of an unknown version'}, PyTorch was built with CUDA {torch.version.cuda}"
+        release = found[0] if found else "of an unknown version"
+        return f"nvcc is {release}, PyTorch was built with CUDA {torch.version.cuda}"
     return ""
 
 
@@ -68,7 +69,13 @@ def extension() -> CppExtension:
         nvcc = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v", "--threads=2"]
     macros += [(f"GRADALIGN_{name}", f'"{value}"') for name, value in facts.items()]
     make = CUDAExtension if cuda else CppExtension
-    return make("gradalign._C", sources, define_macros=macros, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, include_dirs=[str(ROOT / "csrc")])
+    return make(
+        "gradalign._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        include_dirs=[str(ROOT / "csrc")],
+    )
 
 
 # The packages are listed by hand because kernels/ at the top level is gradalign.kernels once installed.

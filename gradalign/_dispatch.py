@@ -1,7 +1,8 @@
 """One op, several backends: how an op is declared and how the backend that serves a call is chosen.
 
-Three questions stay apart. *Is the platform there?* (`Backend.available`: a built extension, an importable Triton.) *Does it take these inputs?*
-(`Backend.supports`: device and dtypes.) *Which comes first?* (`Op.order`, settled by benchmark; `use_backends` restricts it.)
+Three questions stay apart. *Is the platform there?* (`Backend.available`: a built extension, an importable Triton.)
+*Does it take these inputs?* (`Backend.supports`: device and dtypes.) *Which comes first?* (`Op.order`, settled by
+benchmark; `use_backends` restricts it.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def use_backends(*names: str) -> Iterator[None]:
     """
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:
-        raise ValueError(f"backends must be among {', '.join(BACKENDS)}; found {', '.join(map(repr, unknown)) or 'none'}")
+        raise ValueError(
+            f"backends must be among {', '.join(BACKENDS)}; found {', '.join(map(repr, unknown)) or 'none'}"
+        )
     token = _allowed.set(names)
     try:
         yield
@@ -93,8 +96,12 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.public(*args)
 
-    def backend(self, name: str, available: Callable[[], str], supports: Callable[..., str]) -> Callable[[Callable], Callable]:
-        """Register a function of the reference's very signature as the backend ``name``; another signature raises TypeError."""
+    def backend(
+        self, name: str, available: Callable[[], str], supports: Callable[..., str]
+    ) -> Callable[[Callable], Callable]:
+        """Register a function of the reference's very signature as the backend ``name``; another signature raises
+        TypeError.
+        """
 
         def register(run: Callable) -> Callable:
             expected, found = (list(inspect.signature(f).parameters) for f in (self.reference, run))
@@ -110,7 +117,9 @@ class Op:
         self.backends[name] = Backend(name, self.native, available, supports)
 
     def why_not(self, name: str, *args: Any) -> str:
-        """Return the reason why backend ``name`` does not serve these arguments, empty when it does; with no arguments, why it is not there at all."""
+        """Return the reason why backend ``name`` does not serve these arguments, empty when it does; with no arguments,
+        why it is not there at all.
+        """
         backend = self.backends.get(name)
         if backend is None:
             return "has no kernel for this op"
@@ -131,7 +140,11 @@ class Op:
         reasons = "; ".join(f"{n}: {self.why_not(n, *args)}" for n in ("cuda", "triton") if self.why_not(n, *args))
         # One fixed place of origin: Python's default filter then shows each op's warning once.
         warnings.warn_explicit(
-            f"gradalign.{self.name} runs its plain PyTorch reference on {device.type} ({reasons})", RuntimeWarning, __file__, 1, registry=_announced
+            f"gradalign.{self.name} runs its plain PyTorch reference on {device.type} ({reasons})",
+            RuntimeWarning,
+            __file__,
+            1,
+            registry=_announced,
         )
 
 

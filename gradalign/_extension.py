@@ -1,4 +1,6 @@
-"""The compiled extension gradalign._C: importing it registers the C++ and CUDA kernels; a source tree without it still works."""
+"""The compiled extension gradalign._C: importing it registers the C++ and CUDA kernels; a source tree without it still
+works.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """RawBoost for whole batches: configuration -> draws -> augmentation.
 
-Source: Tak et al., "RawBoost: A raw data boosting and augmentation method applied to automatic speaker verification anti-spoofing", ICASSP 2022,
-arXiv 2111.04433. Equal to the published NumPy code for the same draws; where that code fails (silence, NumPy >= 2.4), silence stays silence.
+Source: Tak et al., "RawBoost: A raw data boosting and augmentation method applied to automatic speaker verification
+anti-spoofing", ICASSP 2022, arXiv 2111.04433. Equal to the published NumPy code for the same draws; where that code
+fails (silence, NumPy >= 2.4), silence stays silence.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class RawBoostConfig:
     """The published parameters under readable names; the defaults are the published ones.
 
     Attributes:
-        algo: 0 none; 1 LnL convolutive, 2 ISD impulsive, 3 SSI stationary noise; 4 = 1, 2, 3 in series; 5 = 1, 2; 6 = 1, 3; 7 = 2, 3; 8 = 1 + 2 in parallel.
+        algo: 0 none; 1 LnL convolutive, 2 ISD impulsive, 3 SSI stationary noise; 4 = 1, 2, 3 in series; 5 = 1, 2;
+            6 = 1, 3; 7 = 2, 3; 8 = 1 + 2 in parallel.
         sample_rate: in Hz.
         n_f: number of branches of LnL: branch i filters x**i.
         n_bands: notch filters in each bank.
@@ -118,16 +120,25 @@ class RawBoostConfig:
         for name, least in (("sample_rate", 1), ("n_f", 1), ("n_bands", 1), ("min_coeff", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}; found {getattr(self, name)}")
-        for low, high in (("min_f", "max_f"), ("min_bw", "max_bw"), ("min_coeff", "max_coeff"), ("min_g", "max_g"), ("snr_min", "snr_max")):
+        for low, high in (
+            ("min_f", "max_f"),
+            ("min_bw", "max_bw"),
+            ("min_coeff", "max_coeff"),
+            ("min_g", "max_g"),
+            ("snr_min", "snr_max"),
+        ):
             if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"`{low}` must not be above `{high}`; found {getattr(self, low)} > {getattr(self, high)}")
+                raise ValueError(
+                    f"`{low}` must not be above `{high}`; found {getattr(self, low)} > {getattr(self, high)}"
+                )
         if not 0 <= self.p <= 100:
             raise ValueError(f"`p` must be a percentage in [0, 100]; found {self.p}")
         if self.min_bw <= 0:
             raise ValueError(f"`min_bw` must be above 0 Hz; found {self.min_bw}")
         if not 0 <= self.min_f <= self.max_f <= self.sample_rate / 2:
             raise ValueError(
-                f"`min_f` and `max_f` must lie in [0, sample_rate / 2] = [0, {self.sample_rate / 2:g}] Hz; found {self.min_f} and {self.max_f}"
+                f"`min_f` and `max_f` must lie in [0, sample_rate / 2] = [0, {self.sample_rate / 2:g}] Hz; "
+                f"found {self.min_f} and {self.max_f}"
             )
 
     @property
@@ -140,8 +151,8 @@ class RawBoostConfig:
 class RawBoost(nn.Module):
     """RawBoost data augmentation of a batch of waveforms, each utterance from its own seed.
 
-    ``boost(x, seeds=seeds)`` depends on nothing but each utterance's samples, length and seed: not on the batch around it, the padding, the device or the backend.
-    Samples at and beyond an utterance's length are returned as 0.
+    ``boost(x, seeds=seeds)`` depends on nothing but each utterance's samples, length and seed: not on the batch around
+    it, the padding, the device or the backend. Samples at and beyond an utterance's length are returned as 0.
 
     Args:
         algo: algorithm 0..8; see `RawBoostConfig` for this and every further keyword.
@@ -163,14 +174,16 @@ class RawBoost(nn.Module):
 
     def __init__(self, algo: int = 4, sample_rate: int = 16000, **parameters: Any) -> None:
         super().__init__()
-        unknown = sorted(set(parameters) - {f.name for f in fields(RawBoostConfig)})
+        known = [f.name for f in fields(RawBoostConfig)]
+        unknown = sorted(set(parameters) - set(known))
         if unknown:
-            raise TypeError(f"RawBoost has no parameter {', '.join(map(repr, unknown))}; expected {', '.join(f.name for f in fields(RawBoostConfig))}")
+            raise TypeError(f"RawBoost has no parameter {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
         self.config = RawBoostConfig(algo=algo, sample_rate=sample_rate, **parameters)
 
     @classmethod
     def from_args(cls, args: Any, algo: int | None = None, sample_rate: int = 16000) -> RawBoost:
-        """Build from an object with the published names (``args.N_f, args.nBands, args.minF, ...``), such as the published argparse namespace.
+        """Build from an object with the published names (``args.N_f, args.nBands, args.minF, ...``), such as the
+        published argparse namespace.
 
         Args:
             args: any object with all of the published attributes; ``args.algo`` is used unless ``algo`` is given.
@@ -181,8 +194,9 @@ class RawBoost(nn.Module):
             TypeError: naming the attributes that are missing.
 
         >>> from argparse import Namespace
-        >>> args = Namespace(algo=5, N_f=5, nBands=5, minF=20, maxF=8000, minBW=100, maxBW=1000, minCoeff=10, maxCoeff=100, minG=0, maxG=0,
-        ...                  minBiasLinNonLin=5, maxBiasLinNonLin=20, P=10, g_sd=2, SNRmin=10, SNRmax=40)
+        >>> args = Namespace(algo=5, N_f=5, nBands=5, minF=20, maxF=8000, minBW=100, maxBW=1000, minCoeff=10,
+        ...                  maxCoeff=100, minG=0, maxG=0, minBiasLinNonLin=5, maxBiasLinNonLin=20, P=10, g_sd=2,
+        ...                  SNRmin=10, SNRmax=40)
         >>> RawBoost.from_args(args).config == RawBoost(algo=5).config
         True
         """
@@ -217,8 +231,10 @@ class RawBoost(nn.Module):
 
         Args:
             x: waveforms [B, T] or one waveform [T], float16, bfloat16, float32 or float64, any strides.
-            lengths: the utterances' own lengths in samples, int64 [B]; None means T. Checked when on the CPU, clamped to [0, T] on a device.
-            seeds: one int64 seed per utterance [B] (or a 0-d tensor for [T]); None draws them from PyTorch's global generator.
+            lengths: the utterances' own lengths in samples, int64 [B]; None means T. Checked when on the CPU, clamped
+                to [0, T] on a device.
+            seeds: one int64 seed per utterance [B] (or a 0-d tensor for [T]); None draws them from PyTorch's global
+                generator.
 
         Returns:
             Tensor of x's shape, dtype and device.
@@ -271,7 +287,8 @@ class RawBoost(nn.Module):
         )
 
     def apply(self, x: Tensor, draws: RawBoostDraws, lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Augment a batch with given draws; equals ``forward(x, lengths, seeds)`` for ``draws = draw(seeds, T, lengths)``.
+        """Augment a batch with given draws; equals ``forward(x, lengths, seeds)`` for ``draws = draw(seeds, T,
+        lengths)``.
 
         Args:
             x: waveforms [B, T] or one waveform [T], as in ``forward``.
@@ -315,7 +332,9 @@ class RawBoost(nn.Module):
         ssi = NotchDraws(*(v[:, -1] for v in (center_hz, width_hz, taps, gain_db))) if has_ssi else None
         return lnl, ssi
 
-    def _design(self, notches: tuple[NotchDraws | None, NotchDraws | None], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def _design(
+        self, notches: tuple[NotchDraws | None, NotchDraws | None], dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Design all filters in one call; return (LnL's [B, N_f, P], SSI's [B, P])."""
         lnl, ssi = notches
         parts = [] if lnl is None else [(lnl.center_hz, lnl.width_hz, lnl.taps, lnl.gain_db)]
@@ -329,7 +348,13 @@ class RawBoost(nn.Module):
         return (None if lnl is None else filters[:, : lnl.taps.shape[1]]), (None if ssi is None else filters[:, -1])
 
     def _run(
-        self, x: Tensor, lengths: Tensor | None, lnl_filters: Tensor | None, ssi_filters: Tensor | None, seeds: Tensor | None, draws: RawBoostDraws
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        lnl_filters: Tensor | None,
+        ssi_filters: Tensor | None,
+        seeds: Tensor | None,
+        draws: RawBoostDraws,
     ) -> Tensor:
         c = self.config
 
@@ -345,7 +370,9 @@ class RawBoost(nn.Module):
             elif step == "isd":
                 y = isd(y)
             else:
-                y = ops.ssi(y, ssi_filters, lengths, seeds, draws.ssi_noise, draws.snr_db, float(c.snr_min), float(c.snr_max))
+                y = ops.ssi(
+                    y, ssi_filters, lengths, seeds, draws.ssi_noise, draws.snr_db, float(c.snr_min), float(c.snr_max)
+                )
         return reference.own(x, lengths)[1].clone() if c.algo == 0 else y
 
     def _check_input(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
@@ -364,11 +391,17 @@ class RawBoost(nn.Module):
         c, (b, t), steps = self.config, x.shape, _STEPS[self.config.algo]
         shapes: dict[str, tuple[int, ...]] = {}
         if "lnl" in steps:
-            shapes |= {f"lnl.{n}": (b, c.n_f, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {"lnl.gain_db": (b, c.n_f)}
+            shapes |= {f"lnl.{n}": (b, c.n_f, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {
+                "lnl.gain_db": (b, c.n_f)
+            }
         if "isd" in steps:
             shapes["isd_factor"] = (b, t)
         if "ssi" in steps:
-            shapes |= {f"ssi.{n}": (b, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {"ssi.gain_db": (b,), "ssi_noise": (b, t), "snr_db": (b,)}
+            shapes |= {f"ssi.{n}": (b, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {
+                "ssi.gain_db": (b,),
+                "ssi_noise": (b, t),
+                "snr_db": (b,),
+            }
         for name, shape in shapes.items():
             value: Any = draws
             for part in name.split("."):
@@ -384,7 +417,10 @@ class RawBoost(nn.Module):
                     raise TypeError(f"`draws.{name}` must be int64; found {value.dtype}")
                 longest = (c.num_taps - 1) // c.n_bands + 1
                 if value.numel() and not bool(((value % 2 == 1) & (value >= 1) & (value <= longest)).all()):
-                    raise ValueError(f"`draws.{name}` must be odd and in [1, {longest}]; found values in [{int(value.min())}, {int(value.max())}]")
+                    raise ValueError(
+                        f"`draws.{name}` must be odd and in [1, {longest}]; "
+                        f"found values in [{int(value.min())}, {int(value.max())}]"
+                    )
 
     def extra_repr(self) -> str:
         """Return the algorithm and sample rate, for ``repr``."""
@@ -392,22 +428,38 @@ class RawBoost(nn.Module):
 
 
 def _check_seeds(seeds: Tensor, batch: int | None) -> Tensor:
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.dim() != 1 or (batch is not None and seeds.shape[0] != batch):
-        found = f"{str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+    if (
+        not isinstance(seeds, Tensor)
+        or seeds.dtype != torch.int64
+        or seeds.dim() != 1
+        or (batch is not None and seeds.shape[0] != batch)
+    ):
+        found = (
+            f"{str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}"
+            if isinstance(seeds, Tensor)
+            else type(seeds).__name__
+        )
         error = TypeError if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 else ValueError
         raise error(f"`seeds` must be int64 [{'B' if batch is None else batch}]; found {found}")
     return seeds
 
 
 def _check_lengths(lengths: Tensor, batch: int, num_samples: int, device: torch.device) -> Tensor:
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+    if (
+        not isinstance(lengths, Tensor)
+        or lengths.is_floating_point()
+        or lengths.is_complex()
+        or lengths.dtype == torch.bool
+    ):
         found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"`lengths` must be an integer tensor [{batch}]; found {found}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"`lengths` must be [{batch}]; found {list(lengths.shape)}")
     if lengths.device.type == "cpu":
         if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > num_samples):
-            raise ValueError(f"`lengths` must lie in [0, T] = [0, {num_samples}]; found [{int(lengths.min())}, {int(lengths.max())}]")
+            raise ValueError(
+                f"`lengths` must lie in [0, T] = [0, {num_samples}]; found [{int(lengths.min())}, {int(lengths.max())}]"
+            )
         return lengths.to(device, torch.int64)
     # Reading a device's values would stall it.
     return lengths.to(device, torch.int64).clamp(0, num_samples)

@@ -1,11 +1,13 @@
 """Every op in plain PyTorch: its schema, its fallback, its fake kernel and its oracle at once.
 
-Shapes: B utterances of T samples at most, N_f filters of N_b bands each and P taps at most, K paths, N parameters, S segments.
-Waveforms are float16, bfloat16, float32 or float64; the first two are computed in float32. ``lengths`` int64 [B] are the
-utterances' own lengths (T where it is None): means, maxima and norms run over them, and samples beyond them are returned as 0.
+Shapes: B utterances of T samples at most, N_f filters of N_b bands each and P taps at most, K paths, N parameters, S
+segments. Waveforms are float16, bfloat16, float32 or float64; the first two are computed in float32. ``lengths`` int64
+[B] are the utterances' own lengths (T where it is None): means, maxima and norms run over them, and samples beyond them
+are returned as 0.
 
-Random numbers are data: Philox4x32-10 (Salmon et al., SC 2011) keyed by one int64 seed per utterance makes each draw a pure function
-of (seed, stream, index). csrc/philox.h, csrc/bijection.h and csrc/notch.h state the same mathematics for C++ and CUDA.
+Random numbers are data: Philox4x32-10 (Salmon et al., SC 2011) keyed by one int64 seed per utterance makes each draw a
+pure function of (seed, stream, index). csrc/philox.h, csrc/bijection.h and csrc/notch.h state the same mathematics for
+C++ and CUDA.
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ BIJECTION_ROUNDS = 8
 _MASK = 0xFFFFFFFF
 
 
-# ---------------------------------------------------------------------------------------------------------------- randomness
+# ----------------------------------------------------------------------------------------------------------------
+# randomness
 
 
-def philox(seeds: Tensor, stream: int, index: Tensor, filter_id: Tensor | int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seeds: Tensor, stream: int, index: Tensor, filter_id: Tensor | int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four uniform 32-bit words for each (seed, stream, index, filter).
 
-    ``seeds`` int64 and ``index`` int64 (>= 0) broadcast against each other; returns four int64 tensors with values in [0, 2**32).
+    ``seeds`` int64 and ``index`` int64 (>= 0) broadcast against each other; returns four int64 tensors with values in
+    [0, 2**32).
     """
     key0, key1 = seeds & _MASK, (seeds >> 32) & _MASK
     c0, c1 = index & _MASK, (index >> 32) & _MASK
@@ -67,10 +73,12 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def bijection(keys: Tensor, index: Tensor, size: Tensor) -> Tensor:
-    """pi(index) for a keyed bijection pi of [0, size): Feistel rounds on a power of two >= size, walked until it falls inside.
+    """pi(index) for a keyed bijection pi of [0, size): Feistel rounds on a power of two >= size, walked until it falls
+    inside.
 
-    ``keys`` int64 [B, BIJECTION_ROUNDS] 32-bit words; ``index`` int64 [T]; ``size`` int64 [B]. Returns int64 [B, T]; entries whose index is
-    not below ``size`` are -1. Source: Mitchell et al., "Bandwidth-Optimal Random Shuffling for GPUs", 2022.
+    ``keys`` int64 [B, BIJECTION_ROUNDS] 32-bit words; ``index`` int64 [T]; ``size`` int64 [B]. Returns int64 [B, T];
+    entries whose index is not below ``size`` are -1. Source: Mitchell et al., "Bandwidth-Optimal Random Shuffling for
+    GPUs", 2022.
     """
     inside = index[None, :] < size[:, None]
     bits = torch.ceil(torch.log2(size.clamp_min(16).double())).long()[:, None]
@@ -85,14 +93,17 @@ def bijection(keys: Tensor, index: Tensor, size: Tensor) -> Tensor:
         return high << low_bits | low
 
     value = permute(torch.where(inside, index[None, :], 0))
-    # A cycle leaves the set of outsiders at the latest after all of them: 2**bits - size < max(size, 16) steps, a few in practice.
+    # A cycle leaves the set of outsiders at the latest after all of them: 2**bits - size < max(size, 16) steps, a few
+    # in practice.
     while bool((outside := inside & (value >= size[:, None])).any()):
         value = torch.where(outside, permute(value), value)
     return torch.where(inside, value, -1)
 
 
 def isd_factor(seeds: Tensor, lengths: Tensor, num_samples: int, p: float) -> Tensor:
-    """Factor f of impulsive noise: u1 * u2, u ~ U(-1, 1), at floor(length * beta / 100) positions, beta ~ U(0, p); 0 elsewhere. float32 [B, T]."""
+    """Factor f of impulsive noise: u1 * u2, u ~ U(-1, 1), at floor(length * beta / 100) positions, beta ~ U(0, p); 0
+    elsewhere. float32 [B, T].
+    """
     index = torch.arange(num_samples, device=seeds.device)
     origin = index.new_zeros(1)
     beta = _uniform(philox(seeds[:, None], STREAM_ISD_BETA, origin)[0][:, 0], 0.0, p)
@@ -124,7 +135,8 @@ def ssi_snr_db(seeds: Tensor, snr_min: float, snr_max: float) -> Tensor:
     return _uniform(philox(seeds, STREAM_SSI_SNR, torch.zeros_like(seeds))[0], snr_min, snr_max)
 
 
-# ------------------------------------------------------------------------------------------------------------------ RawBoost
+# ------------------------------------------------------------------------------------------------------------------
+# RawBoost
 
 
 def notch_draws(
@@ -142,8 +154,8 @@ def notch_draws(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the bands of N_f notch banks per utterance.
 
-    ``seeds`` int64 [B]; ``filters`` their N_f numbers. Returns center_hz, width_hz float64 [B, N_f, N_b], taps int64 [B, N_f, N_b] (odd) and gain_db
-    float64 [B, N_f]. Source: RawBoost (arXiv 2111.04433), section 2.1.
+    ``seeds`` int64 [B]; ``filters`` their N_f numbers. Returns center_hz, width_hz float64 [B, N_f, N_b], taps int64
+    [B, N_f, N_b] (odd) and gain_db float64 [B, N_f]. Source: RawBoost (arXiv 2111.04433), section 2.1.
     """
     number = torch.tensor(list(filters), dtype=torch.int64, device=seeds.device)[None, :, None]
     band = torch.arange(num_bands, device=seeds.device)[None, None, :]
@@ -160,13 +172,22 @@ def notch_draws(
 
 
 def notch_bank(
-    center_hz: Tensor, width_hz: Tensor, taps: Tensor, gain_db: Tensor, sample_rate: float, num_taps: int, dtype: torch.dtype
+    center_hz: Tensor,
+    width_hz: Tensor,
+    taps: Tensor,
+    gain_db: Tensor,
+    sample_rate: float,
+    num_taps: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Design notch banks: Hamming-windowed band-stops in series, scaled to a peak of ``gain_db`` on 512 frequencies.
 
-    ``center_hz, width_hz, taps`` [B, N_f, N_b], ``gain_db`` [B, N_f]; returns [B, N_f, P] of ``dtype``, P = ``num_taps`` (odd), each filter in the
-    middle of its row between zeros. Equivalent to a convolution of scipy's ``firwin(c, [f1, f2], fs=sample_rate)``, designed in float64.
+    ``center_hz, width_hz, taps`` [B, N_f, N_b], ``gain_db`` [B, N_f]; returns [B, N_f, P] of ``dtype``, P =
+    ``num_taps`` (odd), each filter in the middle of its row between zeros. Equivalent to a convolution of scipy's
+    ``firwin(c, [f1, f2], fs=sample_rate)``, designed in float64.
     """
+    if center_hz.numel() == 0:
+        return center_hz.new_zeros(*center_hz.shape[:-1], num_taps, dtype=dtype)
     half = (num_taps - 1) // (2 * center_hz.shape[-1])
     m = torch.arange(-half, half + 1, dtype=torch.float64, device=center_hz.device)
     low = center_hz.double() - width_hz.double() / 2
@@ -178,7 +199,8 @@ def notch_bank(
     band = ideal * (0.54 + 0.46 * torch.cos(math.pi * m / reach.clamp_min(1)))
     band = torch.where(m.abs() <= reach, band, 0.0)
     band = band / band.sum(-1, keepdim=True)
-    # The bands are symmetric about m = 0, so their spectra are real; 512 frequencies k*pi/512 are every `step`-th bin of the transform.
+    # The bands are symmetric about m = 0, so their spectra are real; 512 frequencies k*pi/512 are every `step`-th bin
+    # of the transform.
     step = -(-num_taps // 1024)
     wrapped = band.new_zeros(*band.shape[:-1], 1024 * step)
     wrapped[..., : half + 1] = band[..., half:]
@@ -222,7 +244,8 @@ def cond_norm(y: Tensor) -> Tensor:
 def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """Linear and non-linear convolutive noise: cond_norm(z - mean(z)), z = sum over i of FIR_i(x**i).
 
-    ``x`` [B, T]; ``filters`` [B, N_f, P]; ``lengths`` int64 [B] or None. Source: RawBoost (arXiv 2111.04433), section 2.1.
+    ``x`` [B, T]; ``filters`` [B, N_f, P]; ``lengths`` int64 [B] or None. Source: RawBoost (arXiv 2111.04433), section
+    2.1.
     """
     if x.numel() == 0:
         return x.clone()
@@ -234,10 +257,13 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     return cond_norm(y).to(x.dtype)
 
 
-def isd(x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float) -> Tensor:
+def isd(
+    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> Tensor:
     """Impulsive signal-dependent noise: cond_norm(x + g_sd * x * f).
 
-    ``x`` [B, T]; f is ``factor`` [B, T], or drawn from ``seeds`` int64 [B] (see `isd_factor`). Source: RawBoost (arXiv 2111.04433), section 2.2.
+    ``x`` [B, T]; f is ``factor`` [B, T], or drawn from ``seeds`` int64 [B] (see `isd_factor`). Source: RawBoost (arXiv
+    2111.04433), section 2.2.
     """
     if x.numel() == 0:
         return x.clone()
@@ -259,8 +285,9 @@ def ssi(
 ) -> Tensor:
     """Stationary signal-independent noise: x + v * |x| / |v| * 10**(-SNR/20), v = FIR(noise).
 
-    ``x`` [B, T]; ``filters`` [B, P]; the noise and its level are ``noise`` [B, T] and ``snr_db`` [B], or drawn from ``seeds`` int64 [B] (see `ssi_noise`,
-    `ssi_snr_db`). Silence stays silence. Source: RawBoost (arXiv 2111.04433), section 2.3.
+    ``x`` [B, T]; ``filters`` [B, P]; the noise and its level are ``noise`` [B, T] and ``snr_db`` [B], or drawn from
+    ``seeds`` int64 [B] (see `ssi_noise`, `ssi_snr_db`). Silence stays silence. Source: RawBoost (arXiv 2111.04433),
+    section 2.3.
     """
     if x.numel() == 0:
         return x.clone()
@@ -275,14 +302,15 @@ def ssi(
     return (wave + colored * scale).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------- gradients
+# -----------------------------------------------------------------------------------------------------------------
+# gradients
 
 
 def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:
     """Gram matrices of the paths' gradients, one per segment of the parameters: float64 [S, K, K].
 
-    ``grads`` holds K*N tensors, path after path: ``grads[k*N + n]`` is path k's gradient of parameter n, which belongs to segment ``segments[n]``. Returns
-    G[s, i, j] = sum over the parameters n of segment s of <g_i[n], g_j[n]>.
+    ``grads`` holds K*N tensors, path after path: ``grads[k*N + n]`` is path k's gradient of parameter n, which belongs
+    to segment ``segments[n]``. Returns G[s, i, j] = sum over the parameters n of segment s of <g_i[n], g_j[n]>.
     """
     num_params = len(segments)
     out = grads[0].new_zeros(num_segments, num_paths, num_paths, dtype=torch.float64)
@@ -293,10 +321,11 @@ def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_s
 
 
 def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:
-    """Merge the paths' gradients in place into the first path's: out[n] = w[s, 0] * out[n] + sum over k > 0 of w[s, k] * g_k[n], s = segments[n].
+    """Merge the paths' gradients in place into the first path's: out[n] = w[s, 0] * out[n] + sum over k > 0 of w[s, k]
+    * g_k[n], s = segments[n].
 
-    ``out`` holds path 0's N tensors, ``others`` the (K-1)*N of the further paths, path after path; ``weights`` float64 [S, K]. Computed in float32 (float64 for
-    float64 gradients), stored in ``out``'s dtype.
+    ``out`` holds path 0's N tensors, ``others`` the (K-1)*N of the further paths, path after path; ``weights`` float64
+    [S, K]. Computed in float32 (float64 for float64 gradients), stored in ``out``'s dtype.
     """
     num_params = len(segments)
     for n, s in enumerate(segments):

@@ -1,0 +1,45 @@
+# Every target prepares .venv by itself: a fresh machine needs Python >= 3.10 (with venv), gcc and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export GRADALIGN_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
+# Leave .venv alone whatever environment is active around it.
+unexport PYTHONPATH VIRTUAL_ENV PYTHONHOME
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train with and without gradient alignment on real speech, write runs/demo/report.html (15 min)"
+	@echo "make test   lint, then run every test"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  time every op against the published code"
+	@echo "make clean  remove .venv and everything built"
+
+# The stamp's prerequisites are what changes the installation: dependencies and compiled code.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	@echo "Installing PyTorch and the other dependencies into $(VENV) (about 5 GB, some minutes the first time)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton "pybind11>=2.13" ninja
+	@echo "Building the extension"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,corpus,test,lint]"
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/gradalign corpus build corpus
+	$(BIN)/gradalign train corpus --out runs/demo --detector light --align none,pcgrad --seeds 0,1,2 --jobs 2
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build gradalign/_C*.so gradalign.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,190 @@
+"""One generator of awkward inputs per op: `CASES[op]` yields (name, arguments) with float tensors of the dtype and
+device asked for.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+import gradalign as ga
+from gradalign import reference
+
+BATCH = 3
+# Shorter than any filter, around tile and vector edges, and the field's usual 64600.
+SAMPLES = (1, 2, 15, 127, 500, 1500, 4097, 64600)
+SMALL_SAMPLES = (1, 2, 127, 700)
+
+
+def seeds(device="cpu") -> torch.Tensor:
+    # Negative and larger than 32 bits: the key has two words.
+    return torch.tensor([3, -1, (1 << 40) + 7], dtype=torch.int64, device=device)
+
+
+def wave(num_samples: int, dtype: torch.dtype, device="cpu", scale: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(num_samples)
+    return (scale * torch.randn(BATCH, num_samples, generator=generator, dtype=torch.float64)).to(dtype).to(device)
+
+
+def strided_wave(num_samples: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """Rows and samples with gaps between them."""
+    return wave(2 * num_samples, dtype, device).repeat(2, 1)[::2][:, ::2]
+
+
+def lengths(num_samples: int, device="cpu") -> torch.Tensor:
+    return torch.tensor([num_samples, num_samples // 2, 0], dtype=torch.int64, device=device)
+
+
+def notches(device="cpu") -> tuple[torch.Tensor, ...]:
+    return tuple(v.to(device) for v in reference.notch_draws(seeds(), *_ranges()))
+
+
+def _ranges():
+    return (
+        [0, 1, reference.SSI_FILTER],
+        [0.0, -5.0, 3.0],
+        [0.0, -20.0, 9.0],
+        5,
+        20.0,
+        8000.0,
+        100.0,
+        1000.0,
+        10.0,
+        100.0,
+    )
+
+
+def bank(dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """[BATCH, 3, 491] in the dtype that waveforms of ``dtype`` are computed in."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return reference.notch_bank(*notches(), 16000.0, 491, wide).to(device)
+
+
+def notch_draws(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    yield "three filters", (seeds(device), *_ranges())
+    yield "one filter, one band", (seeds(device), [4], [0.0], [1.0], 1, 20.0, 8000.0, 100.0, 1000.0, 1.0, 3.0)
+    yield "no utterance", (seeds(device)[:0], *_ranges())
+
+
+def notch_bank(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    yield "three filters", (*notches(device), 16000.0, 491, wide)
+    edge = torch.tensor([[[10.0, 7999.0, 4000.0]]], dtype=torch.float64, device=device)
+    width, taps = torch.full_like(edge, 500.0), torch.tensor([[[1, 99, 3]]], device=device)
+    yield "edges beyond 0 Hz and Nyquist, one tap", (edge, width, taps, edge[..., 0] * 0 - 30, 16000.0, 295, wide)
+    yield "no utterance", (*(v[:0] for v in notches(device)), 16000.0, 491, wide)
+
+
+def lnl(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    b = bank(dtype, device)
+    for t in samples:
+        yield f"{t} samples", (wave(t, dtype, device), b, None)
+        yield f"{t} samples, lengths", (wave(t, dtype, device), b, lengths(t, device))
+    yield "strided", (strided_wave(700, dtype, device), b, None)
+    yield "one branch", (wave(700, dtype, device), b[:, :1], None)
+    yield "loud", (wave(700, dtype, device, scale=2.0), b, None)
+    yield "silence", (wave(700, dtype, device) * 0, b, None)
+    yield "no utterance", (wave(700, dtype, device)[:0], b[:0], None)
+
+
+def isd(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    for t in samples:
+        yield f"{t} samples", (wave(t, dtype, device), None, seeds(device), None, 10.0, 2.0)
+        yield (
+            f"{t} samples, lengths, all positions",
+            (wave(t, dtype, device), lengths(t, device), seeds(device), None, 100.0, 2.0),
+        )
+    factor = wave(700, torch.float32, device)
+    yield "strided, factor given", (strided_wave(700, dtype, device), None, None, factor, 10.0, 2.0)
+    yield "loud", (wave(700, dtype, device, scale=2.0), None, seeds(device), None, 100.0, 5.0)
+    yield "silence", (wave(700, dtype, device) * 0, None, seeds(device), None, 10.0, 2.0)
+    yield "no utterance", (wave(700, dtype, device)[:0], None, seeds(device)[:0], None, 10.0, 2.0)
+
+
+def ssi(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    b = bank(dtype, device)[:, 2]
+    for t in samples:
+        yield f"{t} samples", (wave(t, dtype, device), b, None, seeds(device), None, None, 10.0, 40.0)
+        yield (
+            f"{t} samples, lengths",
+            (wave(t, dtype, device), b, lengths(t, device), seeds(device), None, None, -5.0, 0.0),
+        )
+    noise, level = (
+        wave(700, torch.float32, device, scale=1.0),
+        torch.tensor([10.0, 20.0, -3.0], dtype=torch.float64, device=device),
+    )
+    yield "strided, noise given", (strided_wave(700, dtype, device), b, None, None, noise, level, 0.0, 0.0)
+    yield "silence", (wave(700, dtype, device) * 0, b, None, seeds(device), None, None, 10.0, 40.0)
+    yield (
+        "no utterance",
+        (wave(700, dtype, device)[:0], b.new_zeros(0, b.shape[1]), None, seeds(device)[:0], None, None, 10.0, 40.0),
+    )
+
+
+# Scalars, tails around every vector width, a convolution's weight, an empty tensor.
+SHAPES = ((), (1,), (3, 5), (127,), (64, 3, 3, 3), (0,), (20011,))
+SEGMENTS = (0, 1, 0, 2, 2, 1, 0)
+
+
+def gradients(num_paths: int, dtype: torch.dtype, device="cpu", scale: float = 1.0) -> list[torch.Tensor]:
+    """num_paths * len(SHAPES) gradients, path after path, some of them strided."""
+    generator = torch.Generator().manual_seed(num_paths)
+    out = []
+    for path in range(num_paths):
+        for shape in SHAPES:
+            g = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).to(device)
+            if len(shape) == 4:
+                g = g.to(memory_format=torch.channels_last)
+            if len(shape) == 2 and path % 2 == 0:
+                g = g.t().contiguous().t()
+            out.append(g)
+    return out
+
+
+def gram(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    for k in (1, 2, 3, 8):
+        yield f"{k} paths, 3 segments", (gradients(k, dtype, device), k, list(SEGMENTS), 3)
+    scales = (1e-3, 1e3) if dtype == torch.float16 else (1e-10, 1e10)
+    for scale in scales:
+        yield f"2 paths, one segment, norm {scale:g}", (gradients(2, dtype, device, scale), 2, [0] * len(SHAPES), 1)
+
+
+def combine_(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    n = len(SHAPES)
+    for k in (1, 2, 3, 8):
+        g = gradients(k, dtype, device)
+        weights = torch.linspace(-1, 1, 3 * k, dtype=torch.float64, device=device).reshape(3, k)
+        yield f"{k} paths, 3 segments", (g[:n], g[n:], weights, list(SEGMENTS))
+
+
+CASES = {
+    "notch_draws": notch_draws,
+    "notch_bank": notch_bank,
+    "lnl": lnl,
+    "isd": isd,
+    "ssi": ssi,
+    "gram": gram,
+    "combine_": combine_,
+}
+
+
+def widen(value):
+    """The arguments of an op with every floating tensor in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(widen, value))
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def run(op: str, backend: str, args: tuple) -> list[torch.Tensor]:
+    """The op's results as a list of tensors; for an op that writes its argument, what it wrote."""
+    from gradalign._dispatch import ops
+
+    if op == "combine_":
+        args = ([g.clone() for g in args[0]], *args[1:])
+    with ga.use_backends(backend):
+        result = ops()[op](*args)
+    if op == "combine_":
+        # One gradient: its error is relative to all of it, not to a scalar parameter whose terms happen to cancel.
+        return [torch.cat([g.reshape(-1) for g in args[0]])]
+    return list(result) if isinstance(result, tuple) else [result]

@@ -1,0 +1,141 @@
+"""Every backend of every op against the float64 reference, on awkward inputs; the ops' schemas and fake kernels."""
+
+import inputs
+import pytest
+import torch
+from tolerances import DRAWN, RELATIVE, max_norm_error
+
+import gradalign as ga
+from gradalign import ops, reference
+from gradalign._dispatch import Op
+from gradalign._dispatch import ops as declared
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DRAWING = {"isd", "ssi"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", inputs.CASES)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_backend_equals_float64_reference(backend, op, dtype):
+    for name, args in inputs.CASES[op](dtype):
+        found = inputs.run(op, backend, args)
+        expected = inputs.run(op, "reference", inputs.widen(args))
+        for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+            assert f.shape == e.shape, name
+            drawn = op in DRAWING and args[2 if op == "isd" else 3] is not None
+            # gram accumulates and returns float64 for every dtype; a gradient's own rounding is in both sides' input.
+            tolerance = 1e-12 if op == "gram" else (DRAWN if drawn else RELATIVE)[dtype]
+            assert max_norm_error(f, e) <= tolerance, f"{name}, result {i}"
+
+
+@pytest.mark.parametrize("op", inputs.CASES)
+def test_results_keep_dtype(op):
+    for _, args in inputs.CASES[op](torch.bfloat16, samples=(127,)):
+        if op in ("lnl", "isd", "ssi"):
+            assert inputs.run(op, "cpp", args)[0].dtype == torch.bfloat16
+        if op == "combine_":
+            assert all(t.dtype == torch.bfloat16 for t in inputs.run(op, "cpp", args))
+
+
+@pytest.mark.parametrize("op", inputs.CASES)
+def test_opcheck(op):
+    # opcheck compares schema, mutation, aliasing and fake kernel with what really happens.
+    for _, args in inputs.CASES[op](torch.float32, samples=(127,)):
+        torch.library.opcheck(
+            declared()[op].public, args, test_utils=("test_schema", "test_faketensor"), raise_exception=True
+        )
+
+
+def test_same_bits_for_every_thread_count():
+    cases = [(op, args) for op in inputs.CASES for _, args in inputs.CASES[op](torch.float32, samples=(4097,))]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append([inputs.run(op, "cpp", args) for op, args in cases])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for (op, _), a, b in zip(cases, results[0], other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), op
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algo", range(9))
+def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
+    boost, seeds = ga.RawBoost(algo), inputs.seeds()
+    x = inputs.wave(700, torch.float32)
+    broken = x.clone()
+    broken[1, 100] = bad
+    with ga.use_backends(backend):
+        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[2], dirty[2])
+    assert not bool(torch.isfinite(dirty[1]).all())
+
+
+def test_gram_sign_at_tiny_cosine():
+    # 2e7 parameters, cosine 1e-6 and -1e-6: the sign decides whether anything is projected.
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20_000_000, generator=generator)
+    b = torch.randn(20_000_000, generator=generator)
+    exact_aa, exact_ab = float(a.double() @ a.double()), float(a.double() @ b.double())
+    for cosine in (1e-6, -1e-6):
+        # Shift b along a so that the exact float64 cosine is the wanted one up to the rounding of c.
+        c = b + float(cosine * (exact_aa**0.5) * float(b.double().norm()) - exact_ab) / exact_aa * a
+        wanted = float(a.double() @ c.double())
+        found = float(ops.gram([a, c], 2, [0], 1)[0, 0, 1])
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert (found > 0) == (cosine > 0)
+
+
+def test_bijection_is_a_permutation():
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 15, 16, 17, 1000, 65536, 65537):
+        keys = torch.randint(1 << 32, (4, reference.BIJECTION_ROUNDS), generator=generator)
+        pi = reference.bijection(keys, torch.arange(size), torch.full((4,), size))
+        assert torch.equal(pi.sort(1).values, torch.arange(size).expand(4, size))
+
+
+def test_philox_known_answers():
+    # Random123's published known-answer vectors of philox4x32-10.
+    def words(counter, key):
+        c0, c1, c2, c3 = counter
+        return [
+            int(w) for w in reference.philox(torch.tensor(key[0] | key[1] << 32), c3, torch.tensor(c0 | c1 << 32), c2)
+        ]
+
+    assert words([0, 0, 0, 0], [0, 0]) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    signed = -1
+    found = reference.philox(torch.tensor(signed), 0xFFFFFFFF, torch.tensor(signed), 0xFFFFFFFF)
+    assert [int(w) for w in found] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_declaring_another_signature_raises():
+    def gram(grads, num_paths):
+        return None
+
+    with pytest.raises(
+        TypeError,
+        match=r"must take \['grads', 'num_paths', 'segments', 'num_segments'\]; found \['grads', 'num_paths'\]",
+    ):
+        ops.gram.backend("triton", available=lambda: "", supports=lambda *_: "")(gram)
+
+
+def test_use_backends_raises_when_it_cannot_serve():
+    with ga.use_backends("cuda"), pytest.raises(RuntimeError, match="none of the allowed backends can serve this call"):
+        ga.RawBoost(1)(torch.zeros(1, 100), seeds=torch.tensor([1]))
+    with pytest.raises(ValueError, match="'numpy'"), ga.use_backends("numpy"):
+        pass
+    with pytest.raises(ValueError, match="none"), ga.use_backends():
+        pass
+
+
+def test_every_op_has_an_input_generator_and_a_reference():
+    assert set(declared()) == set(inputs.CASES)
+    for op in declared().values():
+        assert isinstance(op, Op)
+        assert op.backends["reference"].run is getattr(reference, op.name)
