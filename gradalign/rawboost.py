@@ -286,7 +286,7 @@ class RawBoost(nn.Module):
             snr_db=reference.ssi_snr_db(seeds, c.snr_min, c.snr_max) if "ssi" in steps else None,
         )
 
-    def apply(self, x: Tensor, draws: RawBoostDraws, lengths: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def apply(self, x: Any, draws: RawBoostDraws | None = None, lengths: Tensor | None = None) -> Any:
         """Augment a batch with given draws; equals ``forward(x, lengths, seeds)`` for ``draws = draw(seeds, T,
         lengths)``.
 
@@ -301,6 +301,11 @@ class RawBoost(nn.Module):
         Raises:
             ValueError, TypeError: for a missing draw or a wrong shape, dtype or device, naming expected and found.
         """
+        if draws is None and callable(x):
+            # nn.Module.apply(fn), as called by a parent that initialises its submodules.
+            return super().apply(x)
+        if not isinstance(draws, RawBoostDraws):
+            raise TypeError(f"`draws` must be RawBoostDraws; found {type(draws).__name__}")
         x, lengths, batched = self._check_input(x, lengths)
         self._check_draws(draws, x)
         lnl_filters, ssi_filters = self._design((draws.lnl, draws.ssi), x.dtype)
@@ -337,7 +342,7 @@ class RawBoost(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Design all filters in one call; return (LnL's [B, N_f, P], SSI's [B, P])."""
         lnl, ssi = notches
-        parts = [] if lnl is None else [(lnl.center_hz, lnl.width_hz, lnl.taps, lnl.gain_db)]
+        parts: list[tuple[Tensor, ...]] = [] if lnl is None else [(lnl.center_hz, lnl.width_hz, lnl.taps, lnl.gain_db)]
         if ssi is not None:
             parts.append(tuple(v[:, None] for v in (ssi.center_hz, ssi.width_hz, ssi.taps, ssi.gain_db)))
         if not parts:

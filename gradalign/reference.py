@@ -269,6 +269,7 @@ def isd(
         return x.clone()
     _, wave = own(_wide(x), lengths)
     if factor is None:
+        assert seeds is not None
         factor = isd_factor(seeds, torch.full_like(seeds, x.shape[1]) if lengths is None else lengths, x.shape[1], p)
     return cond_norm(wave + g_sd * wave * factor.to(wave.dtype)).to(x.dtype)
 
@@ -293,10 +294,12 @@ def ssi(
         return x.clone()
     mask, wave = own(_wide(x), lengths)
     if noise is None:
+        assert seeds is not None
         noise, snr_db = ssi_noise(seeds, x.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
     colored = _filter(torch.where(mask, noise.to(wave.dtype), 0.0), filters.to(wave.dtype))
     colored = torch.where(mask, colored, 0.0)
     signal_norm, noise_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (wave, colored))
+    assert snr_db is not None
     gain = (10 ** (-snr_db.double() / 20)).to(wave.dtype)[:, None]
     scale = torch.where(noise_norm > 0, signal_norm / noise_norm * gain, 0.0)
     return (wave + colored * scale).to(x.dtype)

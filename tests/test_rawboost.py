@@ -235,6 +235,14 @@ def test_bad_input(x, lengths, seeds, error, message):
         ga.RawBoost(4)(x, lengths, seeds)
 
 
+def test_apply_of_a_parent_module_still_reaches_its_submodules():
+    seen = []
+    torch.nn.Sequential(ga.RawBoost(4)).apply(seen.append)
+    assert [type(module).__name__ for module in seen] == ["RawBoost", "Sequential"]
+    with pytest.raises(TypeError, match="`draws` must be RawBoostDraws; found NoneType"):
+        ga.RawBoost(4).apply(wave())
+
+
 def test_bad_draws():
     boost, x = ga.RawBoost(4), wave()
     draws = boost.draw(torch.tensor([1, 2, 3]), T)
