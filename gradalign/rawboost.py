@@ -246,7 +246,7 @@ class RawBoost(nn.Module):
         if seeds is None:
             seeds = torch.randint(torch.iinfo(torch.int64).max, (x.shape[0],), dtype=torch.int64, device=x.device)
         else:
-            seeds = _check_seeds(seeds if batched else seeds.reshape(-1), x.shape[0]).to(x.device)
+            seeds = _check_seeds(seeds if batched else _row(seeds), x.shape[0]).to(x.device)
         lnl_filters, ssi_filters = self._design(self._draw_notches(seeds), x.dtype)
         y = self._run(x, lengths, lnl_filters, ssi_filters, seeds, RawBoostDraws())
         return y if batched else y[0]
@@ -389,7 +389,7 @@ class RawBoost(nn.Module):
         batched = x.dim() == 2
         x = x if batched else x[None]
         if lengths is not None:
-            lengths = _check_lengths(lengths if batched else lengths.reshape(-1), x.shape[0], x.shape[1], x.device)
+            lengths = _check_lengths(lengths if batched else _row(lengths), x.shape[0], x.shape[1], x.device)
         return x, lengths, batched
 
     def _check_draws(self, draws: RawBoostDraws, x: Tensor) -> None:
@@ -430,6 +430,11 @@ class RawBoost(nn.Module):
     def extra_repr(self) -> str:
         """Return the algorithm and sample rate, for ``repr``."""
         return f"algo={self.config.algo}, sample_rate={self.config.sample_rate}"
+
+
+def _row(value: Any) -> Any:
+    """Give a 0-d tensor, which belongs to one waveform [T], its batch axis."""
+    return value.reshape(-1) if isinstance(value, Tensor) else value
 
 
 def _check_seeds(seeds: Tensor, batch: int | None) -> Tensor:
