@@ -39,6 +39,7 @@ template <typename T>
 GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, T* y, Scratch<T>& s) {
   using Vector = typename LaneVector<T>::type;
   constexpr int kLanes = LaneVector<T>::count;
+  constexpr int64_t kTile = 64;
   // The transform size of least work: points times stages, over the groups of blocks it needs.
   int points = 0;
   int64_t groups = 0;
@@ -67,14 +68,15 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
   s.base.resize(points), s.power.resize(points), s.work.resize(points), s.sum.resize(points);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = group * 2 * kLanes;
-    for (int half = 0; half < 2; ++half) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t start = (first + half * kLanes + lane) * hop + advance;
-        const int64_t from = std::clamp<int64_t>(-start, 0, points), to = std::clamp<int64_t>(length - start, from, points);
-        T* column = reinterpret_cast<T*>(half == 0 ? &s.base[0].re : &s.base[0].im) + lane;
-        for (int64_t t = 0; t < from; ++t) column[t * 2 * kLanes] = 0;
-        for (int64_t t = from; t < to; ++t) column[t * 2 * kLanes] = x[start + t];
-        for (int64_t t = to; t < points; ++t) column[t * 2 * kLanes] = 0;
+    // A tile's rows stay in the first-level cache while every block writes its column of them.
+    for (int64_t tile = 0; tile < points; tile += kTile) {
+      for (int column = 0; column < 2 * kLanes; ++column) {
+        const int64_t start = (first + column) * hop + advance + tile;
+        const int64_t from = std::clamp<int64_t>(-start, 0, kTile), to = std::clamp<int64_t>(length - start, from, kTile);
+        T* row = reinterpret_cast<T*>(&s.base[tile]) + column;
+        for (int64_t t = 0; t < from; ++t) row[t * 2 * kLanes] = 0;
+        for (int64_t t = from; t < to; ++t) row[t * 2 * kLanes] = x[start + t];
+        for (int64_t t = to; t < kTile; ++t) row[t * 2 * kLanes] = 0;
       }
     }
     for (int64_t i = 0; i < num_filters; ++i) {
@@ -97,11 +99,11 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
       }
     }
     inverse_fft(s.sum.data(), w);
-    for (int half = 0; half < 2; ++half) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t start = (first + half * kLanes + lane) * hop, count = std::min(hop, length - start);
-        const T* column = reinterpret_cast<const T*>(half == 0 ? &s.sum[num_taps - 1].re : &s.sum[num_taps - 1].im) + lane;
-        for (int64_t t = 0; t < count; ++t) y[start + t] = column[t * 2 * kLanes];
+    for (int64_t tile = 0; tile < hop; tile += kTile) {
+      for (int column = 0; column < 2 * kLanes; ++column) {
+        const int64_t start = (first + column) * hop + tile, count = std::min({kTile, hop - tile, length - start});
+        const T* row = reinterpret_cast<const T*>(&s.sum[num_taps - 1 + tile]) + column;
+        for (int64_t t = 0; t < count; ++t) y[start + t] = row[t * 2 * kLanes];
       }
     }
   }
