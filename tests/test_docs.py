@@ -1,0 +1,27 @@
+"""Every example in a docstring and every Python block of the README is executed."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import gradalign
+
+ROOT = Path(__file__).parent.parent
+# __main__ runs the command line when imported; _C is compiled.
+MODULES = [
+    m.name for m in pkgutil.walk_packages(gradalign.__path__, "gradalign.") if not m.name.endswith(("__main__", "_C"))
+]
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert result.failed == 0

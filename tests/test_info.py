@@ -1,0 +1,32 @@
+"""``gradalign info``: versions, build facts, and which backend serves each op here and why the others do not."""
+
+import re
+
+import inputs
+import torch
+
+from gradalign import _extension, info
+
+
+def test_every_op_names_its_backends():
+    text = info.report()
+    for op in inputs.CASES:
+        assert f"  {op}: " in text
+    assert re.search(rf"torch +{re.escape(torch.__version__)}\n", text)
+
+
+def test_build_facts_come_from_the_extension():
+    extension, why_not = _extension.load()
+    assert extension is not None, why_not
+    facts = extension.build_info()
+    assert set(facts) == {"compiler", "flags", "torch", "torch_abi", "instruction_set", "cuda", "nvcc", "cuda_archs"}
+    text = info.report()
+    for value in (facts["compiler"], facts["flags"], facts["instruction_set"]):
+        assert value in text
+
+
+def test_a_missing_gpu_is_a_reason():
+    if torch.cuda.is_available():
+        assert torch.cuda.get_device_name(0) in info.report()
+    else:
+        assert "cuda: none visible" in info.report()

@@ -1,0 +1,65 @@
+"""The build's explicit choices, and the package without its extension."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup(**environment):
+    """Run setup.py far enough to describe the extension, without building it."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_cuda_demanded_without_nvcc_fails_loudly():
+    result = setup(GRADALIGN_CUDA="1", CUDA_HOME="/nonexistent")
+    assert result.returncode != 0
+    assert "gradalign: GRADALIGN_CUDA=1, but the CUDA kernels cannot be built:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "environment", [{"GRADALIGN_CUDA": "0"}, {"GRADALIGN_EXT": "0"}, {"CUDA_HOME": "/nonexistent"}]
+)
+def test_builds_without_cuda_when_told_or_when_nvcc_is_missing(environment):
+    result = setup(**environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "gradalign"
+
+
+def test_a_typo_in_a_choice_is_an_error():
+    result = setup(GRADALIGN_CUDA="yes")
+    assert result.returncode != 0
+    assert "GRADALIGN_CUDA must be 0 or 1; found 'yes'" in result.stderr
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_works_without_the_extension():
+    out = python(
+        "import sys; sys.modules['gradalign._C'] = None\n"
+        "import torch, gradalign as ga, gradalign.info as info\n"
+        "y = ga.RawBoost(4)(torch.ones(1, 900), seeds=torch.tensor([1]))\n"
+        "print(bool(torch.isfinite(y).all())); print(info.report())"
+    )
+    assert out.startswith("True\n")
+    assert "lnl: reference" in out
+    assert "not cpp: the extension gradalign._C is not built or does not load" in out
+
+
+def test_import_needs_nothing_but_torch_and_numpy():
+    blocked = ["triton", "scipy", "soundfile", "torchaudio", "matplotlib", "tqdm"]
+    out = python(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import gradalign; print('fine')")
+    assert out == "fine\n"
+
+
+def test_installed_layout():
+    out = python("import gradalign.kernels, gradalign._C; print(gradalign.kernels.__file__)")
+    assert Path(out.strip()).parent.name in ("kernels",)
