@@ -96,6 +96,24 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.public(*args)
 
+    def differentiate(self, backward: Op) -> None:
+        """Make the first argument differentiable: ``backward(grad, *arguments)`` returns its gradient.
+
+        The other arguments have none.
+        """
+
+        def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+            ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
+            ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+        def run(ctx: Any, grad: Tensor) -> tuple:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if t else value for t, value in zip(ctx.is_tensor, ctx.plain, strict=True)]
+            return backward(grad, *args), *(None,) * (len(args) - 1)
+
+        torch.library.register_autograd(f"gradalign::{self.name}", run, setup_context=save, lib=_public)
+
     def backend(
         self, name: str, available: Callable[[], str], supports: Callable[..., str]
     ) -> Callable[[Callable], Callable]:

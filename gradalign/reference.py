@@ -32,8 +32,7 @@ BIJECTION_ROUNDS = 8
 _MASK = 0xFFFFFFFF
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# randomness
+# ---------------------------------------------------------------------------------------------------------- randomness
 
 
 def philox(
@@ -135,8 +134,7 @@ def ssi_snr_db(seeds: Tensor, snr_min: float, snr_max: float) -> Tensor:
     return _uniform(philox(seeds, STREAM_SSI_SNR, torch.zeros_like(seeds))[0], snr_min, snr_max)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# RawBoost
+# ------------------------------------------------------------------------------------------------------------ RawBoost
 
 
 def notch_draws(
@@ -223,16 +221,12 @@ def own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     return mask, torch.where(mask, x, 0.0)
 
 
-def _filter(x: Tensor, filters: Tensor) -> Tensor:
-    """y[n] = sum_k b[k] x[n + (P+1)/2 - k]: x [..., T], filters [..., P] in x's dtype; x is zero outside [0, T).
-
-    The advance is one sample more than the group delay (P-1)/2, as published.
-    """
-    num_samples, num_taps = x.shape[-1], filters.shape[-1]
-    size = num_samples + num_taps
+def _filter(x: Tensor, filters: Tensor, advance: int) -> Tensor:
+    """y[n] = sum_k b[k] x[n + advance - k]: x [..., T], filters [..., P] in x's dtype; x is zero outside [0, T)."""
+    num_samples = x.shape[-1]
+    size = num_samples + filters.shape[-1]
     full = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filters, size), size)
-    start = (num_taps + 1) // 2
-    return full[..., start : start + num_samples]
+    return full.roll(-advance, -1)[..., :num_samples]
 
 
 def cond_norm(y: Tensor) -> Tensor:
@@ -241,20 +235,36 @@ def cond_norm(y: Tensor) -> Tensor:
     return y / torch.where(peak > 1, peak, 1.0)
 
 
+def _lnl_before_norm(wave: Tensor, mask: Tensor, filters: Tensor) -> Tensor:
+    """z - mean(z), z = sum over i of FIR_i(x**i), 0 outside the utterances."""
+    powers = torch.stack([wave**i for i in range(1, filters.shape[1] + 1)], dim=1)
+    # The advance is one sample more than the filters' group delay (P-1)/2, as published.
+    y = _filter(powers, filters.to(wave.dtype), (filters.shape[-1] + 1) // 2).sum(1)
+    y = torch.where(mask, y, 0.0)
+    return torch.where(mask, y - y.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
+
+
 def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """Linear and non-linear convolutive noise: cond_norm(z - mean(z)), z = sum over i of FIR_i(x**i).
 
-    ``x`` [B, T]; ``filters`` [B, N_f, P]; ``lengths`` int64 [B] or None. Source: RawBoost (arXiv 2111.04433), section
-    2.1.
+    ``x`` [B, T]; ``filters`` [B, N_f, P]; ``lengths`` int64 [B] or None.
+    Source: RawBoost (arXiv 2111.04433), section 2.1.
     """
     if x.numel() == 0:
         return x.clone()
     mask, wave = own(_wide(x), lengths)
-    powers = torch.stack([wave**i for i in range(1, filters.shape[1] + 1)], dim=1)
-    y = _filter(powers, filters.to(wave.dtype)).sum(1)
-    y = torch.where(mask, y, 0.0)
-    y = torch.where(mask, y - y.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
-    return cond_norm(y).to(x.dtype)
+    return cond_norm(_lnl_before_norm(wave, mask, filters)).to(x.dtype)
+
+
+def _isd_gain(
+    wave: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> Tensor:
+    """1 + g_sd * f, [B, T]."""
+    if factor is None:
+        assert seeds is not None
+        own_lengths = torch.full_like(seeds, wave.shape[1]) if lengths is None else lengths
+        factor = isd_factor(seeds, own_lengths, wave.shape[1], p)
+    return 1 + g_sd * factor.to(wave.dtype)
 
 
 def isd(
@@ -262,16 +272,35 @@ def isd(
 ) -> Tensor:
     """Impulsive signal-dependent noise: cond_norm(x + g_sd * x * f).
 
-    ``x`` [B, T]; f is ``factor`` [B, T], or drawn from ``seeds`` int64 [B] (see `isd_factor`). Source: RawBoost (arXiv
-    2111.04433), section 2.2.
+    ``x`` [B, T]; f is ``factor`` [B, T], or drawn from ``seeds`` int64 [B] (see `isd_factor`).
+    Source: RawBoost (arXiv 2111.04433), section 2.2.
     """
     if x.numel() == 0:
         return x.clone()
     _, wave = own(_wide(x), lengths)
-    if factor is None:
+    return cond_norm(wave * _isd_gain(wave, lengths, seeds, factor, p, g_sd)).to(x.dtype)
+
+
+def _ssi_noise(
+    wave: Tensor,
+    mask: Tensor,
+    filters: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """v / |v| * 10**(-SNR/20), v = FIR(noise), 0 outside the utterances."""
+    if noise is None:
         assert seeds is not None
-        factor = isd_factor(seeds, torch.full_like(seeds, x.shape[1]) if lengths is None else lengths, x.shape[1], p)
-    return cond_norm(wave + g_sd * wave * factor.to(wave.dtype)).to(x.dtype)
+        noise, snr_db = ssi_noise(seeds, wave.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
+    assert snr_db is not None
+    white = torch.where(mask, noise.to(wave.dtype), 0.0)
+    colored = torch.where(mask, _filter(white, filters.to(wave.dtype), (filters.shape[-1] + 1) // 2), 0.0)
+    norm = torch.linalg.vector_norm(colored, dim=1, keepdim=True)
+    gain = (10 ** (-snr_db.double() / 20)).to(wave.dtype)[:, None]
+    return torch.where(norm > 0, colored / norm * gain, 0.0)
 
 
 def ssi(
@@ -287,26 +316,80 @@ def ssi(
     """Stationary signal-independent noise: x + v * |x| / |v| * 10**(-SNR/20), v = FIR(noise).
 
     ``x`` [B, T]; ``filters`` [B, P]; the noise and its level are ``noise`` [B, T] and ``snr_db`` [B], or drawn from
-    ``seeds`` int64 [B] (see `ssi_noise`, `ssi_snr_db`). Silence stays silence. Source: RawBoost (arXiv 2111.04433),
-    section 2.3.
+    ``seeds`` int64 [B] (see `ssi_noise`, `ssi_snr_db`). Silence stays silence.
+    Source: RawBoost (arXiv 2111.04433), section 2.3.
     """
     if x.numel() == 0:
         return x.clone()
     mask, wave = own(_wide(x), lengths)
-    if noise is None:
-        assert seeds is not None
-        noise, snr_db = ssi_noise(seeds, x.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
-    colored = _filter(torch.where(mask, noise.to(wave.dtype), 0.0), filters.to(wave.dtype))
-    colored = torch.where(mask, colored, 0.0)
-    signal_norm, noise_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (wave, colored))
-    assert snr_db is not None
-    gain = (10 ** (-snr_db.double() / 20)).to(wave.dtype)[:, None]
-    scale = torch.where(noise_norm > 0, signal_norm / noise_norm * gain, 0.0)
-    return (wave + colored * scale).to(x.dtype)
+    unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
+    return (wave + unit_noise * torch.linalg.vector_norm(wave, dim=1, keepdim=True)).to(x.dtype)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# gradients
+def _cond_norm_backward(grad: Tensor, v: Tensor) -> Tensor:
+    """Gradient of `cond_norm` in v; of several largest magnitudes, the first one counts."""
+    peak, at = v.abs().max(-1, keepdim=True)
+    scaled = grad / peak
+    correction = (scaled * v).sum(-1, keepdim=True) / peak * v.gather(-1, at).sign()
+    return torch.where(peak > 1, scaled.scatter_add(-1, at, -correction), grad)
+
+
+def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
+    """Gradient of `lnl` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
+    if x.numel() == 0:
+        return x.clone()
+    mask, wave = own(_wide(x), lengths)
+    centered = _lnl_before_norm(wave, mask, filters)
+    grad = torch.where(mask, _cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], centered), 0.0)
+    grad = torch.where(mask, grad - grad.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
+    num_taps = filters.shape[-1]
+    # Correlation with a filter is filtering with its mirror image.
+    per_branch = _filter(grad[:, None], filters.to(wave.dtype).flip(-1), num_taps - 1 - (num_taps + 1) // 2)
+    total = sum((i + 1) * wave**i * per_branch[:, i] for i in range(filters.shape[1]))
+    return torch.where(mask, total, 0.0).to(x.dtype)
+
+
+def isd_backward(
+    grad: Tensor,
+    x: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    factor: Tensor | None,
+    p: float,
+    g_sd: float,
+) -> Tensor:
+    """Gradient of `isd` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
+    if x.numel() == 0:
+        return x.clone()
+    _, wave = own(_wide(x), lengths)
+    gain = _isd_gain(wave, lengths, seeds, factor, p, g_sd)
+    grad = _cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], wave * gain) * gain
+    return own(grad, lengths)[1].to(x.dtype)
+
+
+def ssi_backward(
+    grad: Tensor,
+    x: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """Gradient of `ssi` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
+    if x.numel() == 0:
+        return x.clone()
+    mask, wave = own(_wide(x), lengths)
+    unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
+    grad = own(grad.to(wave.dtype), lengths)[1]
+    norm = torch.linalg.vector_norm(wave, dim=1, keepdim=True)
+    toward_x = torch.where(norm > 0, (grad * unit_noise).sum(1, keepdim=True) / norm, 0.0)
+    return (grad + toward_x * wave).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
 
 
 def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:

@@ -120,6 +120,24 @@ def ssi(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     )
 
 
+def _with_gradient(cases) -> Iterator[tuple[str, tuple]]:
+    for name, (x, *rest) in cases:
+        grad = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape).to(x)
+        yield name, (grad, x, *rest)
+
+
+def lnl_backward(dtype, device="cpu", samples=SMALL_SAMPLES) -> Iterator[tuple[str, tuple]]:
+    return _with_gradient(lnl(dtype, device, samples))
+
+
+def isd_backward(dtype, device="cpu", samples=SMALL_SAMPLES) -> Iterator[tuple[str, tuple]]:
+    return _with_gradient(isd(dtype, device, samples))
+
+
+def ssi_backward(dtype, device="cpu", samples=SMALL_SAMPLES) -> Iterator[tuple[str, tuple]]:
+    return _with_gradient(ssi(dtype, device, samples))
+
+
 # Scalars, tails around every vector width, a convolution's weight, an empty tensor.
 SHAPES = ((), (1,), (3, 5), (127,), (64, 3, 3, 3), (0,), (20011,))
 SEGMENTS = (0, 1, 0, 2, 2, 1, 0)
@@ -162,6 +180,9 @@ CASES = {
     "lnl": lnl,
     "isd": isd,
     "ssi": ssi,
+    "lnl_backward": lnl_backward,
+    "isd_backward": isd_backward,
+    "ssi_backward": ssi_backward,
     "gram": gram,
     "combine_": combine_,
 }

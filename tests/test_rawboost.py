@@ -148,6 +148,30 @@ def test_algorithm_0_returns_the_waveform():
     assert torch.equal(ga.RawBoost(0)(x), x)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algo", range(9))
+def test_differentiable_in_the_waveform(algo, backend):
+    boost, lengths = ga.RawBoost(algo), torch.tensor([60, 35])
+    x = (0.5 * wave(2, 60, scale=1.0, dtype=torch.float64)).requires_grad_()
+    draws = boost.draw(torch.tensor([1, 2]), 60, lengths)
+    with ga.use_backends(backend, "reference"):
+        assert torch.autograd.gradcheck(lambda v: boost.apply(v, draws, lengths), (x,))
+        y = boost(x, lengths, torch.tensor([1, 2]))
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert grad[0].abs().min() > 0
+    assert not grad[1, 35:].any()
+
+
+def test_compiles_without_graph_breaks():
+    boost, x, seeds = ga.RawBoost(4), wave(), torch.tensor([1, 2, 3])
+    compiled = torch.compile(boost, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    (compiled(x, seeds=seeds).square().sum()).backward()
+    found, x.grad = x.grad, None
+    (boost(x, seeds=seeds).square().sum()).backward()
+    assert torch.equal(found, x.grad)
+
+
 def test_seeds_from_the_global_generator():
     boost, x = ga.RawBoost(5), wave()
     torch.manual_seed(0)
@@ -270,9 +294,8 @@ def test_bad_draws():
         boost.draw(torch.tensor([1.0]), 10)
 
 
-# ------------------------------------------------------------------------------------------------------- the sampled
-# distributions Fixed seeds, so that each test gives the same verdict on every run; a wrong law at this sample size
-# gives p-values near 0.
+# ------------------------------------------------------------------------------------------ the sampled distributions
+# Fixed seeds, so that each test gives the same verdict on every run; a wrong law gives p-values near 0 at this size.
 
 SEEDS = torch.arange(4000)
 SIGNIFICANCE = 1e-3
