@@ -7,13 +7,36 @@ every file is replaced whole.
 
 from __future__ import annotations
 
+import csv
+import fcntl
+import hashlib
+import io
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gradalign._errors import ConfigError
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
+from gradalign._files import remove_leftovers, write_text
+from gradalign.data.dataset import Batch, SpeechDataset, epoch_plan, load_batches
+from gradalign.data.protocol import Utterance, read_protocol
+from gradalign.optim import AlignedOptimizer
+from gradalign.rawboost import RawBoost
+from gradalign.scoring import autocast, choose_device, predict, scores_of, write_scores
 
 METHODS = ("none", "mean", "pcgrad", "gradvac", "cagrad")
 """What ``align`` can be; ``none`` is plain training on the mean of both views' losses."""
@@ -189,15 +212,570 @@ def _expect(ok: bool, name: str, expected: str, found: Any) -> None:
         raise ConfigError(f"`{name}` must be {expected}; found {found!r}")
 
 
-def train(config: TrainConfig, progress: bool = True) -> Path:
+def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """Train one detector, or go on where a killed run stopped; returns the run's folder ``config.run_dir``.
+
+    A finished run is left as it is, unless ``epochs`` or ``patience`` allow more than it had.
 
     Args:
         config: the run.
         progress: show a progress bar and messages on stderr.
+        on_epoch: called with each new row of the metrics.
 
     Raises:
         GradalignError: data, audio, configuration or checkpoint are not as expected; the message names file or field.
         OSError: a file cannot be written (a full disk); the last checkpoint stays whole.
     """
-    raise NotImplementedError
+    run = config.run_dir
+    run.mkdir(parents=True, exist_ok=True)
+    with _exclusive(run), _torch_settings(config):
+        remove_leftovers(run)
+        if not finished(config):
+            training = _Training(config, progress, on_epoch)
+            training.fit()
+            training.finish()
+    return run
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether ``config.run_dir`` holds the results of this very run, with all the epochs it may have.
+
+    Raises:
+        CheckpointError: it holds a run with other settings or other data; the message names what differs.
+        DataError: the data are not as expected.
+    """
+    path = config.run_dir / "results.json"
+    if not path.exists():
+        return False
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        epochs, best, digest = int(results["epochs"]), int(results["epochs_to_best"]), results["data_digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected the results of a run; found: {error!r}") from None
+    _expect_same_run(
+        config.run_dir / "config.json", asdict(TrainConfig.from_json(config.run_dir / "config.json")), config
+    )
+    train_data, dev_data = open_split(config, "train"), open_split(config, "dev")
+    assert train_data is not None
+    assert dev_data is not None
+    if digest != _digest(train_data.utterances + dev_data.utterances):
+        raise CheckpointError(f"{path}: {_OTHER_DATA}")
+    return _over(config, epochs, best)
+
+
+def _over(config: TrainConfig, epoch: int, best_epoch: int) -> bool:
+    """Whether a run with so many epochs, the best of which is ``best_epoch``, takes no more."""
+    return epoch >= config.epochs or (0 < config.patience <= epoch - best_epoch)
+
+
+_OTHER_DATA = "the train or dev protocol is not the one this run was started with"
+
+
+def _expect_same_run(path: Path, found: dict[str, Any], config: TrainConfig) -> None:
+    default = _plain(TrainConfig())
+    for name, mine in _plain(config).items():
+        # A file of an older version lacks the settings that were added since.
+        theirs = found.get(name, default[name])
+        if name not in _FREE_TO_CHANGE and json.dumps(theirs) != json.dumps(mine):
+            raise CheckpointError(
+                f"{path}: this run was started with `{name}` {theirs!r}; found {mine!r} now. Go on with the same "
+                f"settings, or train into another folder"
+            )
+
+
+def split_source(config: TrainConfig, split: str) -> tuple[Path, Path] | None:
+    """The (protocol, audio folder) of ``train``, ``dev`` or ``test``; None for a test split that is not there.
+
+    Raises DataError when the configuration names none.
+    """
+    if config.data is not None:
+        root = Path(config.data)
+        if not root.is_dir():
+            raise DataError(f"{root}: expected a folder with protocols/ and flac/; found nothing there")
+        protocol = root / "protocols" / f"{split}.txt"
+        return None if split == "test" and not protocol.exists() else (protocol, root / "flac")
+    protocol_name, audio = getattr(config, f"{split}_protocol"), getattr(config, f"{split}_audio")
+    if protocol_name is None and split == "test":
+        return None
+    if protocol_name is None or audio is None:
+        raise DataError(f"expected `data`, or `{split}_protocol` and `{split}_audio`; found neither")
+    return Path(protocol_name), Path(audio)
+
+
+def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
+    """The data set of a split as the run reads it; None for a test split that is not there.
+
+    Raises DataError for a wrong protocol, or where train or dev lack one of the classes.
+    """
+    source = split_source(config, split)
+    if source is None:
+        return None
+    utterances = read_protocol(source[0])
+    for label, name in ((1, "bonafide"), (0, "spoof")):
+        if split != "test" and all(u.label != label for u in utterances):
+            raise DataError(f"{source[0]}: expected both bonafide and spoof utterances; found no {name}")
+    if not source[1].is_dir():
+        raise DataError(f"{source[1]}: expected a folder of audio files; found nothing there")
+    return SpeechDataset(
+        utterances,
+        source[1],
+        sample_rate=config.sample_rate,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        random_crop=split == "train" and config.crop == "random",
+        resample=config.resample,
+        cache_mb=config.cache_mb,
+    )
+
+
+def augmented_view(boost: RawBoost, wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
+    """RawBoost of a batch in which shorter utterances repeat themselves: each is augmented once, then repeated.
+
+    Args:
+        boost: the augmentation.
+        wave: [B, T].
+        length: samples of each utterance before it repeats itself, int64 [B].
+        seed: int64 [B].
+
+    Returns:
+        [B, T], of wave's dtype and device.
+    """
+    length = length.to(wave.device)
+    boosted = boost(wave, lengths=length, seeds=seed.to(wave.device))
+    return boosted.gather(1, torch.arange(wave.shape[1], device=wave.device) % length[:, None])
+
+
+def make_boost(config: TrainConfig) -> RawBoost:
+    """The augmentation of a run. Raises ConfigError for parameters RawBoost does not take."""
+    try:
+        return RawBoost(config.algo, config.sample_rate, **config.rawboost)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rawboost: {error}") from None
+
+
+# ---- one run -------------------------------------------------------------------------------------------------------
+
+# What may differ when a run goes on: where things are, how fast they are read, and how long it lasts.
+_FREE_TO_CHANGE = {
+    "data", "train_protocol", "dev_protocol", "test_protocol", "train_audio", "dev_audio", "test_audio", "out",
+    "epochs", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps",
+}  # fmt: skip
+
+
+@dataclass
+class _Progress:
+    """How far a run is: all of it goes into the checkpoint.
+
+    ``epoch`` counts whole epochs, ``position`` the batches done in the one after them; ``sums`` hold that epoch's
+    clean and augmented loss, its steps and its skipped steps. ``cosines`` has one entry a step, NaN where undefined.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+class _Training:
+    def __init__(self, config: TrainConfig, progress: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        from gradalign import detectors
+
+        self.config, self.run, self.show, self.on_epoch = config, config.run_dir, progress, on_epoch
+        self.device = choose_device(config.device)
+        train, dev = open_split(config, "train"), open_split(config, "dev")
+        assert train is not None
+        assert dev is not None
+        self.train_data, self.dev_data, self.test_data = train, dev, open_split(config, "test")
+        self.boost = make_boost(config)
+        torch.manual_seed(config.seed)
+        try:
+            model = detectors.create(config.detector, **config.detector_options)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"detector: {error}") from None
+        self.model: nn.Module = model.to(self.device)
+        self.optimizer = _make_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.class_weights = torch.tensor(config.class_weights, device=self.device)
+        self.at = _Progress()
+        self.skipped_before = 0
+        self.data_digest = _digest(train.utterances + dev.utterances)
+        if (self.run / "checkpoint.pt").exists():
+            self._restore(self.run / "checkpoint.pt")
+        write_text(self.run / "config.json", config.to_json())
+        write_text(self.run / "environment.json", json.dumps(_environment(self.device), indent=2) + "\n")
+        if self.at.history:
+            self._write_metrics()
+
+    def fit(self) -> None:
+        from tqdm import tqdm
+
+        (self.run / "results.json").unlink(missing_ok=True)
+        steps = len(self._plan())
+        with tqdm(
+            total=steps * self.config.epochs,
+            initial=steps * self.at.epoch + self.at.position,
+            desc=self.run.name,
+            unit="step",
+            disable=not self.show,
+            dynamic_ncols=True,
+        ) as bar:
+            while not _over(self.config, self.at.epoch, self.at.best_epoch):
+                self._train_epoch(bar)
+                self._close_epoch()
+
+    def _say(self, text: str) -> None:
+        from tqdm import tqdm
+
+        if self.show:
+            tqdm.write(f"{self.run.name}: {text}", file=sys.stderr)
+
+    def _plan(self) -> list[list[int]]:
+        return epoch_plan(len(self.train_data), self.config.batch_size, self.config.seed, self.at.epoch)
+
+    def _train_epoch(self, bar: Any) -> None:
+        config, at = self.config, self.at
+        self.model.train()
+        self.train_data.set_epoch(at.epoch)
+        plan = self._plan()
+        started, before = time.monotonic(), at.seconds
+        for batch in load_batches(
+            self.train_data,
+            plan[at.position :],
+            num_workers=config.num_workers,
+            pin_memory=self.device.type == "cuda",
+        ):
+            self._note_bad(self.train_data, batch.bad)
+            if len(batch.row):
+                losses, cosine, skipped = self._step(batch)
+                at.cosines.append(cosine)
+                at.sums = [
+                    a + b for a, b in zip(at.sums, [*losses, 0.0 if skipped else 1.0, float(skipped)], strict=True)
+                ]
+                if at.sums[2]:
+                    bar.set_postfix(epoch=at.epoch + 1, loss=f"{sum(at.sums[:2]) / at.sums[2] / 2:.4f}", refresh=False)
+            at.position += 1
+            at.seconds = before + time.monotonic() - started
+            bar.update()
+            if config.checkpoint_steps and at.position % config.checkpoint_steps == 0 and at.position < len(plan):
+                self._save()
+
+    def _step(self, batch: Batch) -> tuple[tuple[float, float], float, bool]:
+        """One step; returns the two losses, the cosine between their gradients, and whether the step was skipped."""
+        optimizer, scaler = self.optimizer, self.scaler
+        labels = batch.label.to(self.device, non_blocking=True)
+        clean = batch.wave.to(self.device, non_blocking=True)
+        augmented = augmented_view(self.boost, clean, batch.length, batch.seed)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        optimizer.zero_grad()
+        if self.config.path == "split":
+            losses = []
+            for view in (clean, augmented):
+                with optimizer.path():
+                    loss = self._criterion(self._logits(view), labels)
+                    scaler.scale(loss).backward()
+                losses.append(loss.detach())
+        else:
+            logits = self._logits(torch.cat([clean, augmented]))
+            losses = [self._criterion(part, labels) for part in logits.split(len(labels))]
+            optimizer.backward([scaler.scale(loss) for loss in losses])
+        optimizer.align()
+        scaler.step(optimizer)
+        scaler.update()
+        stats = optimizer.stats
+        skipped, self.skipped_before = stats.skipped > self.skipped_before, stats.skipped
+        if skipped:
+            # The forward passes have moved running statistics, perhaps to NaN: the step leaves no trace at all.
+            for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
+            return (0.0, 0.0), math.nan, True
+        clean_loss, augmented_loss = torch.stack([loss.detach() for loss in losses]).tolist()
+        return (clean_loss, augmented_loss), math.nan if stats.cosine is None else float(stats.cosine[0, 1]), False
+
+    def _logits(self, wave: Tensor) -> Tensor:
+        with autocast(self.device, self.config.amp):
+            logits: Tensor = self.model(wave)
+        return logits.float()
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, labels, self.class_weights)
+
+    def _close_epoch(self) -> None:
+        config, at = self.config, self.at
+        clean, augmented, steps, skipped = at.sums
+        if not steps:
+            raise GradalignError(
+                f"{self.run}: epoch {at.epoch + 1} had no step: {int(skipped)} had losses or gradients that are not "
+                f"finite, {len(at.bad)} audio files are bad; a lower `lr` or `amp` off may help"
+            )
+        started = time.monotonic()
+        logits = self._predict(self.dev_data, "")
+        loss = self._loss(logits, self.dev_data)
+        done = int(steps + skipped)
+        cosines = np.array(at.cosines[len(at.cosines) - done :])
+        cosines = cosines[np.isfinite(cosines)]
+        at.epoch, at.position, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
+        at.seconds += time.monotonic() - started
+        row = {
+            "epoch": at.epoch,
+            "steps": len(at.cosines),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "train_loss": (clean + augmented) / steps / 2,
+            "train_loss_clean": clean / steps,
+            "train_loss_augmented": augmented / steps,
+            "dev_loss": loss,
+            "dev_eer": _errors(self.dev_data.utterances, scores_of(logits)).get("eer"),
+            "conflict_rate": float((cosines < 0).mean()) if len(cosines) else None,
+            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            "skipped_steps": int(skipped),
+            "seconds": round(at.seconds, 3),
+        }
+        at.seconds = 0.0
+        at.history.append(row)
+        if loss is not None and loss < at.best_loss:
+            at.best_epoch, at.best_loss = at.epoch, loss
+            save_checkpoint(
+                self.run / "best.pt",
+                {"config": _plain(config), "model": self.model.state_dict(), "epoch": at.epoch, "dev_loss": loss},
+            )
+        self._save()
+        self._write_metrics()
+        if skipped:
+            self._say(f"epoch {at.epoch}: {int(skipped)} steps skipped: losses or gradients that are not finite")
+        if self.on_epoch is not None:
+            self.on_epoch(row)
+
+    def finish(self) -> None:
+        """Score dev and test with the best weights and write the results."""
+        at = self.at
+        if not at.best_epoch:
+            raise GradalignError(f"{self.run}: the dev loss was never finite; a lower `lr` or `amp` off may help")
+        best = load_checkpoint(self.run / "best.pt", keys=("model", "epoch"))
+        if best["epoch"] != at.best_epoch:
+            raise CheckpointError(f"{self.run / 'best.pt'}: expected epoch {at.best_epoch}; found {best['epoch']}")
+        load_weights(self.model, best["model"], self.run / "best.pt")
+        cosines = np.array(at.cosines)
+        cosines = cosines[np.isfinite(cosines)]
+        results: dict[str, Any] = {
+            "align": self.config.align,
+            "seed": self.config.seed,
+            "epochs": at.epoch,
+            "epochs_to_best": at.best_epoch,
+            "best_dev_loss": at.best_loss,
+            "steps": len(at.cosines),
+            "conflict_rate": float((cosines < 0).mean()) if len(cosines) else None,
+            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            "skipped_steps": sum(row["skipped_steps"] for row in at.history),
+            "seconds": round(sum(row["seconds"] for row in at.history), 3),
+            "data_digest": self.data_digest,
+        }
+        seen = {u.attack for u in self.train_data.utterances}
+        for split, data in (("dev", self.dev_data), ("test", self.test_data)):
+            if data is not None:
+                scores = scores_of(self._predict(data, f"{self.run.name} {split}"))
+                write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
+                results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
+        self._write_conflict_map()
+        results["bad_files"] = len(at.bad)
+        if at.bad:
+            write_text(self.run / "skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
+        write_text(self.run / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def _write_conflict_map(self) -> None:
+        stats = self.optimizer.stats
+        names = [(name, p.numel()) for name, p in self.model.named_parameters() if p.requires_grad]
+        assert stats.parameter_conflicts is not None
+        rows = [
+            f"{name},{size},{count},{count / stats.steps:.9g}\n"
+            for (name, size), count in zip(names, stats.parameter_conflicts.tolist(), strict=True)
+        ]
+        write_text(self.run / "parameters.csv", "parameter,size,conflicts,conflict_rate\n" + "".join(rows))
+
+    def _predict(self, data: SpeechDataset, title: str) -> Tensor:
+        logits, bad = predict(
+            self.model,
+            data,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
+            amp=self.config.amp,
+            skip_bad=self.config.skip_bad,
+            progress=title if self.show else "",
+        )
+        self._note_bad(data, bad)
+        return logits
+
+    def _note_bad(self, data: SpeechDataset, bad: list[tuple[int, str]]) -> None:
+        for row, message in bad:
+            if not self.config.skip_bad:
+                raise AudioError(message)
+            name = data.utterances[row].name
+            if name not in self.at.bad:
+                self.at.bad[name] = message
+                self._say(f"left out: {message}")
+
+    def _loss(self, logits: Tensor, data: SpeechDataset) -> float | None:
+        labels = torch.tensor([u.label for u in data.utterances])
+        there = ~logits[:, 0].isnan() | ~logits[:, 1].isnan()
+        weight = torch.tensor(self.config.class_weights, dtype=torch.float64)
+        loss = float(functional.cross_entropy(logits[there].double(), labels[there], weight))
+        return loss if math.isfinite(loss) else None
+
+    # ---- checkpoint ----
+
+    def _save(self) -> None:
+        at = self.at
+        save_checkpoint(
+            self.run / "checkpoint.pt",
+            {
+                "config": _plain(self.config),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng_cpu": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "data_digest": self.data_digest,
+                "progress": {**vars(at), "cosines": torch.tensor(at.cosines, dtype=torch.float64)},
+            },
+        )
+
+    def _restore(self, path: Path) -> None:
+        keys = ("config", "model", "optimizer", "scaler", "rng_cpu", "rng_cuda", "data_digest", "progress")
+        content = load_checkpoint(path, keys)
+        _expect_same_run(path, content["config"], self.config)
+        if content["data_digest"] != self.data_digest:
+            raise CheckpointError(f"{path}: {_OTHER_DATA}")
+        load_weights(self.model, content["model"], path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.at = _Progress(**{**content["progress"], "cosines": content["progress"]["cosines"].tolist()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: expected the state of this run; found: {error}") from None
+        self.skipped_before = self.optimizer.stats.skipped
+        torch.set_rng_state(content["rng_cpu"])
+        if self.device.type == "cuda" and content["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(content["rng_cuda"], self.device)
+
+    def _write_metrics(self) -> None:
+        # Whole files from the checkpointed history: a kill can neither lose nor repeat a row.
+        at = self.at
+        write_text(self.run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in at.history))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(at.history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(at.history)
+        write_text(self.run / "metrics.csv", table.getvalue())
+        steps = [f"{i},{'' if math.isnan(c) else format(c, '.9g')}\n" for i, c in enumerate(at.cosines, start=1)]
+        write_text(self.run / "steps.csv", "step,cosine\n" + "".join(steps))
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _make_optimizer(config: TrainConfig, model: nn.Module) -> AlignedOptimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    base: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        base = torch.optim.SGD(parameters, momentum=0.9, **settings)
+    elif config.optimizer == "adamw":
+        base = torch.optim.AdamW(parameters, **settings)
+    else:
+        base = torch.optim.Adam(parameters, **settings)
+    method = "mean" if config.align == "none" else config.align
+    try:
+        return AlignedOptimizer(base, method=method, scope=config.scope, **config.align_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"align_options: {error}") from None
+
+
+def _errors(utterances: list[Utterance], scores: np.ndarray, seen: set[str] | None = None) -> dict[str, Any]:
+    """Error measures of scores (NaN: left out); with the attacks ``seen`` in training also per attack and unseen."""
+    from gradalign import metrics
+
+    there = np.isfinite(scores)
+    labels = np.array([u.label for u in utterances], dtype=bool)
+    attacks = np.array([u.attack for u in utterances])
+    bonafide, spoof = scores[there & labels], scores[there & ~labels]
+    if not len(bonafide) or not len(spoof):
+        return {}
+    found: dict[str, Any] = {"eer": float(metrics.eer(bonafide, spoof))}
+    if seen is not None:
+        found["min_dcf"] = float(metrics.min_dcf(bonafide, spoof))
+        groups = {str(a): attacks == a for a in sorted(set(attacks[there & ~labels]))}
+        found["eer_by_attack"] = {
+            name: float(metrics.eer(bonafide, scores[there & ~labels & chosen])) for name, chosen in groups.items()
+        }
+        unseen = there & ~labels & ~np.isin(attacks, list(seen))
+        if unseen.any():
+            found["eer_unseen"] = float(metrics.eer(bonafide, scores[unseen]))
+    return found
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON would give it back."""
+    values: dict[str, Any] = json.loads(config.to_json())
+    return values
+
+
+def _digest(utterances: list[Utterance]) -> str:
+    lines = "".join(f"{u.name} {u.label}\n" for u in utterances)
+    return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    from gradalign.info import versions
+
+    found: dict[str, Any] = {
+        **versions(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    root = Path(__file__).resolve().parents[1]
+    # Only a checkout of ours: an installed copy may lie below somebody else's repository.
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+@contextmanager
+def _exclusive(run: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder; the kernel releases the lock however this one ends."""
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GradalignError(f"{run}: another process is training this run") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _torch_settings(config: TrainConfig) -> Iterator[None]:
+    """The run's threads, and deterministic algorithms on the CPU; both as before afterwards."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if choose_device(config.device).type == "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # It would write NaN into every new tensor, which costs time and is of use for finding defects only.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def test_read_protocol_of_the_published_form(tmp_path):
         ("s a - - bonafide\ns b A01 spoof\n", r":2: expected the 5 columns `.*`; found 4: 's b A01 spoof'"),
         (
             "s a - - bonafide\n\ns a - A01 spoof\n",
-            r":3: expected each utterance once; found 'a' again \(first in line 1\)",
+            r":3: expected each utterance once; found 'a' again \(see line 1\)",
         ),
         ("", r": expected at least one line `speaker utterance - attack label`; found none"),
         ("# only a remark\n\n", r": expected at least one line"),

@@ -15,14 +15,12 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 
 
 def find_audio(folder: str | Path, utterance: str) -> Path:
-    """The audio file of an utterance: ``folder/<utterance>`` with the first suffix of `SUFFIXES` that is there.
+    """The audio file of an utterance: ``folder/<utterance>`` as it stands or with the first of `SUFFIXES` that is there.
 
-    An utterance may hold folders and its own suffix (``speaker/a.wav``). Raises AudioError naming what was looked for.
+    An utterance may hold folders (``speaker/a``). Raises AudioError naming what was looked for.
     """
     folder = Path(folder)
-    if Path(utterance).suffix.lower() in SUFFIXES and (folder / utterance).is_file():
-        return folder / utterance
-    for suffix in SUFFIXES:
+    for suffix in ("", *SUFFIXES):
         path = folder / f"{utterance}{suffix}"
         if path.is_file():
             return path

@@ -58,7 +58,7 @@ def read_protocol(path: str | Path) -> list[Utterance]:
             raise DataError(f"{path}:{number}: expected the label bonafide or spoof; found {label!r}")
         if name in first_seen:
             raise DataError(
-                f"{path}:{number}: expected each utterance once; found {name!r} again (first in line {first_seen[name]})"
+                f"{path}:{number}: expected each utterance once; found {name!r} again (see line {first_seen[name]})"
             )
         first_seen[name] = number
         utterances.append(Utterance(name, speaker, attack, LABELS[label]))

@@ -1,0 +1,206 @@
+"""Scores of a trained detector: loading one, running it over audio, writing score files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradalign._checkpoint import load_checkpoint, load_weights
+from gradalign._errors import AudioError, CheckpointError, ConfigError
+from gradalign._files import atomic_path
+from gradalign.data.dataset import SpeechDataset, load_batches
+from gradalign.data.protocol import Utterance, read_protocol
+
+
+@dataclass(frozen=True)
+class TrainedDetector:
+    """A detector in evaluation mode with the settings it was trained with (the fields of `TrainConfig`)."""
+
+    model: nn.Module
+    config: dict[str, Any]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"`device` must be one that is here; found {name!r} ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def load_detector(path: str | Path, device: str = "auto") -> TrainedDetector:
+    """Load a trained detector for scoring.
+
+    Args:
+        path: ``best.pt`` or ``checkpoint.pt`` of a run, or the run's folder (its ``best.pt``).
+        device: as PyTorch names it, or auto.
+
+    Raises:
+        CheckpointError: naming the file, when it is missing, damaged, or does not fit the detector it names.
+        ConfigError: for a device that is not there.
+    """
+    from gradalign import detectors
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt"
+    content = load_checkpoint(path, keys=("config", "model"))
+    config = content["config"]
+    try:
+        model = detectors.create(config["detector"], **config["detector_options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected the settings of a detector; found: {error}") from None
+    load_weights(model, content["model"], path)
+    return TrainedDetector(model.to(choose_device(device)).eval(), config)
+
+
+def predict(
+    model: nn.Module,
+    dataset: SpeechDataset,
+    *,
+    batch_size: int = 24,
+    num_workers: int = 0,
+    amp: str = "off",
+    skip_bad: bool = False,
+    progress: str = "",
+) -> tuple[Tensor, list[tuple[int, str]]]:
+    """Run a model over a data set, in order, in evaluation mode.
+
+    Args:
+        model: wave [B, T] -> logits [B, 2].
+        dataset: N utterances.
+        batch_size: at most so many at once.
+        num_workers: processes that read audio ahead.
+        amp: off | bf16 | fp16, the type of the forward pass.
+        skip_bad: leave out files that cannot be read.
+        progress: title of a progress bar on stderr; none if empty.
+
+    Returns:
+        logits float32 [N, 2] on the CPU, NaN where the file was bad, and (row, message) of the bad files.
+
+    Raises:
+        AudioError: naming the first file that cannot be read, unless ``skip_bad``.
+    """
+    from tqdm import tqdm
+
+    device = next(model.parameters()).device
+    logits = torch.full((len(dataset), 2), torch.nan)
+    bad: list[tuple[int, str]] = []
+    plan = [list(range(i, min(i + batch_size, len(dataset)))) for i in range(0, len(dataset), batch_size)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), tqdm(total=len(dataset), desc=progress, disable=not progress, leave=False) as bar:
+            for batch in load_batches(dataset, plan, num_workers=num_workers, pin_memory=device.type == "cuda"):
+                if batch.bad and not skip_bad:
+                    raise AudioError(batch.bad[0][1])
+                bad += batch.bad
+                if len(batch.row):
+                    with autocast(device, amp):
+                        found = model(batch.wave.to(device, non_blocking=True))
+                    logits[batch.row] = found.float().cpu()
+                bar.update(len(batch.row) + len(batch.bad))
+    finally:
+        model.train(was_training)
+    return logits, bad
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of a forward pass in ``amp`` = off | bf16 | fp16."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def scores_of(logits: Tensor) -> np.ndarray:
+    """Scores float64 [N] of logits [N, 2]: bona fide minus spoof; higher is more bona fide."""
+    wide = logits.double()
+    return (wide[:, 1] - wide[:, 0]).numpy()
+
+
+def write_scores(path: str | Path, utterances: Sequence[Utterance], scores: np.ndarray) -> int:
+    """Write lines ``utterance attack label score``, leaving out scores that are NaN; returns how many were written."""
+    lines = [
+        f"{u.name} {u.attack} {u.label_name} {s:.9g}\n"
+        for u, s in zip(utterances, scores.tolist(), strict=True)
+        if s == s  # NaN: no score.
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def score_protocol(
+    checkpoint: str | Path,
+    protocol: str | Path,
+    audio_dir: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 24,
+    num_workers: int = 0,
+    device: str = "auto",
+    resample: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> list[str]:
+    """Score every utterance of a protocol with a trained detector and write the score file ``out``.
+
+    Returns the messages of the bad files left out (with ``skip_bad``; otherwise the first raises AudioError). Raises
+    GradalignError naming the file for a wrong protocol or checkpoint.
+    """
+    utterances = read_protocol(protocol)
+    detector = load_detector(checkpoint, device)
+    dataset = SpeechDataset(
+        utterances,
+        audio_dir,
+        sample_rate=detector.config["sample_rate"],
+        num_samples=detector.config["num_samples"],
+        resample=resample,
+    )
+    logits, bad = predict(
+        detector.model,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        skip_bad=skip_bad,
+        progress="scoring" if progress else "",
+    )
+    write_scores(out, utterances, scores_of(logits))
+    return [message for _, message in bad]
+
+
+def score_files(
+    checkpoint: str | Path,
+    files: Sequence[str | Path],
+    *,
+    batch_size: int = 24,
+    device: str = "auto",
+    resample: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> tuple[np.ndarray, list[str]]:
+    """Score single audio files: float64 [N] (NaN for a bad file), and the messages of the bad files.
+
+    Raises as `score_protocol` does.
+    """
+    detector = load_detector(checkpoint, device)
+    dataset = SpeechDataset(
+        [Utterance(str(Path(file).absolute()), "-", "-", 0) for file in files],
+        "/",
+        sample_rate=detector.config["sample_rate"],
+        num_samples=detector.config["num_samples"],
+        resample=resample,
+    )
+    logits, bad = predict(
+        detector.model, dataset, batch_size=batch_size, skip_bad=skip_bad, progress="scoring" if progress else ""
+    )
+    return scores_of(logits), [message for _, message in bad]

@@ -1,0 +1,616 @@
+import csv
+import errno
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from gradalign import _files
+from gradalign._checkpoint import load_checkpoint
+from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
+from gradalign.data import SpeechDataset, fit_length, read_protocol
+from gradalign.rawboost import RawBoost
+from gradalign.scoring import load_detector, predict, score_files, score_protocol, scores_of
+from gradalign.sweep import sweep
+from gradalign.trainer import METHODS, TrainConfig, augmented_view, train
+
+SPLITS = {"train": (16, ("tts",)), "dev": (8, ("tts",)), "test": (12, ("tts", "vc"))}
+
+
+def write_corpus(root):
+    """A folder in corpus layout: noise that is coloured (bona fide) or white (spoof), 0.1 to 0.4 s."""
+    rng = np.random.default_rng(0)
+    (root / "protocols").mkdir(parents=True)
+    (root / "flac").mkdir()
+    for split, (count, attacks) in SPLITS.items():
+        lines = []
+        for i in range(count):
+            bonafide = i % 2 == 0
+            samples = rng.standard_normal(rng.integers(1600, 6400))
+            samples = np.cumsum(samples) * 0.1 if bonafide else samples
+            samples = 0.3 * samples / np.abs(samples).max()
+            soundfile.write(root / "flac" / f"{split}{i:02d}.flac", samples, 16000, subtype="PCM_16")
+            attack = "-" if bonafide else attacks[i // 2 % len(attacks)]
+            lines.append(f"s{i % 3} {split}{i:02d} - {attack} {'bonafide' if bonafide else 'spoof'}\n")
+        (root / "protocols" / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture
+def own_corpus(corpus, tmp_path):
+    return Path(shutil.copytree(corpus, tmp_path / "data"))
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return TrainConfig(
+        data=str(corpus),
+        out=str(tmp_path / "runs"),
+        detector="light",
+        num_samples=4000,
+        batch_size=4,
+        epochs=2,
+        lr=1e-3,
+        threads=1,
+        device="cpu",
+    )
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(table):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_config_survives_json(tmp_path):
+    config = TrainConfig(
+        data="d", align="cagrad", align_options={"c": 0.4}, rawboost={"p": 5}, class_weights=(0.2, 0.8)
+    )
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert TrainConfig.from_json(path) == config
+    assert list(json.loads(config.to_json())) == [f.name for f in fields(TrainConfig)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, r"config\.json: unknown setting 'learning_rate'; expected data, "),
+        ({"epochs": "3"}, r"config\.json: `epochs` must be a whole number; found '3'"),
+        ({"epochs": 0}, r"`epochs` must be at least 1; found 0"),
+        ({"lr": math.inf}, r"`lr` must be a finite number"),
+        ({"algo": 9}, r"`algo` must be one of 0\.\.8; found 9"),
+        ({"align": "pcgard"}, r"`align` must be one of none, mean, pcgrad, gradvac, cagrad; found 'pcgard'"),
+        ({"class_weights": [1]}, r"`class_weights` must be two numbers above 0; found \[1\]"),
+        ({"skip_bad": 1}, r"`skip_bad` must be true or false; found 1"),
+        ({"seed": -1}, r"`seed` must be at least 0; found -1"),
+        ({"rawboost": [1]}, r"`rawboost` must be a dict"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, values, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_json(path)
+
+
+def test_a_config_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: expected JSON"):
+        TrainConfig.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"detector": "resnet9000"}, "resnet9000"),
+        ({"rawboost": {"snr": 3}}, r"rawboost: .*'snr'"),
+        ({"align_options": {"momentum": 1}}, r"align_options: .*momentum"),
+        ({"device": "cuda:77"}, r"`device` must be one that is here; found 'cuda:77'"),
+        ({"data": None}, r"expected `data`, or `train_protocol` and `train_audio`; found neither"),
+        ({"data": "/nowhere"}, r"/nowhere: expected a folder with protocols/ and flac/"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_named(config, change, message):
+    with pytest.raises(GradalignError, match=message):
+        train(replace(config, **change), progress=False)
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    config = TrainConfig(
+        data=str(corpus),
+        out=str(tmp_path_factory.mktemp("finished")),
+        detector="light",
+        num_samples=4000,
+        batch_size=4,
+        epochs=3,
+        lr=1e-3,
+        threads=1,
+        device="cpu",
+    )
+    return config, train(config, progress=False)
+
+
+def test_a_run_leaves_everything_in_its_folder(finished):
+    config, run = finished
+    assert run == Path(config.out) / "pcgrad-seed0"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "metrics.csv", "steps.csv", "checkpoint.pt", "best.pt",
+        "scores_dev.txt", "scores_test.txt", "parameters.csv", "results.json",
+    }  # fmt: skip
+    assert TrainConfig.from_json(run / "config.json") == config
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    table = rows(run)
+    assert [row["epoch"] for row in table] == [1, 2, 3]
+    assert [row["steps"] for row in table] == [4, 8, 12]
+    with (run / "metrics.csv").open() as file:
+        assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == table
+    with (run / "steps.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in steps] == list(range(1, 13))
+    cosines = np.array([float(row["cosine"]) for row in steps])
+    assert (np.abs(cosines) <= 1 + 1e-9).all()
+    for i, row in enumerate(table):
+        mine = cosines[4 * i : 4 * i + 4]
+        assert row["conflict_rate"] == (mine < 0).mean()
+        assert row["cosine_mean"] == pytest.approx(mine.mean(), abs=1e-6)
+        assert row["train_loss"] == pytest.approx((row["train_loss_clean"] + row["train_loss_augmented"]) / 2)
+    results = json.loads((run / "results.json").read_text())
+    losses = [row["dev_loss"] for row in table]
+    assert results["best_dev_loss"] == min(losses)
+    assert results["epochs_to_best"] == 1 + losses.index(min(losses))
+    assert results["conflict_rate"] == (cosines < 0).mean()
+    assert set(results["test_eer_by_attack"]) == {"tts", "vc"}
+    assert 0 <= results["test_eer"] <= 1
+    assert results["test_eer_unseen"] == results["test_eer_by_attack"]["vc"]
+
+
+def test_best_weights_give_the_recorded_dev_loss_and_scores(finished):
+    config, run = finished
+    detector = load_detector(run)
+    assert not detector.model.training
+    utterances = read_protocol(Path(config.data) / "protocols" / "dev.txt")
+    data = SpeechDataset(utterances, Path(config.data) / "flac", num_samples=4000)
+    logits, bad = predict(detector.model, data, batch_size=4)
+    assert bad == []
+    loss = torch.nn.functional.cross_entropy(
+        logits, torch.tensor([u.label for u in utterances]), torch.tensor([0.1, 0.9])
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert float(loss) == pytest.approx(results["best_dev_loss"], rel=1e-5)
+    lines = [line.split() for line in (run / "scores_dev.txt").read_text().splitlines()]
+    assert [line[:3] for line in lines] == [[u.name, u.attack, u.label_name] for u in utterances]
+    np.testing.assert_allclose([float(line[3]) for line in lines], scores_of(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_score_protocol_and_score_files_agree_with_the_run(finished, tmp_path):
+    config, run = finished
+    data = Path(config.data)
+    bad = score_protocol(
+        run / "best.pt",
+        data / "protocols" / "test.txt",
+        data / "flac",
+        tmp_path / "s.txt",
+        batch_size=4,
+        progress=False,
+    )
+    assert bad == []
+    expected = [float(line.split()[3]) for line in (run / "scores_test.txt").read_text().splitlines()]
+    found = [float(line.split()[3]) for line in (tmp_path / "s.txt").read_text().splitlines()]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    broken = tmp_path / "broken.flac"
+    broken.write_bytes(b"no audio")
+    files = [data / "flac" / "test00.flac", broken, data / "flac" / "test01.flac"]
+    scores, messages = score_files(run, files, skip_bad=True, progress=False)
+    np.testing.assert_allclose(scores[[0, 2]], expected[:2], rtol=1e-5, atol=1e-5)
+    assert np.isnan(scores[1])
+    assert len(messages) == 1
+    assert str(broken) in messages[0]
+    with pytest.raises(AudioError, match=r"broken\.flac"):
+        score_files(run, files, progress=False)
+
+
+def test_a_finished_run_is_left_alone_and_more_epochs_go_on_as_if_unbroken(finished, config):
+    _, done = finished
+    shutil.copytree(done, config.run_dir)
+    before = {p.name: p.stat().st_mtime_ns for p in config.run_dir.iterdir()}
+    same = replace(config, epochs=3)
+    train(same, progress=False)
+    assert before["checkpoint.pt"] == (config.run_dir / "checkpoint.pt").stat().st_mtime_ns
+    assert before["scores_test.txt"] == (config.run_dir / "scores_test.txt").stat().st_mtime_ns
+    train(replace(config, epochs=4), progress=False)
+    unbroken = train(replace(config, epochs=4, out=config.out + "-unbroken"), progress=False)
+    assert_same_weights(weights(config.run_dir / "checkpoint.pt"), weights(unbroken / "checkpoint.pt"))
+    assert without_seconds(rows(config.run_dir)) == without_seconds(rows(unbroken))
+
+
+def test_training_is_the_same_every_time_with_workers_and_without_the_cache(finished, config):
+    _, run = finished
+    again = train(replace(config, epochs=3, num_workers=2, cache_mb=0), progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), weights(again / "checkpoint.pt"))
+    assert without_seconds(rows(run)) == without_seconds(rows(again))
+    other = train(replace(config, epochs=3, seed=1), progress=False)
+    assert rows(other)[0]["train_loss"] != rows(run)[0]["train_loss"]
+
+
+def test_training_learns(config):
+    run = train(replace(config, epochs=12, lr=3e-3), progress=False)
+    table = rows(run)
+    assert min(row["dev_loss"] for row in table) < 0.5 * table[0]["train_loss"]
+
+
+@pytest.mark.parametrize("path", ["split", "joint"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_path_runs(config, method, path):
+    run = train(replace(config, align=method, path=path, epochs=1), progress=False)
+    row = rows(run)[0]
+    assert row["skipped_steps"] == 0
+    assert math.isfinite(row["dev_loss"])
+
+
+def test_none_is_mean(config):
+    none = train(replace(config, align="none"), progress=False)
+    mean = train(replace(config, align="mean"), progress=False)
+    assert_same_weights(weights(none / "checkpoint.pt"), weights(mean / "checkpoint.pt"))
+    assert (none / "steps.csv").read_text() == (mean / "steps.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "change", [{"scope": "parameter"}, {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"amp": "bf16"}]
+)
+def test_other_settings_train(config, change):
+    assert math.isfinite(rows(train(replace(config, epochs=1, **change), progress=False))[0]["dev_loss"])
+
+
+def test_training_stops_when_the_dev_loss_does_not_fall(config):
+    # Without steps only the running statistics settle, and the dev loss with them.
+    run = train(replace(config, epochs=100, lr=0.0, patience=2), progress=False)
+    losses = [row["dev_loss"] for row in rows(run)]
+    best = 1 + losses.index(min(losses))
+    assert len(losses) == best + 2 < 100
+    assert json.loads((run / "results.json").read_text())["epochs_to_best"] == best
+
+
+def test_augmented_view_repeats_the_augmented_utterance():
+    rng = torch.Generator().manual_seed(0)
+    short, long = 0.1 * torch.randn(700, generator=rng), 0.1 * torch.randn(2000, generator=rng)
+    boost, seeds = RawBoost(algo=4), torch.tensor([5, 6])
+    wave = torch.stack([fit_length(short, 2000), long])
+    view = augmented_view(boost, wave, torch.tensor([700, 2000]), seeds)
+    alone = boost(short[None], seeds=seeds[:1])[0]
+    torch.testing.assert_close(view[0], fit_length(alone, 2000), rtol=0, atol=1e-5)
+    torch.testing.assert_close(view[1], boost(long[None], seeds=seeds[1:])[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(view[1], long, atol=1e-3)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
+    from gradalign import trainer
+
+    calls = []
+
+    def poisoned(boost, wave, length, seed):
+        calls.append(1)
+        view = augmented_view(boost, wave, length, seed)
+        return view * math.nan if len(calls) == 2 else view
+
+    monkeypatch.setattr(trainer, "augmented_view", poisoned)
+    run = train(replace(config, epochs=1), progress=False)
+    row = rows(run)[0]
+    assert row["skipped_steps"] == 1
+    assert row["steps"] == 4
+    assert math.isfinite(row["train_loss"])
+    assert all(torch.isfinite(value).all() for value in weights(run / "checkpoint.pt").values())
+    with (run / "steps.csv").open() as file:
+        assert [row["cosine"] == "" for row in csv.DictReader(file)] == [False, True, False, False]
+
+
+def test_an_epoch_without_a_finite_step_is_an_error(config, monkeypatch):
+    from gradalign import trainer
+
+    monkeypatch.setattr(trainer, "augmented_view", lambda boost, wave, length, seed: wave * math.nan)
+    with pytest.raises(
+        GradalignError, match=r"pcgrad-seed0: epoch 1 had no step: 4 had losses or gradients that are not"
+    ):
+        train(config, progress=False)
+
+
+# ---- data that are not as expected ---------------------------------------------------------------------------------
+
+
+def test_bad_audio_stops_training_by_name_or_is_left_out_and_listed(own_corpus, config):
+    config = replace(config, data=str(own_corpus))
+    (own_corpus / "flac" / "train03.flac").write_bytes(b"no audio")
+    soundfile.write(own_corpus / "flac" / "dev02.wav", np.full(3000, np.nan), 16000, subtype="FLOAT")
+    (own_corpus / "flac" / "dev02.flac").unlink()
+    (own_corpus / "flac" / "test05.flac").unlink()
+    with pytest.raises(AudioError, match=r"train03\.flac: expected a readable audio file"):
+        train(config, progress=False)
+    run = train(replace(config, skip_bad=True, out=config.out + "-skip"), progress=False)
+    listed = (run / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 3
+    for name in ("train03.flac: expected a readable", "dev02.wav: expected finite samples", "test05: expected a file"):
+        assert sum(name in line for line in listed) == 1
+    assert json.loads((run / "results.json").read_text())["bad_files"] == 3
+    assert len((run / "scores_test.txt").read_text().splitlines()) == 11
+
+
+def test_another_sample_rate_stops_training_by_name_or_is_converted(own_corpus, config):
+    config = replace(config, data=str(own_corpus))
+    soundfile.write(own_corpus / "flac" / "dev01.flac", 0.1 * np.random.default_rng(0).standard_normal(4000), 8000)
+    with pytest.raises(AudioError, match=r"dev01\.flac: expected a sample rate of 16000 Hz; found 8000 Hz"):
+        train(config, progress=False)
+    assert rows(train(replace(config, epochs=1, resample=True, out=config.out + "-converted"), progress=False))
+
+
+@pytest.mark.parametrize(
+    ("split", "content", "message"),
+    [
+        ("train", "", r"train\.txt: expected at least one line"),
+        ("dev", "s dev00 - - bonafied\n", r"dev\.txt:1: expected the label bonafide or spoof; found 'bonafied'"),
+        ("dev", "s dev00 - - bonafide\n", r"dev\.txt: expected both bonafide and spoof utterances; found no spoof"),
+        ("test", "s test00 -\n", r"test\.txt:1: expected the 5 columns"),
+    ],
+)
+def test_a_wrong_protocol_stops_training_by_name(own_corpus, config, split, content, message):
+    (own_corpus / "protocols" / f"{split}.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        train(replace(config, data=str(own_corpus)), progress=False)
+
+
+def test_splits_can_be_given_one_by_one_and_without_a_test_set(corpus, config):
+    named = {f"{s}_protocol": str(corpus / "protocols" / f"{s}.txt") for s in ("train", "dev")}
+    named |= {f"{s}_audio": str(corpus / "flac") for s in ("train", "dev")}
+    run = train(replace(config, data=None, **named), progress=False)
+    whole = train(replace(config, out=config.out + "-whole"), progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), weights(whole / "checkpoint.pt"))
+    assert not (run / "scores_test.txt").exists()
+    assert "test_eer" not in json.loads((run / "results.json").read_text())
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_on_resume_are_named(config):
+    run = train(config, progress=False)
+    message = r"this run was started with `lr` 0\.001; found 0\.01 now"
+    with pytest.raises(CheckpointError, match=r"config\.json: " + message):
+        train(replace(config, lr=0.01), progress=False)
+    (run / "results.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: " + message):
+        train(replace(config, lr=0.01), progress=False)
+    train(replace(config, num_workers=1, cache_mb=0), progress=False)
+
+
+def test_other_data_on_resume_are_named(own_corpus, config):
+    config = replace(config, data=str(own_corpus))
+    train(config, progress=False)
+    path = own_corpus / "protocols" / "train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(CheckpointError, match="the train or dev protocol is not the one this run was started with"):
+        train(config, progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(finished, config, tmp_path):
+    _, run = finished
+    shutil.copytree(run, config.run_dir)
+    whole = (run / "checkpoint.pt").read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 0xFF
+    for damaged in (whole[:-100], whole[: len(whole) // 2], b"", bytes(changed)):
+        (config.run_dir / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: expected a checkpoint; found a damaged file"):
+            train(replace(config, epochs=4), progress=False)
+    with pytest.raises(CheckpointError, match=r"nothing\.pt: expected a checkpoint; found nothing there"):
+        load_detector(tmp_path / "nothing.pt")
+
+
+def test_a_checkpoint_is_never_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"config": {}, "model": Attack()}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"best\.pt: expected tensors and plain values only; found pickled code"):
+        load_detector(tmp_path / "best.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_do_not_fit_are_named(finished, tmp_path):
+    _, run = finished
+    content = load_checkpoint(run / "best.pt")
+    name = next(iter(content["model"]))
+    content["model"]["surprise.weight"] = content["model"].pop(name)
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=rf"unexpected key surprise\.weight; missing key {name}"):
+        load_detector(tmp_path / "best.pt")
+
+
+def test_a_full_disk_is_one_error_and_the_old_checkpoint_stays(config, monkeypatch):
+    train(replace(config, epochs=1), progress=False)
+    before = (config.run_dir / "checkpoint.pt").read_bytes()
+
+    def full(handle):
+        # File systems that allocate late report a full disk here.
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files.os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*pcgrad-seed0/") as caught:
+            train(config, progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert (config.run_dir / "checkpoint.pt").read_bytes() == before
+    assert not list(config.run_dir.glob(".*"))
+    run = train(config, progress=False)
+    unbroken = train(replace(config, out=config.out + "-unbroken"), progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), weights(unbroken / "checkpoint.pt"))
+
+
+LITTLE_SPACE = """
+import resource, sys
+from gradalign.trainer import TrainConfig, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    train(TrainConfig.from_json(sys.argv[1]), progress=False)
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+
+
+def test_a_write_that_the_kernel_cuts_short_leaves_the_old_checkpoint(finished, config, tmp_path):
+    _, run = finished
+    shutil.copytree(run, config.run_dir)
+    before = (config.run_dir / "checkpoint.pt").read_bytes()
+    (tmp_path / "config.json").write_text(replace(config, epochs=4).to_json())
+    # The limit lets the small files pass and cuts the checkpoint.
+    command = [sys.executable, "-c", LITTLE_SPACE, tmp_path / "config.json", str(len(before) // 2)]
+    code, filename = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(code) == errno.EFBIG
+    assert Path(filename).name in ("best.pt", "checkpoint.pt")
+    assert (config.run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_two_processes_cannot_train_one_run(config):
+    from gradalign import trainer
+
+    config.run_dir.mkdir(parents=True)
+    with (
+        trainer._exclusive(config.run_dir),
+        pytest.raises(GradalignError, match="pcgrad-seed0: another process is training this run"),
+    ):
+        train(config, progress=False)
+
+
+# ---- kills ---------------------------------------------------------------------------------------------------------
+
+
+def test_ten_kills_change_nothing(config):
+    config = replace(config, epochs=6, checkpoint_steps=1, align="gradvac")
+    unbroken = train(replace(config, out=config.out + "-unbroken"), progress=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["gradalign.trainer", "gradalign.detectors", "gradalign.metrics", "soundfile", "tqdm"]
+    )
+    draw = random.Random(0)
+    run = config.run_dir
+    kills = positions = torn = 0
+    while kills < 10:
+        process = context.Process(target=train, args=(config, False))
+        process.start()
+        _wait_for_checkpoints(run, draw.randint(1, 2), process)
+        if kills % 2:
+            _wait_for_temporary_file(run, process)
+        else:
+            time.sleep(draw.uniform(0, 0.03))
+        assert process.is_alive(), "training ended before the tenth kill"
+        process.kill()
+        process.join()
+        kills += 1
+        torn += any(run.glob(".checkpoint.*"))
+        positions += load_checkpoint(run / "checkpoint.pt")["progress"]["position"] > 0
+    # Some kills came in the middle of an epoch, and some in the middle of writing a checkpoint.
+    assert positions >= 3
+    assert torn >= 1
+    train(config, progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), weights(unbroken / "checkpoint.pt"))
+    assert_same_weights(weights(run / "best.pt"), weights(unbroken / "best.pt"))
+    assert without_seconds(rows(run)) == without_seconds(rows(unbroken))
+    for name in ("steps.csv", "parameters.csv", "scores_dev.txt", "scores_test.txt"):
+        assert (run / name).read_text() == (unbroken / name).read_text()
+    assert not list(run.glob(".*"))
+
+
+def _wait_for_checkpoints(run, count, process):
+    def stamp():
+        try:
+            return (run / "checkpoint.pt").stat().st_ino, (run / "checkpoint.pt").stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    last = stamp()
+    while count and process.is_alive():
+        now = stamp()
+        count -= now != last
+        last = now
+        time.sleep(0.0005)
+
+
+def _wait_for_temporary_file(run, process):
+    while process.is_alive() and not any(run.glob(".checkpoint.*")):
+        pass
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trains_every_method_from_every_seed_and_only_once(config, capfd):
+    config = replace(config, epochs=1, threads=0)
+    alone = train(replace(config, align="none", seed=1, threads=1), progress=False)
+    runs = sweep(config, ["none", "pcgrad"], [0, 1], jobs=2)
+    assert [run.name for run in runs] == ["none-seed0", "none-seed1", "pcgrad-seed0", "pcgrad-seed1"]
+    assert all((run / "results.json").exists() for run in runs)
+    shown = capfd.readouterr().err
+    assert [f"{run.name:<12}  epoch 1/1  train loss 0." in shown for run in runs] == [run != alone for run in runs]
+    sweep(config, ["none", "pcgrad"], [0, 1], jobs=2)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_failed_run_of_a_sweep_is_named_and_the_others_finish(own_corpus, config):
+    config = replace(config, epochs=1, data=str(own_corpus))
+    run = train(replace(config, align="none"), progress=False)
+    (run / "results.json").unlink()
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(GradalignError, match=r"1 of 2 runs failed \(none-seed0\): .*checkpoint\.pt: .*damaged"):
+        sweep(config, ["none", "pcgrad"], [0], jobs=2, progress=False)
+    pcgrad = train(replace(config, align="pcgrad", out=config.out + "-alone"), progress=False)
+    assert_same_weights(weights(pcgrad / "best.pt"), weights(Path(config.out) / "pcgrad-seed0" / "best.pt"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "jobs", "message"),
+    [
+        (["none", "sgd"], [0], 1, r"`methods` must be among none, .*; found 'sgd'"),
+        (["none"], [], 1, r"`seeds` must name at least one, each once; found \[\]"),
+        (["none", "none"], [0], 1, r"`methods` must name at least one, each once"),
+        (["none"], [0], 0, r"`jobs` must be at least 1; found 0"),
+    ],
+)
+def test_a_wrong_sweep_is_named(config, methods, seeds, jobs, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(config, methods, seeds, jobs)
