@@ -353,6 +353,29 @@ def make_boost(config: TrainConfig) -> RawBoost:
         raise ConfigError(f"rawboost: {error}") from None
 
 
+def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What the steps of a run's epoch see, on its device: (clean [B, T], augmented [B, T], labels int64 [B]) a step.
+
+    Raises as `train` does where data or audio are not as expected.
+    """
+    data, boost, device = open_split(config, "train"), make_boost(config), choose_device(config.device)
+    assert data is not None
+    data.set_epoch(epoch)
+    plan = epoch_plan(len(data), config.batch_size, config.seed, epoch)
+    for batch in load_batches(data, plan, num_workers=config.num_workers):
+        if batch.bad and not config.skip_bad:
+            raise AudioError(batch.bad[0][1])
+        if len(batch.row):
+            clean = batch.wave.to(device)
+            yield clean, augmented_view(boost, clean, batch.length, batch.seed), batch.label.to(device)
+
+
+def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The class-weighted cross-entropy of a run: (logits [B, 2], labels int64 [B]) -> scalar, in float32."""
+    weight = torch.tensor(config.class_weights)
+    return lambda logits, labels: functional.cross_entropy(logits.float(), labels, weight.to(logits.device))
+
+
 # ---- one run -------------------------------------------------------------------------------------------------------
 
 # What may differ when a run goes on: where things are, how fast they are read, and how long it lasts.
@@ -400,7 +423,7 @@ class _Training:
         self.model: nn.Module = model.to(self.device)
         self.optimizer = _make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.class_weights = torch.tensor(config.class_weights, device=self.device)
+        self.criterion = make_loss(config)
         self.at = _Progress()
         self.skipped_before = 0
         self.data_digest = _digest(train.utterances + dev.utterances)
@@ -476,12 +499,12 @@ class _Training:
             losses = []
             for view in (clean, augmented):
                 with optimizer.path():
-                    loss = self._criterion(self._logits(view), labels)
+                    loss = self.criterion(self._logits(view), labels)
                     scaler.scale(loss).backward()
                 losses.append(loss.detach())
         else:
             logits = self._logits(torch.cat([clean, augmented]))
-            losses = [self._criterion(part, labels) for part in logits.split(len(labels))]
+            losses = [self.criterion(part, labels) for part in logits.split(len(labels))]
             optimizer.backward([scaler.scale(loss) for loss in losses])
         optimizer.align()
         scaler.step(optimizer)
@@ -499,10 +522,7 @@ class _Training:
     def _logits(self, wave: Tensor) -> Tensor:
         with autocast(self.device, self.config.amp):
             logits: Tensor = self.model(wave)
-        return logits.float()
-
-    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(logits, labels, self.class_weights)
+        return logits
 
     def _close_epoch(self) -> None:
         config, at = self.config, self.at

@@ -23,7 +23,7 @@ from gradalign.data import SpeechDataset, fit_length, read_protocol
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import load_detector, predict, score_files, score_protocol, scores_of
 from gradalign.sweep import sweep
-from gradalign.trainer import METHODS, TrainConfig, augmented_view, train
+from gradalign.trainer import METHODS, TrainConfig, augmented_view, train, training_views
 
 SPLITS = {"train": (16, ("tts",)), "dev": (8, ("tts",)), "test": (12, ("tts", "vc"))}
 
@@ -293,7 +293,7 @@ def test_none_is_mean(config):
 
 
 @pytest.mark.parametrize(
-    "change", [{"scope": "parameter"}, {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"amp": "bf16"}]
+    "change", [{"scope": "parameter"}, {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"amp": "bf16"}, {"amp": "fp16"}]
 )
 def test_other_settings_train(config, change):
     assert math.isfinite(rows(train(replace(config, epochs=1, **change), progress=False))[0]["dev_loss"])
@@ -318,6 +318,26 @@ def test_augmented_view_repeats_the_augmented_utterance():
     torch.testing.assert_close(view[0], fit_length(alone, 2000), rtol=0, atol=1e-5)
     torch.testing.assert_close(view[1], boost(long[None], seeds=seeds[1:])[0], rtol=0, atol=1e-5)
     assert not torch.allclose(view[1], long, atol=1e-3)
+
+
+def test_training_views_are_what_the_steps_of_an_epoch_see(config, monkeypatch):
+    from gradalign import trainer
+
+    seen = []
+
+    def watched(boost, wave, length, seed):
+        seen.append((wave, augmented_view(boost, wave, length, seed)))
+        return seen[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "augmented_view", watched)
+        train(config, progress=False)
+    found = [(clean, augmented) for epoch in (0, 1) for clean, augmented, _ in training_views(config, epoch)]
+    assert len(found) == len(seen) == 8
+    for mine, theirs in zip(found, seen, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+    assert not torch.equal(found[0][1], found[4][1])
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
@@ -533,7 +553,8 @@ def test_ten_kills_change_nothing(config):
     while kills < 10:
         process = context.Process(target=train, args=(config, False))
         process.start()
-        _wait_for_checkpoints(run, draw.randint(1, 2), process)
+        # The first kill comes before there is a checkpoint, or close to it.
+        _wait_for_checkpoints(run, draw.randint(1, 2) if kills else 0, process)
         if kills % 2:
             _wait_for_temporary_file(run, process)
         else:
@@ -543,7 +564,8 @@ def test_ten_kills_change_nothing(config):
         process.join()
         kills += 1
         torn += any(run.glob(".checkpoint.*"))
-        positions += load_checkpoint(run / "checkpoint.pt")["progress"]["position"] > 0
+        if (run / "checkpoint.pt").exists():
+            positions += load_checkpoint(run / "checkpoint.pt")["progress"]["position"] > 0
     # Some kills came in the middle of an epoch, and some in the middle of writing a checkpoint.
     assert positions >= 3
     assert torn >= 1
