@@ -1,0 +1,411 @@
+"""From the Gram matrix of the paths' gradients to the weights with which they are merged.
+
+With K paths and gradients g_1..g_K the Gram matrix is G[i, j] = <g_i, g_j>. Every method here is a small function of G
+alone: it returns weights w, and the merged gradient is sum_k w_k g_k. Leading axes of ``gram`` are independent
+problems (the segments of a model), so ``[..., K, K]`` gives ``[..., K]``. Everything is computed in float64 on the
+device of ``gram``; no value is ever read on the host.
+
+Every merge is an *average*: two equal paths give their common gradient back (sum-reducing implementations differ by
+the factor K).
+
+>>> import torch
+>>> gram = torch.tensor([[1.0, -1.0], [-1.0, 4.0]], dtype=torch.float64)
+>>> weights(gram, "pcgrad")
+tensor([1.0000, 0.6250], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# Keeps 0 / 0 at 0; far below any product of two float32 gradients that matters.
+_TINY = 1e-300
+# GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
+# it.
+_MAX_TARGET = 1.0 - 1e-6
+
+
+def mean(gram: Tensor) -> Tensor:
+    """Weights 1/K: training on the mean of the paths' losses.
+
+    >>> mean(torch.eye(2, dtype=torch.float64))
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    return torch.full_like(gram[..., 0], 1.0 / gram.shape[-1])
+
+
+def pcgrad(gram: Tensor, *, order: Tensor | None = None) -> Tensor:
+    """Projecting conflicting gradients (Yu et al., NeurIPS 2020, algorithm 1): each path loses its component against
+    every path it conflicts with.
+
+    Args:
+        gram: float64 [..., K, K].
+        order: int64 [K, K]; row i is a permutation of the paths, the order in which path i meets the others
+            (`random_order` draws one). Default: 0, 1, ..., K-1. Irrelevant for K = 2, where w = 1/2 (1 - q/G11, 1 -
+            q/G22), q = min(0, G12).
+
+    Returns:
+        float64 [..., K], the mean over the projected paths.
+
+    >>> pcgrad(torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64))
+    tensor([0.7500, 0.7500], dtype=torch.float64)
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)
+    if gram.shape[-1] == 2:
+        return 0.5 - 0.5 * gram[..., 0, 1, None].clamp_max(0.0) / squares
+    rows, steps = _rows_and_steps(gram, order)
+    for met, others in steps:
+        # Row i holds the coefficients of path i's gradient after the projections so far: <row_i, g_j> = (rows G)_ij.
+        inner = (rows @ gram * met).sum(-1).clamp_max(0.0) * others
+        rows = rows - (inner / (squares[..., None, :] * met).sum(-1))[..., None] * met
+    return rows.mean(-2)
+
+
+def gradvac(
+    gram: Tensor,
+    rho: Tensor | None = None,
+    *,
+    variant: Literal["dual_path", "paper"] = "dual_path",
+    beta: float | None = None,
+    eps: float = 1e-8,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient vaccine (Wang et al., ICLR 2021, equation 4): each pair of paths is pulled up to a running target
+    cosine.
+
+    Path i meets path j with cosine r and target rho[i, j]. If r < rho, path i gains the multiple of g_j that brings
+    their cosine to rho; then the target moves towards r. ``variant="dual_path"`` moves it only where r > 0, with beta
+    0.5 (Truong et al., arXiv 2509.20682, published code); ``variant="paper"`` always, with beta 0.01 (Wang et al.,
+    algorithm 1).
+
+    Args:
+        gram: float64 [..., K, K].
+        rho: float64 [..., K, K], the targets left by the previous call; default zeros.
+        variant: "dual_path" or "paper".
+        beta: rate of the moving average in [0, 1]; default by variant.
+        eps: added to both denominators, as published. The weights depend on the gradients' scale through it alone.
+        order: as for `pcgrad`.
+
+    Returns:
+        weights float64 [..., K] and the new targets float64 [..., K, K].
+
+    Raises:
+        ValueError: for an unknown variant, or beta outside [0, 1].
+
+    >>> gram = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    >>> w, rho = gradvac(gram)
+    >>> w, rho[0, 1].item()
+    (tensor([0.5000, 0.5000], dtype=torch.float64), 0.29999999...)
+    """
+    if variant not in ("dual_path", "paper"):
+        raise ValueError(f"`variant` must be 'dual_path' or 'paper'; found {variant!r}")
+    beta = {"dual_path": 0.5, "paper": 0.01}[variant] if beta is None else beta
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"`beta` must be in [0, 1]; found {beta}")
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    rho = torch.zeros_like(gram) if rho is None else rho
+    rows, steps = _rows_and_steps(gram, order)
+    for met, others in steps:
+        products = rows @ gram
+        norm_i = (products * rows).sum(-1).clamp_min(0.0).sqrt()
+        norm_j = (norms[..., None, :] * met).sum(-1)
+        cosine = (products * met).sum(-1) / (norm_i * norm_j + eps).clamp_min(_TINY)
+        old = (rho * met).sum(-1)
+        target = old.clamp_max(_MAX_TARGET)
+        sine, target_sine = (1 - cosine.square()).clamp_min(0.0).sqrt(), (1 - target.square()).sqrt()
+        gain = norm_i * (target * sine - cosine * target_sine) / (norm_j * target_sine + eps)
+        # A zero gradient has no direction to move to: 0 * gain stays 0 whatever gain is.
+        pull = others & (cosine < target) & (norm_j > 0)
+        rows = rows + torch.where(pull, gain, 0.0)[..., None] * met
+        learn = others if variant == "paper" else others & (cosine > 0)
+        rho = rho + torch.where(learn, beta * (cosine - old), 0.0)[..., None] * met
+    return rows.mean(-2), rho
+
+
+def cagrad(gram: Tensor, *, c: float = 0.5, eps: float = 1e-8) -> Tensor:
+    """Conflict-averse gradient descent (Liu et al., NeurIPS 2021, equation 4 and algorithm 1, in its published,
+    rescaled form).
+
+    With b = 1/K, |g_0| = sqrt(mean(G) + eps) and k = c |g_0| + eps, x minimises x^T G b + k sqrt(x^T G x + eps) on the
+    simplex and w = (b + k x / (|g_x| + eps)) / (1 + c^2). For K = 2 the minimum is a closed form; for K > 2 a fixed
+    number of exact line searches, each of them that closed form, reaches it.
+
+    Args:
+        gram: float64 [..., K, K].
+        c: radius of the search around the mean gradient, at least 0.
+        eps: as published. The weights depend on the gradients' scale through it alone.
+
+    Returns:
+        float64 [..., K].
+
+    Raises:
+        ValueError: for a negative c.
+
+    >>> cagrad(torch.eye(2, dtype=torch.float64))
+    tensor([0.6000, 0.6000], dtype=torch.float64)
+    """
+    if not c >= 0:
+        raise ValueError(f"`c` must be at least 0; found {c}")
+    num_paths = gram.shape[-1]
+    k = c * (gram.mean((-2, -1)) + eps).sqrt() + eps
+    x = _minimize_on_simplex(gram.mean(-1), k, gram, eps)
+    norm = (x * (gram @ x[..., None])[..., 0]).sum(-1).clamp_min(0.0).sqrt()
+    return (1.0 / num_paths + (k / (norm + eps).clamp_min(_TINY))[..., None] * x) / (1 + c * c)
+
+
+def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: float) -> Tensor:
+    """Minimise the convex f(x) = linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre.
+
+    Each round takes the best exact step along an edge e_i - e_j (which settles who is in), then one along Newton's
+    direction among those with x > 0. No step ever increases f. The first round solves K = 2; after 12 rounds f is
+    within 1e-11 of its minimum, relatively, on thousands of random and degenerate matrices, K <= 8.
+    """
+    num_paths = gram.shape[-1]
+    x = torch.full_like(linear, 1.0 / num_paths)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    edge_alpha = squares[..., :, None] + squares[..., None, :] - 2 * gram
+    edge_slope = linear[..., :, None] - linear[..., None, :]
+    k_edge = k[..., None, None]
+    for _ in range(1 if num_paths == 2 else max(16, 2 * num_paths)):
+        product, gamma = _quadratic(x, gram, eps)
+        beta = product[..., :, None] - product[..., None, :]
+        t = _exact_step(edge_slope, k_edge, edge_alpha, beta, gamma[..., None, None], -x[..., :, None], x[..., None, :])
+        value = (
+            edge_slope * t + k_edge * ((edge_alpha * t + 2 * beta) * t + gamma[..., None, None]).clamp_min(0.0).sqrt()
+        )
+        best = value.flatten(-2).argmin(-1, keepdim=True)
+        move = (
+            torch.zeros_like(value)
+            .flatten(-2)
+            .scatter(-1, best, t.flatten(-2).gather(-1, best))
+            .unflatten(-1, value.shape[-2:])
+        )
+        x = (x + move.sum(-1) - move.sum(-2)).clamp_min(0.0)
+        if num_paths > 2:
+            product, gamma = _quadratic(x, gram, eps)
+            d = _newton_direction(
+                x,
+                linear + (k / gamma.sqrt())[..., None] * product,
+                (k / gamma.sqrt())[..., None, None],
+                product,
+                gamma,
+                gram,
+            )
+            room = torch.where(d < 0, -x / d, torch.inf).amin(-1)
+            room = torch.where(room.isfinite(), room, 0.0)
+            alpha = (d * (gram @ d[..., None])[..., 0]).sum(-1)
+            t = _exact_step((linear * d).sum(-1), k, alpha, (d * product).sum(-1), gamma, torch.zeros_like(room), room)
+            x = (x + t[..., None] * d).clamp_min(0.0)
+    return x
+
+
+def _quadratic(x: Tensor, gram: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """G x and x^T G x + eps."""
+    product = (gram @ x[..., None])[..., 0]
+    return product, (x * product).sum(-1).clamp_min(0.0) + eps
+
+
+def _exact_step(
+    slope: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """The t in [low, high] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma), elementwise."""
+    alpha = alpha.clamp_min(_TINY)
+    # With u = t + beta/alpha the root is of alpha u^2 + delta; the derivative vanishes where u^2 = slope^2 delta /
+    # (alpha (k^2 alpha - slope^2)), or nowhere.
+    curvature = k.square() * alpha - slope.square()
+    delta = (gamma - beta.square() / alpha).clamp_min(0.0)
+    square = torch.where(curvature > 0, slope.square() * delta / (alpha * curvature).clamp_min(_TINY), torch.inf)
+    # Finite, so that a slope of 0 stays where it is.
+    u = -slope.sign() * square.sqrt().clamp_max(1 / _TINY)
+    return torch.minimum(torch.maximum(u - beta / alpha, low), high)
+
+
+def _newton_direction(x: Tensor, slope: Tensor, scale: Tensor, product: Tensor, gamma: Tensor, gram: Tensor) -> Tensor:
+    """Newton's direction among the coordinates with x > 0, which sums to 0; zero where it would not descend."""
+    free = (x > 0).to(x.dtype)
+    ridge = 1e-14 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
+    hessian = (
+        gram
+        - product[..., :, None] * product[..., None, :] / gamma[..., None, None]
+        + torch.diag_embed(ridge.expand_as(x))
+    )
+    # [H 1; 1^T 0] with the identity in place of the coordinates that are held at 0.
+    inner = scale * hessian * free[..., :, None] * free[..., None, :] + torch.diag_embed(1 - free)
+    column = torch.cat([free, torch.zeros_like(free[..., :1])], -1)
+    bordered = torch.cat([torch.cat([inner, free[..., None]], -1), column[..., None, :]], -2)
+    # The _ex form leaves the error code on the device; a singular system shows as non-finite values.
+    d = (
+        torch.linalg.solve_ex(bordered, torch.cat([-slope * free, torch.zeros_like(free[..., :1])], -1))[0][..., :-1]
+        * free
+    )
+    d = torch.where(d.isfinite().all(-1, keepdim=True), d, 0.0)
+    d = d - free * (d.sum(-1) / free.sum(-1))[..., None]
+    d = d / d.abs().amax(-1, keepdim=True).clamp_min(_TINY)
+    return torch.where((d * slope).sum(-1, keepdim=True) < 0, d, 0.0)
+
+
+def random_order(num_paths: int, seed: int, step: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """Draw the order in which each path meets the others, a pure function of (seed, step): int64 [K, K], each row a
+    permutation of the paths.
+
+    ``step`` may be a tensor on the device (a running count), so that drawing needs neither the host nor a generator's
+    state.
+
+    >>> random_order(3, seed=0, step=7).sort(-1).values.tolist()
+    [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    """
+    device = step.device if isinstance(step, Tensor) else device
+    bits = torch.arange(num_paths * num_paths, device=device) + (step * num_paths * num_paths)
+    # The finalizer of splitmix64 (Steele et al., OOPSLA 2014); int64 wraps around, and the masks make the shifts
+    # logical.
+    bits = (bits + seed * 0x632BE59B) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return bits.view(num_paths, num_paths).argsort(-1)
+
+
+def _rows_and_steps(gram: Tensor, order: Tensor | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Coefficient rows that start at the identity, and per step a one-hot [K, K] of whom each row meets and a bool
+    [K], false where a row meets itself.
+    """
+    num_paths = gram.shape[-1]
+    eye = torch.eye(num_paths, dtype=gram.dtype, device=gram.device)
+    own = torch.arange(num_paths, device=gram.device)
+    order = own.expand(num_paths, num_paths) if order is None else order
+    return eye.expand_as(gram), [(eye.index_select(0, met), met != own) for met in order.unbind(-1)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to weigh paths, and what it does with a parameter that only some of the paths reach.
+
+    ``weights`` maps a Gram matrix [..., K, K] and keyword options to weights [..., K], or, where it has a parameter
+    ``rho``, to (weights, new rho). ``partial`` says how a parameter n that is missing from some paths is merged, as
+    the published code of each method does it; missing gradients are zero in the inner products:
+
+    - "average": sum over the paths that reach it of w_k g_k[n] (mean: training on the mean loss, so g/K where one path
+      reaches it; GradVac; any callable);
+    - "sum": K times that, so that a single path's gradient is kept whole where it was not projected (PCGrad);
+    - "apart": left out of the Gram matrix, and the plain sum of g_k[n] is kept (CAGrad; the published code keeps path
+      0's only and loses the others').
+    """
+
+    weights: Callable[..., Any]
+    partial: Literal["average", "sum", "apart"] = "average"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names that ``weights`` takes beside the Gram matrix."""
+        return tuple(inspect.signature(self.weights).parameters)[1:]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options a user may set; a drawn order is set by its seed."""
+        names = [name for name in self.parameters if name not in ("rho", "order")]
+        return (*names, "seed") if "order" in self.parameters else tuple(names)
+
+    def partial_weights(self, weights: Tensor, present: tuple[int, ...]) -> Tensor:
+        """Weights [..., M] for the parameters that only the M paths in ``present`` reach, from the weights [..., K] of
+        all.
+        """
+        own = torch.stack([weights[..., k] for k in present], -1)
+        return {"average": own, "sum": own * weights.shape[-1], "apart": torch.ones_like(own)}[self.partial]
+
+
+METHODS: dict[str, Method] = {
+    "mean": Method(mean),
+    "none": Method(mean),
+    "pcgrad": Method(pcgrad, partial="sum"),
+    "gradvac": Method(gradvac),
+    "cagrad": Method(cagrad, partial="apart"),
+}
+
+
+def resolve(method: str | Callable[[Tensor], Tensor]) -> Method:
+    """Return the `Method` of a name in `METHODS`, or one around any callable that maps a Gram matrix float64 [K, K] to
+    weights [K].
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)} or a callable; found {method!r}")
+        return METHODS[method]
+    if not callable(method):
+        raise TypeError(f"`method` must be a name or a callable gram -> weights; found {type(method).__name__}")
+
+    def each(gram: Tensor) -> Tensor:
+        found = [method(matrix) for matrix in gram.reshape(-1, *gram.shape[-2:])]
+        if any(not isinstance(w, Tensor) or w.shape != gram.shape[-1:] for w in found):
+            shapes = [list(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in found]
+            raise ValueError(f"a weighting must return one weight per path, [{gram.shape[-1]}]; found {shapes[0]}")
+        return torch.stack(found).to(gram).view(gram.shape[:-1])
+
+    return Method(each)
+
+
+def solve(gram: Tensor, method: Method, rho: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the weights float64 [..., K] of a Gram matrix [..., K, K], and the new ``rho`` where the method has one.
+
+    One path alone has weight exactly 1, and a Gram matrix with a non-finite entry gives NaN weights, with every method.
+    """
+    gram = gram.double()
+    if gram.shape[-1] == 1:
+        found = torch.ones_like(gram[..., 0])
+    elif "rho" in method.parameters:
+        found, rho = method.weights(gram, rho, **options)
+    else:
+        found = method.weights(gram, **options)
+    return found + 0.0 * gram.sum((-2, -1))[..., None], rho
+
+
+def weights(gram: Tensor, method: str | Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+    """Return the weights with which ``method`` merges K gradients whose inner products are ``gram``.
+
+    Args:
+        gram: [..., K, K], floating point, symmetric; any leading axes. Computed in float64.
+        method: a name in `METHODS`, or a callable that maps one Gram matrix float64 [K, K] to weights [K].
+        **options: the method's own keywords (see `pcgrad`, `gradvac`, `cagrad`).
+
+    Returns:
+        float64 [..., K] on the same device; NaN where ``gram`` holds a NaN or an infinity.
+
+    Raises:
+        TypeError: if ``gram`` is no floating-point tensor, ``method`` neither a name nor callable, or an option
+            unknown.
+        ValueError: for a shape other than [..., K, K], or an unknown method.
+
+    >>> weights(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "mean")
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    >>> weights(torch.eye(3), lambda gram: 1 / gram.diagonal())
+    tensor([1., 1., 1.], dtype=torch.float64)
+    """
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        found = str(gram.dtype).removeprefix("torch.") if isinstance(gram, Tensor) else type(gram).__name__
+        raise TypeError(f"`gram` must be a floating-point tensor [..., K, K]; found {found}")
+    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"`gram` must be [..., K, K] with K >= 1; found {list(gram.shape)}")
+    resolved = resolve(method)
+    check_options(method, options, resolved.parameters)
+    return solve(gram, resolved, **options)[0]
+
+
+def check_options(method: str | Callable, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raise TypeError if ``options`` has a name that is not among ``known``."""
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(
+            f"method {label(method)!r} takes the options {', '.join(known) or '(none)'}; found {', '.join(unknown)}"
+        )
+
+
+def label(method: str | Callable) -> str:
+    """Return a method's name, a callable's own."""
+    return method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)

@@ -1,0 +1,395 @@
+"""Gram matrix -> weights: the published cases, the published code where its path is given, and properties."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradalign import alignment
+
+FIXTURE = Path(__file__).parent / "data" / "alignment_published.npz"
+PUBLISHED = os.environ.get("GRADALIGN_PUBLISHED_DPDA")
+NAMES = ["mean", "pcgrad", "gradvac", "cagrad"]
+needs_published = pytest.mark.skipif(
+    not PUBLISHED, reason="GRADALIGN_PUBLISHED_DPDA must name a checkout of ductuantruong/dpda_ga"
+)
+
+
+def random_grams(count, num_paths, rng, kinds=7):
+    """Gram matrices [count, K, K] of random, low-rank, nearly parallel, badly scaled and nearly balanced gradients."""
+    grams = []
+    for t in range(count):
+        kind = t % kinds
+        columns = {1: num_paths, 2: max(1, num_paths - 2), 5: 1000, 6: max(1, num_paths - 1)}.get(kind, 30)
+        rows = rng.normal(size=(num_paths, columns))
+        if kind == 3:
+            rows += 5 * rng.normal(size=columns)
+        if kind == 4:
+            rows *= 10 ** rng.uniform(-3, 3, size=(num_paths, 1))
+        if kind in (5, 6):
+            rows -= 0.99 * rows.mean(0)
+        grams.append(rows @ rows.T)
+    return torch.from_numpy(np.stack(grams))
+
+
+def cagrad_objective(x, gram, c=0.5):
+    """The objective as published, on any leading axes; x [..., K]."""
+    num_paths = gram.shape[-1]
+    k = c * (gram.mean((-2, -1)) + 1e-8).sqrt() + 1e-8
+    square = (x * (gram @ x[..., None])[..., 0]).sum(-1)
+    return (x * gram.sum(-1)).sum(-1) / num_paths + k * (square.clamp_min(0) + 1e-8).sqrt()
+
+
+def cagrad_point(gram, c=0.5):
+    """The simplex point behind CAGrad's weights, w (1 + c^2) - b, scaled to sum 1."""
+    x = alignment.weights(gram, "cagrad", c=c) * (1 + c * c) - 1 / gram.shape[-1]
+    return x / x.sum(-1, keepdim=True)
+
+
+# ---- published outputs ----
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("pcgrad", 1e-6), ("gradvac", 1e-5), ("cagrad", 2e-4)])
+def test_published_cases(method, tolerance):
+    """The eight published cases in sequence; the error is relative to the largest element of the summed gradients."""
+    data, rho = np.load(FIXTURE), None
+    for i in range(8):
+        grads = torch.from_numpy(np.stack([data[f"{method}_{i}_clean"], data[f"{method}_{i}_augmented"]]))
+        if method == "gradvac":
+            weights, rho = alignment.gradvac(grads @ grads.T, rho)
+        else:
+            weights = alignment.weights(grads @ grads.T, method)
+        error = (weights @ grads - torch.from_numpy(data[f"{method}_{i}_merged"])).abs().max()
+        assert error <= tolerance * max(1.0, grads.abs().max().item()), (method, i)
+
+
+def published(name):
+    spec = importlib.util.spec_from_file_location(f"published_{name}", Path(PUBLISHED) / "grad_align" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_published
+def test_pcgrad_of_three_paths_equals_published_code(monkeypatch):
+    module = published("pcgrad")
+    monkeypatch.setattr(module.random, "shuffle", lambda items: None)
+    torch.manual_seed(0)
+    for _ in range(50):
+        grads = torch.randn(3, 40, dtype=torch.float64)
+        aligner = module.PCGrad(optimizer=None)
+        expected = aligner._project_conflicting([g.clone() for g in grads], [torch.ones(40)] * 3)
+        torch.testing.assert_close(alignment.pcgrad(grads @ grads.T) @ grads, expected, rtol=1e-12, atol=1e-12)
+
+
+@needs_published
+def test_gradvac_sequence_equals_published_code(monkeypatch):
+    module = published("gradvac")
+    # The published class keeps its targets on "cuda" by name, in float32.
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: self.double())
+    aligner = module.GradVac(optimizer=None)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    rho, moved = None, 0
+    for _ in range(200):
+        common = torch.randn(30, dtype=torch.float64)
+        grads = [torch.randn(30, dtype=torch.float64) + common for _ in range(2)]
+        expected = aligner._project_gradvac([g.clone() for g in grads])
+        stacked = torch.stack(grads)
+        weights, rho = alignment.gradvac(stacked @ stacked.T, rho)
+        torch.testing.assert_close(weights @ stacked, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(rho, aligner.rho_T[:, :, 0], rtol=1e-12, atol=1e-12)
+        moved += bool((weights != 0.5).any())
+    assert 20 < moved < 180
+
+
+@needs_published
+def test_cagrad_is_never_worse_than_published_solver(monkeypatch):
+    module = published("cagrad")
+    found = []
+    solve = module.minimize
+    monkeypatch.setattr(module, "minimize", lambda *args, **kwargs: found.append(solve(*args, **kwargs)) or found[-1])
+    torch.manual_seed(0)
+    for i in range(60):
+        grads = list(torch.randn(2, 40, dtype=torch.float64) * 10 ** torch.empty(2, 1).uniform_(-2, 2) + i % 3)
+        merged = module.CAGrad(optimizer=None)._project_conflicting([g.clone() for g in grads], [torch.ones(40)] * 2)
+        stacked = torch.stack(grads)
+        gram = stacked @ stacked.T
+        theirs = torch.from_numpy(found[-1].x).clamp(0, 1)
+        ours, theirs = (cagrad_objective(x / x.sum(), gram) for x in (cagrad_point(gram), theirs))
+        assert ours <= theirs + 1e-9 * theirs.abs(), i
+        # Within the published solver's own accuracy, wherever that stops at a good point.
+        if theirs - ours <= 1e-9 * ours.abs():
+            error = (alignment.weights(gram, "cagrad") @ stacked - merged).abs().max()
+            assert error <= 2e-3 * stacked.abs().max()
+
+
+# ---- what each method promises ----
+
+
+def test_no_conflict_is_left_after_pcgrad_of_two_paths():
+    gram = random_grams(400, 2, np.random.default_rng(0), kinds=5)
+    products = (gram @ alignment.pcgrad(gram)[..., None])[..., 0]
+    scale = gram.diagonal(dim1=-2, dim2=-1)
+    assert (products >= -1e-12 * scale).all()
+    assert (gram[:, 0, 1] < 0).float().mean() > 0.2
+
+
+def test_pcgrad_keeps_the_mean_without_conflict():
+    gram = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(alignment.weights(gram, "pcgrad"), torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_paths", [2, 3, 5])
+def test_pcgrad_equals_projections_of_the_gradients(num_paths):
+    torch.manual_seed(num_paths)
+    for trial in range(30):
+        grads = torch.randn(num_paths, 12, dtype=torch.float64)
+        order = alignment.random_order(num_paths, seed=3, step=trial)
+        projected = grads.clone()
+        for i in range(num_paths):
+            for j in order[i].tolist():
+                if j != i and (inner := projected[i] @ grads[j]) < 0:
+                    projected[i] -= inner / (grads[j] @ grads[j]) * grads[j]
+        found = alignment.pcgrad(grads @ grads.T, order=order) @ grads
+        torch.testing.assert_close(found, projected.mean(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("variant", "beta", "always"), [("dual_path", 0.5, False), ("paper", 0.01, True)])
+def test_gradvac_equals_its_definition_for_three_paths(variant, beta, always):
+    torch.manual_seed(1)
+    rho, state = None, torch.zeros(3, 3, dtype=torch.float64)
+    for step in range(40):
+        grads = torch.randn(3, 12, dtype=torch.float64) + 0.6 * torch.randn(12, dtype=torch.float64)
+        order = alignment.random_order(3, seed=0, step=step)
+        moved = grads.clone()
+        for i in range(3):
+            for j in order[i].tolist():
+                if i == j:
+                    continue
+                ni, nj, target = moved[i].norm(), grads[j].norm(), state[i, j].clone()
+                r = moved[i] @ grads[j] / (ni * nj + 1e-8)
+                if r < target:
+                    up = target * (1 - r**2).sqrt() - r * (1 - target**2).sqrt()
+                    moved[i] += ni * up / (nj * (1 - target**2).sqrt() + 1e-8) * grads[j]
+                if always or r > 0:
+                    state[i, j] = (1 - beta) * target + beta * r
+        weights, rho = alignment.gradvac(grads @ grads.T, rho, variant=variant, order=order)
+        torch.testing.assert_close(weights @ grads, moved.mean(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rho, state, rtol=1e-9, atol=1e-9)
+
+
+def test_gradvac_reaches_its_target_cosine():
+    grads = torch.tensor([[1.0, 0.0, 0.0], [-0.3, 2.0, 0.1]], dtype=torch.float64)
+    gram = grads @ grads.T
+    rho = torch.full((2, 2), 0.4, dtype=torch.float64)
+    # Of path 0 alone: w = (row_0 + row_1) / 2, and row_1 is [x, 1].
+    weights, _ = alignment.gradvac(gram, rho)
+    rows = 2 * weights - 1
+    moved = grads[0] + rows[1] * grads[1]
+    cosine = torch.nn.functional.cosine_similarity(moved, grads[1], dim=0)
+    torch.testing.assert_close(cosine, torch.tensor(0.4, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_gradvac_survives_equal_paths_forever():
+    """Targets that have grown to 1 must not turn a rounding error in the cosine into a large step."""
+    gram, rho = torch.full((2, 2), 123.456, dtype=torch.float64), None
+    for _ in range(100):
+        weights, rho = alignment.gradvac(gram, rho)
+    torch.testing.assert_close(weights, torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-9, atol=0)
+    gram[0, 1] = gram[1, 0] = 123.456 * (1 - 1e-7)
+    assert (alignment.gradvac(gram, rho)[0] < 0.6).all()
+
+
+@pytest.mark.parametrize("num_paths", range(2, 9))
+def test_cagrad_objective_is_never_above_slsqp(num_paths):
+    minimize = pytest.importorskip("scipy.optimize").minimize
+    gram = random_grams(28, num_paths, np.random.default_rng(num_paths))
+    ours = cagrad_objective(cagrad_point(gram), gram)
+    start = np.full(num_paths, 1 / num_paths)
+    for one, value in zip(gram, ours, strict=True):
+        found = minimize(
+            lambda x, one=one: cagrad_objective(torch.from_numpy(x), one).item(),
+            start,
+            bounds=[(0, 1)] * num_paths,
+            constraints={"type": "eq", "fun": lambda x: 1 - x.sum()},
+        ).x
+        found = torch.from_numpy(found).clamp_min(0)
+        theirs = cagrad_objective(found / found.sum(), one)
+        assert value <= theirs + 1e-9 * theirs.abs()
+
+
+@pytest.mark.parametrize("num_paths", [2, 3, 5, 8])
+def test_cagrad_point_is_a_minimum(num_paths):
+    """No feasible direction descends, to first order: the gradient is smallest, and equal, where x > 0."""
+    gram = random_grams(60, num_paths, np.random.default_rng(1), kinds=4) + 0.1 * torch.eye(num_paths)
+    x = cagrad_point(gram)
+    k = 0.5 * (gram.mean((-2, -1)) + 1e-8).sqrt() + 1e-8
+    product = (gram @ x[..., None])[..., 0]
+    root = ((x * product).sum(-1) + 1e-8).sqrt()
+    slope = gram.mean(-1) + (k / root)[..., None] * product
+    gap = (x * (slope - slope.amin(-1, keepdim=True))).sum(-1)
+    assert (gap <= 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).all()
+
+
+def test_cagrad_of_radius_zero_is_the_mean():
+    gram = random_grams(20, 3, np.random.default_rng(2))
+    expected = torch.full((20, 3), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(alignment.weights(gram, "cagrad", c=0.0, eps=0.0), expected)
+
+
+# ---- what all methods promise ----
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("num_paths", [2, 4])
+def test_permutation_equivariance(method, num_paths):
+    rng = np.random.default_rng(3)
+    gram = random_grams(40, num_paths, rng, kinds=5)
+    perm = torch.from_numpy(rng.permutation(num_paths))
+    options = {}
+    if num_paths > 2 and method in ("pcgrad", "gradvac"):
+        options["order"] = order = alignment.random_order(num_paths, 0, 0)
+        permuted = {"order": perm.argsort()[order[perm]]}
+    else:
+        permuted = options
+    found = alignment.weights(gram[:, perm][:, :, perm], method, **permuted)
+    expected = alignment.weights(gram, method, **options)[:, perm]
+    # Merged gradients agree; weights of a low-rank Gram matrix need not be unique.
+    difference = found - expected
+    error = (difference * (gram[:, perm][:, :, perm] @ difference[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
+    assert (error <= 1e-6 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()).all()
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("num_paths", [2, 4])
+@pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e10])
+def test_scale_equivariance(method, num_paths, scale):
+    """w is the same for gradients of any scale; for GradVac and CAGrad with the published eps = 1e-8 set to 0."""
+    gram = random_grams(40, num_paths, np.random.default_rng(4), kinds=5)
+    options = {"eps": 0.0} if method in ("gradvac", "cagrad") else {}
+    if method == "gradvac":
+        options["rho"] = torch.full_like(gram, 0.3)
+    difference = alignment.weights(gram * scale * scale, method, **options) - alignment.weights(gram, method, **options)
+    error = (difference * (gram @ difference[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
+    assert (error <= 1e-7 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()).all()
+
+
+@pytest.mark.parametrize("method", ["gradvac", "cagrad"])
+def test_published_eps_does_not_matter_from_unit_scale_up(method):
+    gram = random_grams(40, 2, np.random.default_rng(5), kinds=1)
+    options = {"rho": torch.full_like(gram, 0.3)} if method == "gradvac" else {}
+    for factor in (1.0, 1e10, 1e20):
+        found = alignment.weights(gram * factor, method, **options)
+        expected = alignment.weights(gram, method, eps=0.0, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_one_path_has_weight_exactly_one(method):
+    for value in (0.0, 1e-20, 3.7, 1e20):
+        assert alignment.weights(torch.tensor([[value]]), method).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("num_paths", [2, 3])
+def test_equal_paths_are_averaged(method, num_paths):
+    gram = torch.full((num_paths, num_paths), 7.0, dtype=torch.float64)
+    expected = 1.2 if method == "cagrad" else 1.0  # CAGrad lengthens by (1 + c) / (1 + c^2)
+    assert alignment.weights(gram, method).sum().item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("eps", [None, 0.0])
+def test_zero_gradients_give_finite_weights(method, eps):
+    options = {} if eps is None or method in ("mean", "pcgrad") else {"eps": eps}
+    for gram in (
+        torch.zeros(2, 2),
+        torch.diag(torch.tensor([4.0, 0.0])),
+        torch.zeros(3, 3),
+        torch.diag(torch.tensor([0.0, 2.0, 0.0])),
+    ):
+        assert alignment.weights(gram, method, **options).isfinite().all()
+    if method == "gradvac":
+        rho = torch.full((2, 2), 0.9, dtype=torch.float64)
+        assert alignment.weights(torch.diag(torch.tensor([4.0, 0.0])), method, rho=rho, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("method", [*NAMES, "callable"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("num_paths", [1, 2, 3])
+def test_a_nonfinite_gram_gives_nan_in_its_segment_only(method, bad, num_paths):
+    gram = torch.eye(num_paths, dtype=torch.float64).repeat(3, 1, 1)
+    gram[1, 0, 0] = bad
+    found = alignment.weights(gram, (lambda g: torch.ones(len(g))) if method == "callable" else method)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_leading_axes_are_independent_problems(method):
+    gram = random_grams(12, 3, np.random.default_rng(6), kinds=5)
+    found = alignment.weights(gram.view(2, 6, 3, 3), method)
+    assert found.shape == (2, 6, 3)
+    assert found.dtype == torch.float64
+    single = torch.stack([alignment.weights(one, method) for one in gram])
+    torch.testing.assert_close(found.view(12, 3), single, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("num_paths", [1, 2, 4])
+def test_no_value_is_read_on_the_host(method, num_paths):
+    """Fake tensors hold no data: whatever reads a value on the host raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert alignment.weights(torch.eye(num_paths).repeat(2, 1, 1), method).shape == (2, num_paths)
+
+
+def test_callables_get_one_matrix_at_a_time():
+    gram = random_grams(4, 3, np.random.default_rng(7))
+    found = alignment.weights(gram, lambda g: g.diagonal() / g.diagonal().sum())
+    expected = gram.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match=r"one weight per path, \[3\]; found \[2\]"):
+        alignment.weights(gram, lambda g: g[0, :2])
+
+
+def test_random_order_is_a_uniform_pure_function():
+    assert torch.equal(alignment.random_order(5, 1, 9), alignment.random_order(5, 1, torch.tensor(9)))
+    orders = torch.stack([alignment.random_order(3, 11, step) for step in range(3000)])
+    assert torch.equal(orders.sort(-1).values, torch.arange(3).expand(3000, 3, 3))
+    codes = orders @ torch.tensor([9, 3, 1])
+    for row in range(3):
+        counts = codes[:, row].unique(return_counts=True)[1]
+        # Six orders, 3,000 draws: chi-square with 5 degrees of freedom, 99.9% point 20.5.
+        assert len(counts) == 6
+        assert ((counts - 500.0) ** 2 / 500).sum() < 20.5
+    # Rows are independent of each other, and seeds differ.
+    assert (codes[:, 0] == codes[:, 1]).float().mean() == pytest.approx(1 / 6, abs=0.03)
+    assert not torch.equal(alignment.random_order(8, 0, 0), alignment.random_order(8, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        (([[1.0]], "mean"), {}, TypeError, "floating-point tensor .* found list"),
+        ((torch.ones(2, 2, dtype=torch.int64), "mean"), {}, TypeError, "found int64"),
+        ((torch.ones(2, 3), "mean"), {}, ValueError, r"K, K\].*found \[2, 3\]"),
+        ((torch.ones(2), "mean"), {}, ValueError, r"found \[2\]"),
+        ((torch.ones(0, 0), "mean"), {}, ValueError, r"found \[0, 0\]"),
+        ((torch.eye(2), "pc-grad"), {}, ValueError, "one of mean, none, pcgrad, .*found 'pc-grad'"),
+        ((torch.eye(2), 3), {}, TypeError, "found int"),
+        ((torch.eye(2), "cagrad"), {"beta": 1}, TypeError, "'cagrad' takes the options c, eps; found beta"),
+        ((torch.eye(2), "mean"), {"c": 1}, TypeError, r"\(none\); found c"),
+        ((torch.eye(2), "gradvac"), {"variant": "x"}, ValueError, "'dual_path' or 'paper'; found 'x'"),
+        ((torch.eye(2), "gradvac"), {"beta": 1.5}, ValueError, r"in \[0, 1\]; found 1.5"),
+        ((torch.eye(2), "cagrad"), {"c": -1.0}, ValueError, "at least 0; found -1.0"),
+    ],
+)
+def test_misuse_names_expected_and_found(args, options, error, message):
+    with pytest.raises(error, match=message):
+        alignment.weights(*args, **options)
