@@ -1,6 +1,21 @@
 """Gradient alignment and RawBoost augmentation for speech-deepfake detectors, as fused Triton and CUDA kernels."""
 
+from gradalign import alignment, data, detectors, metrics
+from gradalign import alignment
 from gradalign._dispatch import use_backends
+from gradalign.optim import AlignedOptimizer
+from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import NotchDraws, RawBoost, RawBoostConfig, RawBoostDraws
 
-__all__ = ["NotchDraws", "RawBoost", "RawBoostConfig", "RawBoostDraws", "use_backends"]
+__all__ = [
+    "AlignedOptimizer",
+    "NotchDraws",
+    "RawBoost",
+    "RawBoostConfig",
+    "RawBoostDraws",
+    "alignment",
+    "data",
+    "detectors",
+    "metrics",
+    "use_backends",
+]

@@ -1,0 +1,662 @@
+"""`AlignedOptimizer`: any PyTorch optimizer, fed with the aligned gradients of several paths.
+
+The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.gram` -> `alignment.solve` ->
+    `ops.combine_` -> the inner optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradalign import alignment, ops
+
+Gradients = list[Tensor | None]
+Groups = Mapping[str, Sequence[Tensor]] | Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What alignment saw so far. Reading it waits for the device; the optimizer's step does not.
+
+    Attributes:
+        steps: aligned steps (two or more paths, all gradients finite).
+        skipped: steps left out for a non-finite gradient.
+        conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine.
+        cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model in the last step;
+            None before the first.
+        groups: names of the groups of the scope, empty for scope "model" and "parameter".
+        group_cosine, group_conflicts: float64 [S, K, K] and int64 [S], the same per group.
+        parameter_cosine, parameter_conflicts: float64 [N, K, K] and int64 [N], the same per parameter in the order of
+            ``param_groups``, in every scope.
+    """
+
+    steps: int
+    skipped: int
+    conflicts: int
+    cosine: Tensor | None
+    groups: tuple[str, ...]
+    group_cosine: Tensor | None
+    group_conflicts: Tensor | None
+    parameter_cosine: Tensor | None
+    parameter_conflicts: Tensor | None
+
+    @property
+    def conflict_rate(self) -> float:
+        """Share of the aligned steps with a conflict; 0 before the first."""
+        return self.conflicts / self.steps if self.steps else 0.0
+
+
+class AlignedOptimizer(Optimizer):
+    """Wrap an optimizer so that each step takes the aligned gradient of K >= 2 paths, usually a clean and an augmented
+    view of a batch.
+
+    Two ways to hand over the paths. ``opt.backward([loss_1, loss_2])`` differentiates losses of one joint graph, as
+    published. ``with opt.path(): ...backward()``,
+    once per path, lets each graph go before the next is built: half the activation memory. Then ``opt.step()``.
+        Gradients are taken from ``.grad`` by reference
+    after each path, so K paths hold K - 1 gradient sets more than plain training, and nothing is copied or flattened.
+
+    It is a `torch.optim.Optimizer` that shares ``param_groups``, ``state`` and ``defaults`` with the optimizer it
+    wraps (``opt.optimizer``): schedulers, hooks, closures, ``add_param_group``, ``state_dict``, pickling and deepcopy
+    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first::
+
+        opt.align()
+        scaler.unscale_(opt)                      # with torch.amp.GradScaler; PCGrad's weights do not depend on the
+        loss scale torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) scaler.step(opt)                          #
+        or opt.step()
+
+    Parameters that no path reaches, frozen ones among them, keep ``grad is None`` and are not moved, not even by
+    weight decay. A parameter that only some paths reach is merged as `alignment.Method` says. A step without paths, or
+    with one, is the plain optimizer's, bit for bit.
+
+    Args:
+        optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS).
+        method: a name in `alignment.METHODS` or a callable that maps a Gram matrix float64 [K, K] to weights [K].
+        scope: "model" (one Gram matrix), "parameter" (one per parameter tensor), or groups of parameters, as a mapping
+            from name to parameters or a sequence of sequences (one Gram matrix each; parameters in none of them form
+            the group "rest").
+        on_nonfinite: what happens when a path's gradient holds a NaN or an infinity. "skip" leaves out the step as a
+            whole: parameters, the inner optimizer's state and the method's state stay as they are, and
+            ``stats.skipped`` counts it. "raise" raises `FloatingPointError` naming path and parameter; it waits for
+            the device in every step.
+        **method_options: the method's options (`alignment.gradvac`, `alignment.cagrad`); ``seed`` for the order of
+        projections of pcgrad and gradvac when K > 2.
+
+    Skipping without the host: the test is ``isfinite`` of the Gram matrix, on the device. Inner optimizers made with
+        ``fused=True`` (SGD, Adam, AdamW) take that flag
+    as ``found_inf`` and skip on the device, so that a step never waits for it. Other optimizers have no way to skip on
+    the device short of a copy of the parameters and of all their state; for them, and until each parameter has taken
+    its first step (when optimizers create their state), the flag is read: one byte per step.
+
+    Raises:
+        TypeError: if ``optimizer`` is no optimizer or already wrapped, or for an unknown option.
+        ValueError: for an unknown method, scope or ``on_nonfinite``.
+
+    >>> import torch
+    >>> from gradalign import AlignedOptimizer
+    >>> w = torch.nn.Parameter(torch.zeros(2))
+    >>> opt = ga.AlignedOptimizer(torch.optim.SGD([w], lr=1.0), method="pcgrad")
+    >>> for target in (torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])):
+    ...     with opt.path():
+    ...         (w * target).sum().backward()
+    >>> opt.step()
+    >>> w.data, opt.stats.conflicts
+    (tensor([-0.2500, -0.7500]), 1)
+    """
+
+    optimizer: Optimizer
+    method: str | Callable[[Tensor], Tensor]
+    scope: str
+    on_nonfinite: str
+    _groups: dict[str, list[Tensor]]
+    _seed: int
+    _options: dict[str, Any]
+    # Gradients of the finished paths, path after path; one entry per parameter.
+    _paths: list[Gradients]
+    _joint: bool
+    _inside: bool
+    _num_paths: int | None
+    # Set by align: 1.0 where the gradients now in .grad must not be applied.
+    _nonfinite: Tensor | None
+    # Indices of the parameters whose state exists in the inner optimizer because it has stepped them.
+    _stepped: set[int]
+    # Gram matrices of the last step, float64 [N, K, K].
+    _gram: Tensor | None
+    # Counts and the method's state, on the device.
+    _books: dict[str, Tensor]
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        method: str | Callable[[Tensor], Tensor] = "pcgrad",
+        scope: str | Groups = "model",
+        on_nonfinite: str = "skip",
+        **method_options: Any,
+    ) -> None:
+        if isinstance(optimizer, AlignedOptimizer):
+            raise TypeError(
+                "`optimizer` must be a plain torch.optim.Optimizer; found one already wrapped by AlignedOptimizer"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer; found {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "`optimizer` must take one gradient per step; found LBFGS, which evaluates its closure several times"
+            )
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f"`on_nonfinite` must be 'skip' or 'raise'; found {on_nonfinite!r}")
+        resolved = alignment.resolve(method)
+        alignment.check_options(method, method_options, resolved.options)
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "method": method,
+                "scope": scope if isinstance(scope, str) else "groups",
+                "on_nonfinite": on_nonfinite,
+                "_seed": method_options.pop("seed", 0),
+                "_options": method_options,
+                "_groups": {} if isinstance(scope, str) else _named_groups(scope),
+                "_paths": [],
+                "_joint": False,
+                "_inside": False,
+                "_num_paths": None,
+                "_nonfinite": None,
+                "_stepped": set(),
+                "_gram": None,
+                "_books": {},
+            }
+        )
+        if isinstance(scope, str) and scope not in ("model", "parameter"):
+            raise ValueError(f"`scope` must be 'model', 'parameter' or groups of parameters; found {scope!r}")
+        self._segments()
+        if method_options:
+            # An option's value fails here, not in the first step.
+            alignment.solve(torch.eye(2, dtype=torch.float64), resolved, **method_options)
+
+    # ---- the usual optimizer ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Creates the hook tables, as for any unpickled optimizer. Hooks on the state are the wrapped optimizer's,
+        # which saves and loads it.
+        super().__setstate__(state)
+        self.__dict__.update({name: table for name, table in vars(self.optimizer).items() if "state_dict" in name})
+        self._fields = tuple(state)
+        self._membership: Tensor | None = None
+        self._weigh = alignment.resolve(self.method)
+        self.register_step_pre_hook(_align_first)
+
+    @property
+    def _label(self) -> str:
+        return alignment.label(self.method)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer; between two paths of one step it raises RuntimeError."""
+        if self._paths or self._inside:
+            raise RuntimeError(
+                f"parameters can be added before the first path or after step(); found {len(self._paths)} paths"
+            )
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients and forget the paths of an unfinished step."""
+        self._paths, self._joint, self._nonfinite = [], False, None
+        self.optimizer.zero_grad(set_to_none)
+
+    # ---- paths ----
+
+    @contextmanager
+    def path(self) -> Iterator[None]:
+        """Collect the gradients of one path: call ``loss.backward()`` inside, several times to accumulate.
+
+        Each block since ``zero_grad()`` or ``step()`` is one path. If the block raises, its gradients are dropped,
+        those of earlier paths are kept, and the path can be tried again.
+
+        Raises:
+            RuntimeError: inside another path, after ``backward(losses)`` in the same step, if gradients were left in
+                ``.grad``, or if nothing in the block called ``backward``.
+        """
+        self._begin("path()")
+        if self._joint:
+            raise RuntimeError(
+                "a step takes either backward(losses) or path() blocks; found a path() after backward(losses)"
+            )
+        self._inside = True
+        try:
+            yield
+            self._paths.append(self._take(f"path {len(self._paths)}"))
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            self._inside = False
+
+    def backward(self, losses: Sequence[Tensor]) -> None:
+        """Differentiate one scalar loss per path; the losses may share their graph. Called again before ``step()``, it
+        accumulates path by path.
+
+        Raises:
+            TypeError: if ``losses`` is no sequence of tensors.
+            ValueError: for an empty list, a loss that is not a scalar or needs no gradient, or a number of losses
+                other than in the calls and steps before.
+            RuntimeError: inside or after a ``path()``, or if gradients were left in ``.grad``.
+        """
+        self._begin("backward(losses)")
+        if isinstance(losses, Tensor) or not all(isinstance(loss, Tensor) for loss in losses):
+            raise TypeError(
+                f"`losses` must be a sequence of scalar tensors, one per path; found {type(losses).__name__}"
+            )
+        if self._paths and not self._joint:
+            raise RuntimeError(
+                "a step takes either backward(losses) or path() blocks; found backward(losses) after a path()"
+            )
+        if not losses:
+            raise ValueError("`losses` must hold one loss per path; found none")
+        for k, loss in enumerate(losses):
+            if loss.numel() != 1:
+                raise ValueError(f"losses[{k}] must be a scalar; found shape {list(loss.shape)}")
+            if not loss.requires_grad:
+                raise ValueError(f"losses[{k}] must require a gradient; found one that does not")
+        expected = len(self._paths) or self._num_paths
+        if expected and len(losses) != expected:
+            raise ValueError(f"`losses` must hold {expected} losses, one per path as before; found {len(losses)}")
+        params, paths, self._joint = self._params(), self._paths, True
+        self._paths = []
+        try:
+            for k, loss in enumerate(losses):
+                for param, grad in zip(params, paths[k] if paths else (), strict=False):
+                    param.grad = grad
+                loss.backward(retain_graph=k + 1 < len(losses))
+                self._paths.append(self._take(f"losses[{k}]"))
+        except BaseException:
+            self._drop()
+            self._paths, self._joint = [], False
+            raise
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _begin(self, what: str) -> None:
+        if self._inside:
+            raise RuntimeError(f"{what} cannot be called inside path(); found an open path {len(self._paths)}")
+        for n, param in enumerate(self._params()):
+            if param.grad is not None:
+                raise RuntimeError(
+                    f"{what}: zero_grad() must first clear to None what was not accumulated in a path; "
+                    f"found .grad of {self._name(n)}"
+                )
+
+    def _take(self, source: str) -> Gradients:
+        """Move all gradients out of ``.grad``, by reference."""
+        params = self._params()
+        if self._paths and len(params) != len(self._paths[0]):
+            raise RuntimeError(
+                f"the paths of a step share their parameters, {len(self._paths[0])} so far; found {len(params)}"
+            )
+        grads: Gradients = [param.grad for param in params]
+        for n, grad in enumerate(grads):
+            if grad is not None and grad.layout != torch.strided:
+                layout = str(grad.layout).removeprefix("torch.")
+                raise TypeError(
+                    f"gradients must be dense; found {layout} in {self._name(n)} (nn.Embedding: use sparse=False)"
+                )
+        devices = {str(grad.device) for grad in grads if grad is not None}
+        if len(devices) > 1:
+            raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(devices))}")
+        if all(grad is None for grad in grads):
+            raise RuntimeError(
+                f"{source} must give a gradient to at least one parameter; found none (was backward() called?)"
+            )
+        self._drop()
+        return grads
+
+    def _drop(self) -> None:
+        for param in self._params():
+            param.grad = None
+
+    def _name(self, index: int) -> str:
+        """A parameter's name where the optimizer knows it (made from named_parameters), else its position and shape."""
+        for i, group in enumerate(self.param_groups):
+            if index < len(group["params"]):
+                if "param_names" in group:
+                    return f"parameter {group['param_names'][index]!r}"
+                return f"parameter {index} of group {i}, shape {list(group['params'][index].shape)}"
+            index -= len(group["params"])
+        raise IndexError(index)
+
+    # ---- one step ----
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Align the paths' gradients and take the inner optimizer's step; without paths, just that step.
+
+        ``closure``, if given, is called once, with gradients enabled; it hands over the paths and its value is
+        returned.
+
+        Raises:
+            RuntimeError: inside a path, if gradients were accumulated outside of the paths, or for a number of paths
+                other than in the steps before.
+            FloatingPointError: for a non-finite gradient, with ``on_nonfinite="raise"``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.align()
+        # GradScaler sets grad_scale and found_inf on an optimizer that can take them (a fused one).
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        flags = [flag for flag in (self._nonfinite, found) if isinstance(flag, Tensor)]
+        self._nonfinite = None
+        if not flags:
+            self.optimizer.step()
+            return loss
+        skip = flags[0] if len(flags) == 1 else torch.maximum(flags[0], flags[1].to(flags[0].device))
+        active = {n for n, param in enumerate(self._params()) if param.grad is not None}
+        if not (self._step_supports_amp_scaling and active <= self._stepped):
+            if skip.item():
+                return loss
+            self._stepped |= active
+        if not self._step_supports_amp_scaling:
+            self.optimizer.step()
+            return loss
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, skip  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+        return loss
+
+    @torch.no_grad()
+    def align(self) -> None:
+        """Merge the finished paths' gradients into ``.grad``, in place in the first path's; `step` does it if it is
+        not done yet. Without paths, nothing happens.
+        """
+        if self._inside:
+            raise RuntimeError(f"step() and align() come after the paths; found an open path {len(self._paths)}")
+        if not self._paths:
+            return
+        if hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                "with GradScaler, call align() before scaler.step(optimizer); found paths that are not aligned"
+            )
+        self._begin("align()")
+        paths, self._paths, self._joint, self._nonfinite = self._paths, [], False, None
+        if self._num_paths is not None and len(paths) != self._num_paths:
+            raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(paths)}")
+        params = self._params()
+        if len(params) != len(paths[0]):
+            raise RuntimeError(
+                f"the paths of a step share their parameters, {len(paths[0])} so far; found {len(params)}"
+            )
+        if len(paths) > 1:
+            self._merge(paths)
+            self._num_paths = len(paths)
+        for n, param in enumerate(params):
+            param.grad = next((grads[n] for grads in paths if grads[n] is not None), None)
+
+    def _merge(self, paths: list[Gradients]) -> None:
+        """Combine the paths' gradients into the first that each parameter has, and keep the books; no value is read on
+        the host.
+        """
+        num_paths, num_params = len(paths), len(paths[0])
+        segments, num_segments = self._segments()
+        complete = tuple(range(num_paths))
+        subsets = _by_subset(paths)
+
+        # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
+        grams = {
+            present: _embed(
+                ops.gram([paths[k][n] for k in present for n in members], len(present), members, num_params),
+                present,
+                num_paths,
+            )
+            for present, members in subsets.items()
+        }
+        gram = reduce(torch.add, grams.values())
+        finite = gram.isfinite().all()
+        if self.on_nonfinite == "raise" and not finite.item():
+            raise FloatingPointError(self._describe_nonfinite(gram))
+        books = self._allocate(gram, num_segments)
+
+        weighed = grams.get(complete, torch.zeros_like(gram)) if self._weigh.partial == "apart" else gram
+        options = dict(self._options)
+        if "order" in self._weigh.parameters and num_paths > 2:
+            options["order"] = alignment.random_order(num_paths, self._seed, books["steps"])
+        weights, rho = alignment.solve(
+            self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
+        )
+
+        for present, members in subsets.items():
+            own = weights if present == complete else self._weigh.partial_weights(weights, present)
+            first, *others = ([paths[k][n] for n in members] for k in present)
+            ops.combine_(first, [grad for grads in others for grad in grads], own, [segments[n] for n in members])
+
+        self._gram, self._nonfinite = gram, (~finite).float()
+        if rho is not None:
+            books["rho"].copy_(torch.where(finite, rho, books["rho"]))
+        books["steps"] += finite
+        books["skipped"] += ~finite
+        books["conflicts"] += _conflicts(gram.sum(0)) & finite
+        books["parameter_conflicts"] += _conflicts(gram) & finite
+        if self._groups:
+            books["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
+
+    def _segments(self) -> tuple[list[int], int]:
+        """The segment of each parameter, and how many there are."""
+        params = self._params()
+        if self.scope != "groups":
+            return (list(range(len(params))), len(params)) if self.scope == "parameter" else ([0] * len(params), 1)
+        index = {id(param): s for s, group in enumerate(self._groups.values()) for param in group}
+        segments = [index.pop(id(param), len(self._groups)) for param in params]
+        if index:
+            raise ValueError(
+                f"`scope` must group parameters of the optimizer, each once; found {len(index)} of others in its groups"
+            )
+        return segments, max(max(segments) + 1, len(self._groups))
+
+    def _sum_segments(self, gram: Tensor, segments: list[int], num_segments: int) -> Tensor:
+        """Sum the parameters' Gram matrices [N, K, K] to the segments' [S, K, K], in a fixed order."""
+        if self.scope == "parameter":
+            return gram
+        if self.scope == "model":
+            return gram.sum(0, keepdim=True)
+        if (
+            self._membership is None
+            or self._membership.shape != (num_segments, len(segments))
+            or self._membership.device != gram.device
+        ):
+            member = torch.nn.functional.one_hot(torch.tensor(segments), num_segments)
+            self._membership = member.T.to(gram)
+        return (self._membership @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
+
+    def _allocate(self, gram: Tensor, num_segments: int) -> dict[str, Tensor]:
+        """The running tensors on the gradients' device, made on first use and longer when parameters were added;
+        updated in place ever after.
+        """
+        shapes = self._shapes(gram.shape[1], len(gram), num_segments)
+        for name, shape in shapes.items():
+            old = self._books.get(name)
+            if old is None or old.shape != shape or old.device != gram.device:
+                new = torch.zeros(shape, dtype=torch.float64 if name == "rho" else torch.int64, device=gram.device)
+                if old is not None:
+                    new[: len(old)].copy_(old) if shape else new.copy_(old)
+                self._books[name] = new
+        return self._books
+
+    def _shapes(self, num_paths: int, num_params: int, num_segments: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "steps": (),
+            "skipped": (),
+            "conflicts": (),
+            "parameter_conflicts": (num_params,),
+        }
+        if self._groups:
+            shapes["group_conflicts"] = (num_segments,)
+        if "rho" in self._weigh.parameters:
+            shapes["rho"] = (num_segments, num_paths, num_paths)
+        return shapes
+
+    def _describe_nonfinite(self, gram: Tensor) -> str:
+        bad = ~gram.diagonal(dim1=1, dim2=2).isfinite()
+        n, k = bad.nonzero()[0].tolist()
+        more = int(bad.sum()) - 1
+        return f"gradients must be finite; found NaN or infinity in path {k}, {self._name(n)}" + (
+            f", and {more} more" if more else ""
+        )
+
+    # ---- what it saw, and its state ----
+
+    @property
+    def cosine(self) -> Tensor | None:
+        """Cosines between the paths' gradients of the whole model in the last step, float64 [K, K] on their device;
+        None before the first. No host sync.
+        """
+        return None if self._gram is None else _cosine(self._gram.sum(0))
+
+    @property
+    def stats(self) -> Stats:
+        """A snapshot of what alignment saw; reading it waits for the device."""
+        books = {name: tensor.cpu() for name, tensor in self._books.items()}
+        steps, skipped, conflicts = (
+            int(books[name]) if name in books else 0 for name in ("steps", "skipped", "conflicts")
+        )
+        cosine = parameter_cosine = group_cosine = None
+        names: tuple[str, ...] = ()
+        if self._groups:
+            segments, num_segments = self._segments()
+            names = (*self._groups, "rest")[:num_segments]
+        if self._gram is not None:
+            gram = self._gram.cpu()
+            cosine, parameter_cosine = _cosine(gram.sum(0)), _cosine(gram)
+            if names:
+                group_cosine = _cosine(
+                    torch.stack(
+                        [gram[[n for n, own in enumerate(segments) if own == s]].sum(0) for s in range(num_segments)]
+                    )
+                )
+        return Stats(
+            steps,
+            skipped,
+            conflicts,
+            cosine,
+            names,
+            group_cosine,
+            books.get("group_conflicts"),
+            parameter_cosine,
+            books.get("parameter_conflicts"),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state_dict, and under "alignment" the method's state and the counts; `torch.load`
+        reads it with ``weights_only=True``.
+        """
+        own = {"method": self._label, "scope": self.scope, "num_paths": self._num_paths, "tensors": dict(self._books)}
+        return {**self.optimizer.state_dict(), "alignment": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: if it was saved by a plain optimizer, with another method or scope, for other parameters, or
+                has missing or unknown entries.
+        """
+        own = state_dict.get("alignment")
+        if not isinstance(own, dict):
+            raise ValueError(
+                "the state must hold an 'alignment' entry; found none (plain states load into `opt.optimizer`)"
+            )
+        if set(own) != {"method", "scope", "num_paths", "tensors"}:
+            raise ValueError(
+                f"the state's 'alignment' must hold method, num_paths, scope, tensors; found {', '.join(sorted(own))}"
+            )
+        for name, expected in (("method", self._label), ("scope", self.scope)):
+            if own[name] != expected:
+                raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
+        tensors, num_paths = own["tensors"], own["num_paths"]
+        segments, num_segments = self._segments()
+        shapes = self._shapes(num_paths or 0, len(segments), num_segments) if tensors else {}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes:
+            raise ValueError(f"the state's tensors must be {shapes}; found {found}")
+        self.optimizer.load_state_dict({name: value for name, value in state_dict.items() if name != "alignment"})
+        device = self._params()[0].device
+        self._books = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        self._num_paths, self._gram, self._stepped = num_paths, None, set()
+
+
+def _align_first(optimizer: AlignedOptimizer, args: Any, kwargs: Any) -> None:
+    """Step pre-hook: the hooks after it find the aligned gradients in .grad."""
+    optimizer.align()
+
+
+def _named_groups(groups: Groups) -> dict[str, list[Tensor]]:
+    named = groups if isinstance(groups, Mapping) else {str(i): group for i, group in enumerate(groups)}
+    found = {str(name): list(group) for name, group in named.items()}
+    for name, group in found.items():
+        if not group or not all(isinstance(param, Tensor) for param in group):
+            kinds = ", ".join({type(param).__name__ for param in group}) or "none"
+            raise ValueError(f"`scope` must map names to parameters; group {name!r} holds {kinds}")
+    members = [id(param) for group in found.values() for param in group]
+    if not found or len(set(members)) != len(members):
+        problem = "a parameter twice" if found else "no group"
+        raise ValueError(f"`scope` must be 'model', 'parameter' or groups of distinct parameters; found {problem}")
+    return found
+
+
+def _by_subset(paths: list[Gradients]) -> dict[tuple[int, ...], list[int]]:
+    """The parameters' indices by the paths that reach them; usually all by all."""
+    subsets: dict[tuple[int, ...], list[int]] = {}
+    for n, grads in enumerate(zip(*paths, strict=True)):
+        if present := tuple(k for k, grad in enumerate(grads) if grad is not None):
+            subsets.setdefault(present, []).append(n)
+    return subsets
+
+
+def _embed(gram: Tensor, present: tuple[int, ...], num_paths: int) -> Tensor:
+    """Gram matrices [N, M, M] of the paths in ``present``, as [N, K, K] with zeros for the other paths."""
+    if len(present) == num_paths:
+        return gram
+    full = gram.new_zeros(len(gram), num_paths, num_paths)
+    for a, i in enumerate(present):
+        for b, j in enumerate(present):
+            full[:, i, j] = gram[:, a, b]
+    return full
+
+
+def _conflicts(gram: Tensor) -> Tensor:
+    """Whether any two paths have a negative cosine: [..., K, K] to bool [...]."""
+    return (gram < 0).flatten(-2).any(-1)
+
+
+def _cosine(gram: Tensor) -> Tensor:
+    """Cosines from inner products, 0 where a gradient is zero."""
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    return (gram / (norms[..., :, None] * norms[..., None, :]).clamp_min(1e-300)).clamp(-1.0, 1.0)
