@@ -1,9 +1,7 @@
 """Gradient alignment and RawBoost augmentation for speech-deepfake detectors, as fused Triton and CUDA kernels."""
 
 from gradalign import alignment, data, detectors, metrics
-from gradalign import alignment
 from gradalign._dispatch import use_backends
-from gradalign.optim import AlignedOptimizer
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import NotchDraws, RawBoost, RawBoostConfig, RawBoostDraws
 

@@ -1,7 +1,7 @@
 """`AlignedOptimizer`: any PyTorch optimizer, fed with the aligned gradients of several paths.
 
 The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.gram` -> `alignment.solve` ->
-    `ops.combine_` -> the inner optimizer's step.
+`ops.combine_` -> the inner optimizer's step.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ class Stats:
 
 
 class AlignedOptimizer(Optimizer):
-    """Wrap an optimizer so that each step takes the aligned gradient of K >= 2 paths, usually a clean and an augmented
-    view of a batch.
+    """Wrap an optimizer so that each step takes the aligned gradient of K >= 2 paths.
 
-    Two ways to hand over the paths. ``opt.backward([loss_1, loss_2])`` differentiates losses of one joint graph, as
-    published. ``with opt.path(): ...backward()``,
-    once per path, lets each graph go before the next is built: half the activation memory. Then ``opt.step()``.
-        Gradients are taken from ``.grad`` by reference
-    after each path, so K paths hold K - 1 gradient sets more than plain training, and nothing is copied or flattened.
+    The paths are usually a clean and an augmented view of a batch. ``opt.backward([loss_1, loss_2])`` differentiates
+    losses of one joint graph, as published. ``with opt.path(): loss.backward()``, once per path, lets each graph go
+    before the next is built: half the activation memory. Then ``opt.step()``. Gradients are taken from ``.grad`` by
+    reference after each path, so K paths hold K - 1 gradient sets more than plain training, and nothing is copied or
+    flattened.
 
     It is a `torch.optim.Optimizer` that shares ``param_groups``, ``state`` and ``defaults`` with the optimizer it
     wraps (``opt.optimizer``): schedulers, hooks, closures, ``add_param_group``, ``state_dict``, pickling and deepcopy
-    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first::
+    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first;
+    with GradScaler always do, as it looks at ``.grad`` (the loss scale does not change the weights of PCGrad)::
 
         opt.align()
-        scaler.unscale_(opt)                      # with torch.amp.GradScaler; PCGrad's weights do not depend on the
-        loss scale torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) scaler.step(opt)                          #
-        or opt.step()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(opt)
 
     Parameters that no path reaches, frozen ones among them, keep ``grad is None`` and are not moved, not even by
     weight decay. A parameter that only some paths reach is merged as `alignment.Method` says. A step without paths, or
@@ -88,13 +88,13 @@ class AlignedOptimizer(Optimizer):
             ``stats.skipped`` counts it. "raise" raises `FloatingPointError` naming path and parameter; it waits for
             the device in every step.
         **method_options: the method's options (`alignment.gradvac`, `alignment.cagrad`); ``seed`` for the order of
-        projections of pcgrad and gradvac when K > 2.
+            projections of pcgrad and gradvac when K > 2.
 
     Skipping without the host: the test is ``isfinite`` of the Gram matrix, on the device. Inner optimizers made with
-        ``fused=True`` (SGD, Adam, AdamW) take that flag
-    as ``found_inf`` and skip on the device, so that a step never waits for it. Other optimizers have no way to skip on
-    the device short of a copy of the parameters and of all their state; for them, and until each parameter has taken
-    its first step (when optimizers create their state), the flag is read: one byte per step.
+    ``fused=True`` (SGD, Adam, AdamW) take that flag as ``found_inf`` and skip on the device, so that a step never
+    waits for it. Other optimizers have no way to skip on the device short of a copy of the parameters and of all their
+    state; for them, and until each parameter has taken its first step (in which optimizers create their state), the
+    flag is read: one float per step, free on the CPU, one wait on a GPU.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer or already wrapped, or for an unknown option.
@@ -103,7 +103,7 @@ class AlignedOptimizer(Optimizer):
     >>> import torch
     >>> from gradalign import AlignedOptimizer
     >>> w = torch.nn.Parameter(torch.zeros(2))
-    >>> opt = ga.AlignedOptimizer(torch.optim.SGD([w], lr=1.0), method="pcgrad")
+    >>> opt = AlignedOptimizer(torch.optim.SGD([w], lr=1.0), method="pcgrad")
     >>> for target in (torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])):
     ...     with opt.path():
     ...         (w * target).sum().backward()
@@ -261,8 +261,9 @@ class AlignedOptimizer(Optimizer):
             self._inside = False
 
     def backward(self, losses: Sequence[Tensor]) -> None:
-        """Differentiate one scalar loss per path; the losses may share their graph. Called again before ``step()``, it
-        accumulates path by path.
+        """Differentiate one scalar loss per path; the losses may share their graph.
+
+        Called again before ``step()``, it accumulates path by path.
 
         Raises:
             TypeError: if ``losses`` is no sequence of tensors.
@@ -396,8 +397,9 @@ class AlignedOptimizer(Optimizer):
 
     @torch.no_grad()
     def align(self) -> None:
-        """Merge the finished paths' gradients into ``.grad``, in place in the first path's; `step` does it if it is
-        not done yet. Without paths, nothing happens.
+        """Merge the finished paths' gradients into ``.grad``, in place of the first path's.
+
+        `step` does it if it is not done yet; without paths, nothing happens. Raises as `step` does.
         """
         if self._inside:
             raise RuntimeError(f"step() and align() come after the paths; found an open path {len(self._paths)}")
@@ -423,9 +425,7 @@ class AlignedOptimizer(Optimizer):
             param.grad = next((grads[n] for grads in paths if grads[n] is not None), None)
 
     def _merge(self, paths: list[Gradients]) -> None:
-        """Combine the paths' gradients into the first that each parameter has, and keep the books; no value is read on
-        the host.
-        """
+        """Combine the paths' gradients into the first that each parameter has, and keep the books, all on the device."""
         num_paths, num_params = len(paths), len(paths[0])
         segments, num_segments = self._segments()
         complete = tuple(range(num_paths))
