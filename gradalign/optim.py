@@ -425,7 +425,7 @@ class AlignedOptimizer(Optimizer):
             param.grad = next((grads[n] for grads in paths if grads[n] is not None), None)
 
     def _merge(self, paths: list[Gradients]) -> None:
-        """Combine the paths' gradients into the first that each parameter has, and keep the books, all on the device."""
+        """Combine the paths' gradients into the first that each parameter has, and keep the books; no host sync."""
         num_paths, num_params = len(paths), len(paths[0])
         segments, num_segments = self._segments()
         complete = tuple(range(num_paths))
@@ -498,8 +498,9 @@ class AlignedOptimizer(Optimizer):
         return (self._membership @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
 
     def _allocate(self, gram: Tensor, num_segments: int) -> dict[str, Tensor]:
-        """The running tensors on the gradients' device, made on first use and longer when parameters were added;
-        updated in place ever after.
+        """Return the running tensors on the gradients' device.
+
+        They are made on first use, made longer when parameters were added, and otherwise updated in place.
         """
         shapes = self._shapes(gram.shape[1], len(gram), num_segments)
         for name, shape in shapes.items():
@@ -536,15 +537,16 @@ class AlignedOptimizer(Optimizer):
 
     @property
     def cosine(self) -> Tensor | None:
-        """Cosines between the paths' gradients of the whole model in the last step, float64 [K, K] on their device;
-        None before the first. No host sync.
+        """Cosines between the paths' gradients of the whole model in the last step; None before the first.
+
+        Float64 [K, K] on the gradients' device, without a host sync.
         """
         return None if self._gram is None else _cosine(self._gram.sum(0))
 
     @property
     def stats(self) -> Stats:
         """A snapshot of what alignment saw; reading it waits for the device."""
-        books = {name: tensor.cpu() for name, tensor in self._books.items()}
+        books = {name: tensor.to("cpu", copy=True) for name, tensor in self._books.items()}
         steps, skipped, conflicts = (
             int(books[name]) if name in books else 0 for name in ("steps", "skipped", "conflicts")
         )
@@ -575,8 +577,9 @@ class AlignedOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, and under "alignment" the method's state and the counts; `torch.load`
-        reads it with ``weights_only=True``.
+        """The wrapped optimizer's state_dict, and under "alignment" the method's state and the counts.
+
+        `torch.load` reads it with ``weights_only=True``. Tensors are references, as with any optimizer.
         """
         own = {"method": self._label, "scope": self.scope, "num_paths": self._num_paths, "tensors": dict(self._books)}
         return {**self.optimizer.state_dict(), "alignment": own}
