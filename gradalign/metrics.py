@@ -1,0 +1,274 @@
+"""Metrics of speech-deepfake detection: EER, DCF, Cllr and tandem DCF.
+
+Scores are one-dimensional arrays, higher means more bona fide. A trial is accepted when its score is at or above the
+threshold: P_miss is the share of bona fide trials rejected, P_fa the share of spoofed trials accepted. Trials with
+equal scores are always accepted or rejected together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Scores = npt.ArrayLike
+# Priors of the tandem DCF: 5% spoofing attacks, and one non-target among a hundred other trials.
+_P_SPOOF = 0.05
+_P_TARGET = (1 - _P_SPOOF) * 0.99
+_P_NONTARGET = (1 - _P_SPOOF) * 0.01
+
+
+def _check(name: str, scores: _Scores) -> np.ndarray:
+    try:
+        array = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array of numbers; found {type(scores).__name__}") from error
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"`{name}` must be a one-dimensional array of at least one score; found shape {array.shape}")
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"`{name}` must be finite; found {array[bad]} at index {bad}")
+    return array
+
+
+def det_curve(bonafide: _Scores, spoof: _Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (P_miss, P_fa, thresholds) at every distinct score and at infinity, thresholds ascending.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+
+    Raises:
+        TypeError, ValueError: for scores that are no finite one-dimensional arrays.
+
+    >>> p_miss, p_fa, thresholds = det_curve([1.0, 3.0], [0.0, 2.0])
+    >>> p_miss.tolist(), p_fa.tolist(), thresholds.tolist()
+    ([0.0, 0.0, 0.5, 0.5, 1.0], [1.0, 0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0, inf])
+    """
+    positive, negative = np.sort(_check("bonafide", bonafide)), np.sort(_check("spoof", spoof))
+    thresholds = np.append(np.unique(np.concatenate([positive, negative])), np.inf)
+    p_miss = np.searchsorted(positive, thresholds, side="left") / positive.size
+    p_fa = (negative.size - np.searchsorted(negative, thresholds, side="left")) / negative.size
+    return p_miss, p_fa, thresholds
+
+
+def eer(bonafide: _Scores, spoof: _Scores) -> float:
+    """Equal error rate in [0, 1]: the mean of P_miss and P_fa at the lowest threshold where they differ least.
+
+    The definition of the ASVspoof evaluation packages, with tied scores kept together.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+
+    Raises:
+        TypeError, ValueError: for scores that are no finite one-dimensional arrays.
+
+    >>> eer([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 1.5, -1.0])
+    0.25
+    """
+    p_miss, p_fa, _ = det_curve(bonafide, spoof)
+    return _eer_of(p_miss, p_fa)
+
+
+def _eer_of(p_miss: np.ndarray, p_fa: np.ndarray) -> float:
+    # Rounding must not decide between two thresholds at which the rates differ equally.
+    difference = np.round(np.abs(p_miss - p_fa), 12)
+    at = int(np.argmin(difference))
+    return float(p_miss[at] + p_fa[at]) / 2
+
+
+def eer_interval(
+    bonafide: _Scores, spoof: _Scores, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap confidence interval of the EER: both classes' trials drawn with replacement, percentiles of the EERs.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 2.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Raises:
+        TypeError, ValueError: for bad scores or options.
+
+    >>> low, high = eer_interval([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 1.5, -1.0])
+    >>> 0 <= low <= 0.25 <= high <= 1
+    True
+    """
+    positive, negative = _check("bonafide", bonafide), _check("spoof", spoof)
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1); found {confidence}")
+    if resamples < 2:
+        raise ValueError(f"`resamples` must be at least 2; found {resamples}")
+    rng = np.random.default_rng(seed)
+    rates = [eer(rng.choice(positive, positive.size), rng.choice(negative, negative.size)) for _ in range(resamples)]
+    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _check_costs(p_spoof: float, c_miss: float, c_fa: float) -> tuple[float, float]:
+    """Return the weights of P_miss and P_fa."""
+    if not 0 < p_spoof < 1:
+        raise ValueError(f"`p_spoof` must be in (0, 1); found {p_spoof}")
+    if c_miss <= 0 or c_fa <= 0:
+        raise ValueError(f"`c_miss` and `c_fa` must be above 0; found {c_miss} and {c_fa}")
+    return c_miss * (1 - p_spoof), c_fa * p_spoof
+
+
+def min_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: float = 1, c_fa: float = 10) -> float:
+    """Minimum normalised detection cost over all thresholds; the defaults are those of ASVspoof 5.
+
+    DCF(t) = c_miss (1 - p_spoof) P_miss(t) + c_fa p_spoof P_fa(t), divided by the cost of the better of accepting or
+    rejecting everything, min(c_miss (1 - p_spoof), c_fa p_spoof). Source: Wang et al., "ASVspoof 5", 2024, arXiv
+    2408.08739, section 5.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+        p_spoof: prior probability of a spoofing attack.
+        c_miss: cost of rejecting bona fide speech.
+        c_fa: cost of accepting spoofed speech.
+
+    Raises:
+        TypeError, ValueError: for bad scores, priors or costs.
+
+    >>> min_dcf([1.0, 2.0], [-1.0, 0.0])
+    0.0
+    """
+    miss, fa = _check_costs(p_spoof, c_miss, c_fa)
+    p_miss, p_fa, _ = det_curve(bonafide, spoof)
+    return float((miss * p_miss + fa * p_fa).min() / min(miss, fa))
+
+
+def act_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: float = 1, c_fa: float = 10) -> float:
+    """Actual normalised detection cost at the Bayes threshold ln(c_fa p_spoof / (c_miss (1 - p_spoof))) on
+    log-likelihood ratios.
+
+    As `min_dcf`, at the one threshold that is right for scores that are natural-log likelihood ratios of bona fide to
+    spoof.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+        p_spoof: prior probability of a spoofing attack.
+        c_miss: cost of rejecting bona fide speech.
+        c_fa: cost of accepting spoofed speech.
+
+    Raises:
+        TypeError, ValueError: for bad scores, priors or costs.
+
+    >>> act_dcf([5.0, 6.0], [-5.0, -6.0]), act_dcf([-5.0], [5.0]) > 1
+    (0.0, True)
+    """
+    miss, fa = _check_costs(p_spoof, c_miss, c_fa)
+    threshold = np.log(fa / miss)
+    p_miss = np.mean(_check("bonafide", bonafide) < threshold)
+    p_fa = np.mean(_check("spoof", spoof) >= threshold)
+    return float((miss * p_miss + fa * p_fa) / min(miss, fa))
+
+
+def cllr(bonafide: _Scores, spoof: _Scores) -> float:
+    """Cost of log-likelihood ratios in bits: 0 for a perfect, 1 for a useless but calibrated detector.
+
+    Cllr = (mean log2(1 + exp(-s)) over bona fide + mean log2(1 + exp(s)) over spoof) / 2, s natural-log likelihood
+    ratios.
+    Source: Brümmer and du Preez, "Application-independent evaluation of speaker detection", 2006.
+
+    Args:
+        bonafide: scores of bona fide trials [N].
+        spoof: scores of spoofed trials [M].
+
+    Raises:
+        TypeError, ValueError: for scores that are no finite one-dimensional arrays.
+
+    >>> cllr([0.0], [0.0])
+    1.0
+    """
+    miss = np.logaddexp(0, -_check("bonafide", bonafide)).mean()
+    fa = np.logaddexp(0, _check("spoof", spoof)).mean()
+    return float((miss + fa) / 2 / np.log(2))
+
+
+@dataclass(frozen=True)
+class AsvRates:
+    """Error rates of the speaker verification system that a detector works in tandem with, each in [0, 1].
+
+    Attributes:
+        p_fa: share of non-target trials accepted.
+        p_miss: share of target trials rejected.
+        p_fa_spoof: share of spoofed trials accepted.
+
+    >>> AsvRates(p_fa=0.02, p_miss=0.03, p_fa_spoof=0.5).p_miss
+    0.03
+    """
+
+    p_fa: float
+    p_miss: float
+    p_fa_spoof: float
+
+    def __post_init__(self) -> None:
+        for name in ("p_fa", "p_miss", "p_fa_spoof"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1]; found {getattr(self, name)}")
+
+    @classmethod
+    def from_scores(cls, target: _Scores, nontarget: _Scores, spoof: _Scores) -> AsvRates:
+        """Return the rates at the verification system's EER threshold, as the ASVspoof packages fix it.
+
+        Args:
+            target: verification scores of target trials [N].
+            nontarget: of zero-effort impostors [M].
+            spoof: of spoofed trials [L].
+
+        Raises:
+            TypeError, ValueError: for scores that are no finite one-dimensional arrays.
+
+        >>> AsvRates.from_scores([1.0, 2.0], [-1.0, 0.0], [0.5, 1.5])
+        AsvRates(p_fa=0.0, p_miss=0.0, p_fa_spoof=0.5)
+        """
+        p_miss, p_fa, thresholds = det_curve(target, nontarget)
+        at = int(np.argmin(np.round(np.abs(p_miss - p_fa), 12)))
+        p_fa_spoof = float(np.mean(_check("spoof", spoof) >= thresholds[at]))
+        return cls(float(p_fa[at]), float(p_miss[at]), p_fa_spoof)
+
+
+def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: Any = "2021") -> float:
+    """Minimum normalised tandem detection cost of a detector in front of a fixed speaker verification system.
+
+    t-DCF(t) = C0 + C1 P_miss(t) + C2 P_fa(t), with spoofing prior 0.05, target and non-target priors 0.9405 and
+    0.0095, unit cost of misses and cost 10 of false acceptances. ``"2019"``: C0 is left out, and the minimum is
+    divided by min(C1, C2) (ASVspoof 2019 evaluation plan). ``"2021"``: divided by C0 + min(C1, C2) (Kinnunen et al.,
+    "Tandem assessment of spoofing
+    countermeasures and automatic speaker verification: fundamentals", 2020, as in ASVspoof 2021).
+
+    Args:
+        bonafide: detector's scores of bona fide trials [N].
+        spoof: of spoofed trials [M].
+        asv: error rates of the verification system.
+        version: "2021" or "2019".
+
+    Raises:
+        TypeError, ValueError: for bad scores or version, or rates that leave the detector no weight (C1 or C2 not
+            above 0).
+
+    >>> round(min_tdcf([1.0, 2.0], [-1.0, 0.0], AsvRates(0.02, 0.03, 0.5), "2019"), 12)
+    0.0
+    """
+    if version not in ("2019", "2021"):
+        raise ValueError(f"`version` must be '2019' or '2021'; found {version!r}")
+    if not isinstance(asv, AsvRates):
+        raise TypeError(f"`asv` must be AsvRates; found {type(asv).__name__}")
+    asv_cost = _P_TARGET * asv.p_miss + _P_NONTARGET * 10 * asv.p_fa
+    c0 = asv_cost if version == "2021" else 0.0
+    c1 = _P_TARGET - asv_cost
+    c2 = _P_SPOOF * 10 * asv.p_fa_spoof
+    if c1 <= 0 or c2 <= 0:
+        raise ValueError(
+            f"these ASV error rates leave the detector no weight: C1 = {c1:.6g}, C2 = {c2:.6g}; found {asv}"
+        )
+    p_miss, p_fa, _ = det_curve(bonafide, spoof)
+    return float((c0 + c1 * p_miss + c2 * p_fa).min() / (c0 + min(c1, c2)))
