@@ -181,6 +181,8 @@ class Aasist(nn.Module):
         temperatures: softmax temperatures of the spectral, temporal and combined attention.
     """
 
+    filters: Tensor
+
     def __init__(
         self,
         channels: tuple[int, ...],

@@ -36,6 +36,9 @@ class LightDetector(nn.Module):
         dropout: probability before the last layer.
     """
 
+    window: Tensor
+    filterbank: Tensor
+
     def __init__(self, width: int = 24, dropout: float = 0.2) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
