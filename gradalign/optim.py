@@ -488,14 +488,11 @@ class AlignedOptimizer(Optimizer):
             return gram
         if self.scope == "model":
             return gram.sum(0, keepdim=True)
-        if (
-            self._membership is None
-            or self._membership.shape != (num_segments, len(segments))
-            or self._membership.device != gram.device
-        ):
-            member = torch.nn.functional.one_hot(torch.tensor(segments), num_segments)
-            self._membership = member.T.to(gram)
-        return (self._membership @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
+        member = self._membership
+        if member is None or member.shape != (num_segments, len(segments)) or member.device != gram.device:
+            member = torch.nn.functional.one_hot(torch.tensor(segments), num_segments).T.to(gram)
+            self._membership = member
+        return (member @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
 
     def _allocate(self, gram: Tensor, num_segments: int) -> dict[str, Tensor]:
         """Return the running tensors on the gradients' device.
@@ -550,30 +547,25 @@ class AlignedOptimizer(Optimizer):
         steps, skipped, conflicts = (
             int(books[name]) if name in books else 0 for name in ("steps", "skipped", "conflicts")
         )
-        cosine = parameter_cosine = group_cosine = None
         names: tuple[str, ...] = ()
+        cosine = group_cosine = parameter_cosine = None
+        if self._gram is not None:
+            cosine, parameter_cosine = _cosine(self._gram.sum(0)).cpu(), _cosine(self._gram).cpu()
         if self._groups:
             segments, num_segments = self._segments()
             names = (*self._groups, "rest")[:num_segments]
-        if self._gram is not None:
-            gram = self._gram.cpu()
-            cosine, parameter_cosine = _cosine(gram.sum(0)), _cosine(gram)
-            if names:
-                group_cosine = _cosine(
-                    torch.stack(
-                        [gram[[n for n, own in enumerate(segments) if own == s]].sum(0) for s in range(num_segments)]
-                    )
-                )
+            if self._gram is not None:
+                group_cosine = _cosine(self._sum_segments(self._gram, segments, num_segments)).cpu()
         return Stats(
-            steps,
-            skipped,
-            conflicts,
-            cosine,
-            names,
-            group_cosine,
-            books.get("group_conflicts"),
-            parameter_cosine,
-            books.get("parameter_conflicts"),
+            steps=steps,
+            skipped=skipped,
+            conflicts=conflicts,
+            cosine=cosine,
+            groups=names,
+            group_cosine=group_cosine,
+            group_conflicts=books.get("group_conflicts"),
+            parameter_cosine=parameter_cosine,
+            parameter_conflicts=books.get("parameter_conflicts"),
         )
 
     def state_dict(self) -> dict[str, Any]:
