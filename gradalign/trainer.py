@@ -372,8 +372,8 @@ def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor
 
 def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """The class-weighted cross-entropy of a run: (logits [B, 2], labels int64 [B]) -> scalar, in float32."""
-    weight = torch.tensor(config.class_weights)
-    return lambda logits, labels: functional.cross_entropy(logits.float(), labels, weight.to(logits.device))
+    weight = torch.tensor(config.class_weights, device=choose_device(config.device))
+    return lambda logits, labels: functional.cross_entropy(logits.float(), labels, weight)
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -421,11 +421,10 @@ class _Training:
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"detector: {error}") from None
         self.model: nn.Module = model.to(self.device)
-        self.optimizer = _make_optimizer(config, self.model)
+        self.optimizer = _make_optimizer(config, self.model, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss(config)
         self.at = _Progress()
-        self.skipped_before = 0
         self.data_digest = _digest(train.utterances + dev.utterances)
         if (self.run / "checkpoint.pt").exists():
             self._restore(self.run / "checkpoint.pt")
@@ -466,6 +465,7 @@ class _Training:
         self.train_data.set_epoch(at.epoch)
         plan = self._plan()
         started, before = time.monotonic(), at.seconds
+        steps: list[Tensor] = []
         for batch in load_batches(
             self.train_data,
             plan[at.position :],
@@ -474,21 +474,26 @@ class _Training:
         ):
             self._note_bad(self.train_data, batch.bad)
             if len(batch.row):
-                losses, cosine, skipped = self._step(batch)
-                at.cosines.append(cosine)
-                at.sums = [
-                    a + b for a, b in zip(at.sums, [*losses, 0.0 if skipped else 1.0, float(skipped)], strict=True)
-                ]
+                steps.append(self._step(batch))
+            at.position += 1
+            save = config.checkpoint_steps > 0 and at.position % config.checkpoint_steps == 0
+            # A GPU works ahead of the host, which asks for results only now and then.
+            if self.device.type == "cpu" or save or len(steps) == 16 or at.position == len(plan):
+                self._book(steps)
+                steps = []
                 if at.sums[2]:
                     bar.set_postfix(epoch=at.epoch + 1, loss=f"{sum(at.sums[:2]) / at.sums[2] / 2:.4f}", refresh=False)
-            at.position += 1
             at.seconds = before + time.monotonic() - started
             bar.update()
-            if config.checkpoint_steps and at.position % config.checkpoint_steps == 0 and at.position < len(plan):
+            if save and at.position < len(plan):
                 self._save()
 
-    def _step(self, batch: Batch) -> tuple[tuple[float, float], float, bool]:
-        """One step; returns the two losses, the cosine between their gradients, and whether the step was skipped."""
+    def _step(self, batch: Batch) -> Tensor:
+        """One step, without waiting for the device.
+
+        Returns float64 [4]: the clean and the augmented loss, the cosine between their gradients, and 1 for a step that
+        was taken, 0 for one that was skipped.
+        """
         optimizer, scaler = self.optimizer, self.scaler
         labels = batch.label.to(self.device, non_blocking=True)
         clean = batch.wave.to(self.device, non_blocking=True)
@@ -507,17 +512,23 @@ class _Training:
             losses = [self.criterion(part, labels) for part in logits.split(len(labels))]
             optimizer.backward([scaler.scale(loss) for loss in losses])
         optimizer.align()
+        cosine = optimizer.cosine
+        assert cosine is not None
+        # The optimizer leaves out a step with a gradient that is not finite; its cosine with itself is then NaN.
+        taken = cosine.isfinite().all()
         scaler.step(optimizer)
         scaler.update()
-        stats = optimizer.stats
-        skipped, self.skipped_before = stats.skipped > self.skipped_before, stats.skipped
-        if skipped:
-            # The forward passes have moved running statistics, perhaps to NaN: the step leaves no trace at all.
-            for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(kept)
-            return (0.0, 0.0), math.nan, True
-        clean_loss, augmented_loss = torch.stack([loss.detach() for loss in losses]).tolist()
-        return (clean_loss, augmented_loss), math.nan if stats.cosine is None else float(stats.cosine[0, 1]), False
+        for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+            # The forward passes have moved running statistics, perhaps to NaN: a skipped step leaves no trace at all.
+            buffer.copy_(torch.where(taken, buffer, kept))
+        return torch.stack([*(loss.detach().double() for loss in losses), cosine[0, 1], taken.double()])
+
+    def _book(self, steps: list[Tensor]) -> None:
+        at = self.at
+        for clean, augmented, cosine, taken in torch.stack(steps).tolist() if steps else ():
+            at.cosines.append(cosine if taken else math.nan)
+            new = (clean, augmented, 1.0, 0.0) if taken else (0.0, 0.0, 0.0, 1.0)
+            at.sums = [a + b for a, b in zip(at.sums, new, strict=True)]
 
     def _logits(self, wave: Tensor) -> Tensor:
         with autocast(self.device, self.config.amp):
@@ -675,7 +686,6 @@ class _Training:
             self.at = _Progress(**{**content["progress"], "cosines": content["progress"]["cosines"].tolist()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: expected the state of this run; found: {error}") from None
-        self.skipped_before = self.optimizer.stats.skipped
         torch.set_rng_state(content["rng_cpu"])
         if self.device.type == "cuda" and content["rng_cuda"] is not None:
             torch.cuda.set_rng_state(content["rng_cuda"], self.device)
@@ -696,9 +706,12 @@ class _Training:
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def _make_optimizer(config: TrainConfig, model: nn.Module) -> AlignedOptimizer:
+def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> AlignedOptimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if device.type == "cuda":
+        # A fused optimizer can leave out a step without the host, which then never waits.
+        settings["fused"] = True
     base: torch.optim.Optimizer
     if config.optimizer == "sgd":
         base = torch.optim.SGD(parameters, momentum=0.9, **settings)

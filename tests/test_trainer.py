@@ -340,9 +340,20 @@ def test_training_views_are_what_the_steps_of_an_epoch_see(config, monkeypatch):
     assert not torch.equal(found[0][1], found[4][1])
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
-    from gradalign import trainer
+class WithBatchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv1d(1, 8, 64, 16), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        self.head = torch.nn.Linear(8, 2)
 
+    def forward(self, wave):
+        return self.head(self.layers(wave[:, None]).mean(2))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
+    from gradalign import detectors, trainer
+
+    monkeypatch.setattr(detectors, "create", lambda name: WithBatchNorm())
     calls = []
 
     def poisoned(boost, wave, length, seed):
