@@ -159,7 +159,79 @@ def cagrad(gram: Tensor, *, c: float = 0.5, eps: float = 1e-8) -> Tensor:
     return (1.0 / num_paths + (k / (norm + eps).clamp_min(_TINY))[..., None] * x) / (1 + c * c)
 
 
-def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: float) -> Tensor:
+def mgda(gram: Tensor) -> Tensor:
+    """Multiple-gradient descent (Désidéri, 2012; Sener & Koltun, NeurIPS 2018): the shortest convex combination.
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K], at least 0, with sum 1.
+
+    >>> mgda(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    zero, one = torch.zeros_like(gram[..., 0]), torch.ones_like(gram[..., 0, 0])
+    # sqrt(x^T G x + a) has the same minimum for every a; one of G's own size makes it smooth.
+    return _minimize_on_simplex(zero, one, gram, gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY))
+
+
+def dualproj(gram: Tensor) -> Tensor:
+    """Project the mean gradient to the nearest one that conflicts with no path (Lopez-Paz & Ranzato, NeurIPS 2017).
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K].
+
+    >>> dualproj(torch.tensor([[4.0, -2.0], [-2.0, 1.5]], dtype=torch.float64))
+    tensor([0.5000, 0.6667], dtype=torch.float64)
+    """
+    return _project_to_dual_cone(torch.full_like(gram[..., 0], 1.0 / gram.shape[-1]), gram)
+
+
+def upgrad(gram: Tensor) -> Tensor:
+    """Unconflicting projection (Quinton & Rey, arXiv 2406.16232): the mean of `dualproj` of each path's own gradient.
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K]. For K = 2 these are PCGrad's weights.
+
+    >>> upgrad(torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64))
+    tensor([0.7500, 0.7500], dtype=torch.float64)
+    """
+    rows = torch.diag_embed(torch.full_like(gram[..., 0], 1.0 / gram.shape[-1]))
+    return _project_to_dual_cone(rows, gram[..., None, :, :]).sum(-2)
+
+
+def _project_to_dual_cone(start: Tensor, gram: Tensor) -> Tensor:
+    """Minimise v^T G v over v >= start, [..., K]: the nearest combination to start's that conflicts with no path.
+
+    Each round takes the best exact step along a coordinate (which settles who is in), then Newton's step among those
+    with v > start, as far as they stay so.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)
+    ridge = torch.diag_embed((1e-14 * squares.mean(-1, keepdim=True)).expand_as(squares))
+    added = torch.zeros_like(start)
+    for _ in range(max(16, 2 * start.shape[-1])):
+        slope = (gram @ (start + added)[..., None])[..., 0]
+        t = torch.maximum(-slope / squares, -added)
+        best = (t * (2 * slope + t * squares)).argmin(-1, keepdim=True)
+        added = added.scatter_add(-1, best, t.gather(-1, best)).clamp_min(0.0)
+        free = (added > 0).to(added.dtype)
+        slope = (gram @ (start + added)[..., None])[..., 0]
+        inner = (gram + ridge) * free[..., :, None] * free[..., None, :] + torch.diag_embed(1 - free)
+        d = torch.linalg.solve_ex(inner, (-slope * free)[..., None])[0][..., 0] * free
+        d = torch.where(d.isfinite().all(-1, keepdim=True), d, 0.0)
+        room = torch.where(d < 0, -added / d, torch.inf).amin(-1, keepdim=True).clamp_max(1.0)
+        added = (added + room * d).clamp_min(0.0)
+    return start + added
+
+
+def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: float | Tensor) -> Tensor:
     """Minimise the convex f(x) = linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre.
 
     Each round takes the best exact step along an edge e_i - e_j (which settles who is in), then one along Newton's
@@ -205,7 +277,7 @@ def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: float) ->
     return x
 
 
-def _quadratic(x: Tensor, gram: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _quadratic(x: Tensor, gram: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """G x and x^T G x + eps."""
     product = (gram @ x[..., None])[..., 0]
     return product, (x * product).sum(-1).clamp_min(0.0) + eps
@@ -324,6 +396,9 @@ METHODS: dict[str, Method] = {
     "pcgrad": Method(pcgrad, partial="sum"),
     "gradvac": Method(gradvac),
     "cagrad": Method(cagrad, partial="apart"),
+    "mgda": Method(mgda),
+    "dualproj": Method(dualproj),
+    "upgrad": Method(upgrad),
 }
 
 

@@ -12,7 +12,7 @@ from gradalign import alignment
 
 FIXTURE = Path(__file__).parent / "data" / "alignment_published.npz"
 PUBLISHED = os.environ.get("GRADALIGN_PUBLISHED_DPDA")
-NAMES = ["mean", "pcgrad", "gradvac", "cagrad"]
+NAMES = ["mean", "pcgrad", "gradvac", "cagrad", "mgda", "dualproj", "upgrad"]
 needs_published = pytest.mark.skipif(
     not PUBLISHED, reason="GRADALIGN_PUBLISHED_DPDA must name a checkout of ductuantruong/dpda_ga"
 )
@@ -47,6 +47,13 @@ def cagrad_point(gram, c=0.5):
     """The simplex point behind CAGrad's weights, w (1 + c^2) - b, scaled to sum 1."""
     x = alignment.weights(gram, "cagrad", c=c) * (1 + c * c) - 1 / gram.shape[-1]
     return x / x.sum(-1, keepdim=True)
+
+
+def assert_same_merge(found, expected, gram, tolerance):
+    """Weights merge alike, relative to the longest gradient; those of a low-rank Gram matrix need not be unique."""
+    difference = found - expected
+    error = (difference * (gram @ difference[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
+    assert (error <= tolerance * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()).all()
 
 
 # ---- published outputs ----
@@ -241,6 +248,56 @@ def test_cagrad_of_radius_zero_is_the_mean():
     torch.testing.assert_close(alignment.weights(gram, "cagrad", c=0.0, eps=0.0), expected)
 
 
+@pytest.mark.parametrize("num_paths", range(2, 9))
+def test_mgda_is_the_shortest_convex_combination(num_paths):
+    """Optimal if and only if no path's gradient has a smaller product with it than itself."""
+    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
+    x = alignment.mgda(gram)
+    products = (gram @ x[..., None])[..., 0]
+    assert (x >= 0).all()
+    torch.testing.assert_close(x.sum(-1), torch.ones(140, dtype=torch.float64))
+    gap = (x * products).sum(-1) - products.amin(-1)
+    assert (gap <= 1e-7 * gram.diagonal(dim1=-2, dim2=-1).amax(-1)).all()
+
+
+@pytest.mark.parametrize("num_paths", range(2, 9))
+@pytest.mark.parametrize("method", ["dualproj", "upgrad"])
+def test_no_conflict_is_left_after_projection_to_the_dual_cone(method, num_paths):
+    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
+    products = (gram @ alignment.weights(gram, method)[..., None])[..., 0]
+    assert (products >= -1e-10 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("num_paths", range(2, 9))
+def test_dualproj_is_the_nearest_unconflicting_gradient(num_paths):
+    """The conditions of Karush, Kuhn and Tucker: only paths that touch the cone are added to the mean."""
+    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
+    weights = alignment.dualproj(gram)
+    added = weights - 1 / num_paths
+    slack = added * (gram @ weights[..., None])[..., 0]
+    assert (added >= 0).all()
+    assert (slack.abs().sum(-1) <= 1e-8 * gram.diagonal(dim1=-2, dim2=-1).amax(-1)).all()
+
+
+def test_upgrad_of_two_paths_is_pcgrad():
+    gram = random_grams(100, 2, np.random.default_rng(8), kinds=1)
+    torch.testing.assert_close(alignment.upgrad(gram), alignment.pcgrad(gram), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "MGDA"])
+@pytest.mark.parametrize("num_paths", [2, 3, 5])
+def test_torchjd_agrees(name, num_paths):
+    aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd[quadprog_projector] is not installed")
+    pytest.importorskip("quadprog", reason="torchjd[quadprog_projector] is not installed")
+    options = {"MGDA": {"epsilon": 1e-9, "max_iters": 3000}}.get(name, {})
+    weighting = getattr(aggregation, f"{name}Weighting")(**options)
+    gram = random_grams(20, num_paths, np.random.default_rng(9), kinds=1)
+    theirs = alignment.weights(gram, weighting)
+    # Their Frank-Wolfe solver converges slowly, and their projections regularise G by 1e-4 of its trace.
+    tolerance = 5e-3
+    torch.testing.assert_close(alignment.weights(gram, name.lower()), theirs, rtol=tolerance, atol=tolerance)
+
+
 # ---- what all methods promise ----
 
 
@@ -258,10 +315,7 @@ def test_permutation_equivariance(method, num_paths):
         permuted = options
     found = alignment.weights(gram[:, perm][:, :, perm], method, **permuted)
     expected = alignment.weights(gram, method, **options)[:, perm]
-    # Merged gradients agree; weights of a low-rank Gram matrix need not be unique.
-    difference = found - expected
-    error = (difference * (gram[:, perm][:, :, perm] @ difference[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
-    assert (error <= 1e-6 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()).all()
+    assert_same_merge(found, expected, gram[:, perm][:, :, perm], 1e-6)
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -273,9 +327,8 @@ def test_scale_equivariance(method, num_paths, scale):
     options = {"eps": 0.0} if method in ("gradvac", "cagrad") else {}
     if method == "gradvac":
         options["rho"] = torch.full_like(gram, 0.3)
-    difference = alignment.weights(gram * scale * scale, method, **options) - alignment.weights(gram, method, **options)
-    error = (difference * (gram @ difference[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
-    assert (error <= 1e-7 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()).all()
+    found = alignment.weights(gram * scale * scale, method, **options)
+    assert_same_merge(found, alignment.weights(gram, method, **options), gram, 1e-7)
 
 
 @pytest.mark.parametrize("method", ["gradvac", "cagrad"])
@@ -305,7 +358,7 @@ def test_equal_paths_are_averaged(method, num_paths):
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("eps", [None, 0.0])
 def test_zero_gradients_give_finite_weights(method, eps):
-    options = {} if eps is None or method in ("mean", "pcgrad") else {"eps": eps}
+    options = {"eps": eps} if eps is not None and method in ("gradvac", "cagrad") else {}
     for gram in (
         torch.zeros(2, 2),
         torch.diag(torch.tensor([4.0, 0.0])),
@@ -336,7 +389,7 @@ def test_leading_axes_are_independent_problems(method):
     assert found.shape == (2, 6, 3)
     assert found.dtype == torch.float64
     single = torch.stack([alignment.weights(one, method) for one in gram])
-    torch.testing.assert_close(found.view(12, 3), single, rtol=1e-7, atol=1e-7)
+    assert_same_merge(found.view(12, 3), single, gram, 1e-7)
 
 
 @pytest.mark.parametrize("method", NAMES)
