@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradalign._checkpoint import load_checkpoint, load_weights
-from gradalign._errors import AudioError, CheckpointError, ConfigError
+from gradalign._errors import AudioError, CheckpointError, ConfigError, GradalignError
 from gradalign._files import atomic_path
 from gradalign.data.dataset import SpeechDataset, load_batches
 from gradalign.data.protocol import Utterance, read_protocol
@@ -127,6 +127,17 @@ def scores_of(logits: Tensor) -> np.ndarray:
     return (wide[:, 1] - wide[:, 0]).numpy()
 
 
+def expect_finite(logits: Tensor, bad: Sequence[tuple[int, str]], dataset: SpeechDataset) -> None:
+    """Raise GradalignError where the model gave NaN or Inf for an utterance that could be read."""
+    wrong = ~logits.isfinite().all(1)
+    wrong[[row for row, _ in bad]] = False
+    if wrong.any():
+        name = dataset.utterances[int(wrong.nonzero()[0])].name
+        raise GradalignError(
+            f"{name}: expected finite scores; the detector gave NaN or Inf for it and {int(wrong.sum()) - 1} more"
+        )
+
+
 def write_scores(path: str | Path, utterances: Sequence[Utterance], scores: np.ndarray) -> int:
     """Write lines ``utterance attack label score``, leaving out scores that are NaN; returns how many were written."""
     lines = [
@@ -174,6 +185,7 @@ def score_protocol(
         skip_bad=skip_bad,
         progress="scoring" if progress else "",
     )
+    expect_finite(logits, bad, dataset)
     write_scores(out, utterances, scores_of(logits))
     return [message for _, message in bad]
 
@@ -203,4 +215,5 @@ def score_files(
     logits, bad = predict(
         detector.model, dataset, batch_size=batch_size, skip_bad=skip_bad, progress="scoring" if progress else ""
     )
+    expect_finite(logits, bad, dataset)
     return scores_of(logits), [message for _, message in bad]

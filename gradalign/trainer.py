@@ -36,7 +36,7 @@ from gradalign.data.dataset import Batch, SpeechDataset, epoch_plan, load_batche
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
-from gradalign.scoring import autocast, choose_device, predict, scores_of, write_scores
+from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, write_scores
 
 METHODS = ("none", "mean", "pcgrad", "gradvac", "cagrad")
 """What ``align`` can be; ``none`` is plain training on the mean of both views' losses."""
@@ -255,10 +255,7 @@ def finished(config: TrainConfig) -> bool:
     _expect_same_run(
         config.run_dir / "config.json", asdict(TrainConfig.from_json(config.run_dir / "config.json")), config
     )
-    train_data, dev_data = open_split(config, "train"), open_split(config, "dev")
-    assert train_data is not None
-    assert dev_data is not None
-    if digest != _digest(train_data.utterances + dev_data.utterances):
+    if digest != _digest(*_train_and_dev(config)):
         raise CheckpointError(f"{path}: {_OTHER_DATA}")
     return _over(config, epochs, best)
 
@@ -358,8 +355,7 @@ def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor
 
     Raises as `train` does where data or audio are not as expected.
     """
-    data, boost, device = open_split(config, "train"), make_boost(config), choose_device(config.device)
-    assert data is not None
+    data, boost, device = _train_and_dev(config)[0], make_boost(config), choose_device(config.device)
     data.set_epoch(epoch)
     plan = epoch_plan(len(data), config.batch_size, config.seed, epoch)
     for batch in load_batches(data, plan, num_workers=config.num_workers):
@@ -410,10 +406,8 @@ class _Training:
 
         self.config, self.run, self.show, self.on_epoch = config, config.run_dir, progress, on_epoch
         self.device = choose_device(config.device)
-        train, dev = open_split(config, "train"), open_split(config, "dev")
-        assert train is not None
-        assert dev is not None
-        self.train_data, self.dev_data, self.test_data = train, dev, open_split(config, "test")
+        self.train_data, self.dev_data = _train_and_dev(config)
+        self.test_data = open_split(config, "test")
         self.boost = make_boost(config)
         torch.manual_seed(config.seed)
         try:
@@ -425,7 +419,7 @@ class _Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss(config)
         self.at = _Progress()
-        self.data_digest = _digest(train.utterances + dev.utterances)
+        self.data_digest = _digest(self.train_data, self.dev_data)
         if (self.run / "checkpoint.pt").exists():
             self._restore(self.run / "checkpoint.pt")
         write_text(self.run / "config.json", config.to_json())
@@ -544,8 +538,8 @@ class _Training:
                 f"finite, {len(at.bad)} audio files are bad; a lower `lr` or `amp` off may help"
             )
         started = time.monotonic()
-        logits = self._predict(self.dev_data, "")
-        loss = self._loss(logits, self.dev_data)
+        logits, bad = self._predict(self.dev_data, "")
+        loss = self._loss(logits, bad)
         done = int(steps + skipped)
         cosines = np.array(at.cosines[len(at.cosines) - done :])
         cosines = cosines[np.isfinite(cosines)]
@@ -559,7 +553,7 @@ class _Training:
             "train_loss_clean": clean / steps,
             "train_loss_augmented": augmented / steps,
             "dev_loss": loss,
-            "dev_eer": _errors(self.dev_data.utterances, scores_of(logits)).get("eer"),
+            "dev_eer": None if loss is None else _errors(self.dev_data.utterances, scores_of(logits)).get("eer"),
             "conflict_rate": float((cosines < 0).mean()) if len(cosines) else None,
             "cosine_mean": float(cosines.mean()) if len(cosines) else None,
             "skipped_steps": int(skipped),
@@ -607,7 +601,9 @@ class _Training:
         seen = {u.attack for u in self.train_data.utterances}
         for split, data in (("dev", self.dev_data), ("test", self.test_data)):
             if data is not None:
-                scores = scores_of(self._predict(data, f"{self.run.name} {split}"))
+                logits, bad = self._predict(data, f"{self.run.name} {split}")
+                expect_finite(logits, bad, data)
+                scores = scores_of(logits)
                 write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
                 results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
         self._write_conflict_map()
@@ -626,7 +622,7 @@ class _Training:
         ]
         write_text(self.run / "parameters.csv", "parameter,size,conflicts,conflict_rate\n" + "".join(rows))
 
-    def _predict(self, data: SpeechDataset, title: str) -> Tensor:
+    def _predict(self, data: SpeechDataset, title: str) -> tuple[Tensor, list[tuple[int, str]]]:
         logits, bad = predict(
             self.model,
             data,
@@ -637,7 +633,7 @@ class _Training:
             progress=title if self.show else "",
         )
         self._note_bad(data, bad)
-        return logits
+        return logits, bad
 
     def _note_bad(self, data: SpeechDataset, bad: list[tuple[int, str]]) -> None:
         for row, message in bad:
@@ -648,9 +644,11 @@ class _Training:
                 self.at.bad[name] = message
                 self._say(f"left out: {message}")
 
-    def _loss(self, logits: Tensor, data: SpeechDataset) -> float | None:
-        labels = torch.tensor([u.label for u in data.utterances])
-        there = ~logits[:, 0].isnan() | ~logits[:, 1].isnan()
+    def _loss(self, logits: Tensor, bad: list[tuple[int, str]]) -> float | None:
+        """The dev loss in float64, over the utterances that could be read; None where it is not finite."""
+        labels = torch.tensor([u.label for u in self.dev_data.utterances])
+        there = torch.ones(len(labels), dtype=torch.bool)
+        there[[row for row, _ in bad]] = False
         weight = torch.tensor(self.config.class_weights, dtype=torch.float64)
         loss = float(functional.cross_entropy(logits[there].double(), labels[there], weight))
         return loss if math.isfinite(loss) else None
@@ -755,8 +753,15 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _digest(utterances: list[Utterance]) -> str:
-    lines = "".join(f"{u.name} {u.label}\n" for u in utterances)
+def _train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
+    train_data, dev_data = open_split(config, "train"), open_split(config, "dev")
+    assert train_data is not None
+    assert dev_data is not None
+    return train_data, dev_data
+
+
+def _digest(*splits: SpeechDataset) -> str:
+    lines = "".join(f"{u.name} {u.label}\n" for data in splits for u in data.utterances)
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
@@ -779,15 +784,24 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+# A killed process' readers share its lock, and notice its end within 5 seconds.
+_LOCK_WAIT_S = 10.0
+
+
 @contextmanager
 def _exclusive(run: Path) -> Iterator[None]:
     """Keep a second process out of a run's folder; the kernel releases the lock however this one ends."""
     handle = os.open(run, os.O_RDONLY)
+    deadline = time.monotonic() + _LOCK_WAIT_S
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradalignError(f"{run}: another process is training this run") from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise GradalignError(f"{run}: another process is training this run") from None
+                time.sleep(0.1)
         yield
     finally:
         os.close(handle)

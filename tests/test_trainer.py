@@ -372,6 +372,21 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
         assert [row["cosine"] == "" for row in csv.DictReader(file)] == [False, True, False, False]
 
 
+def test_a_detector_that_gives_nan_is_an_error_and_no_best_epoch(config, monkeypatch):
+    from gradalign import detectors
+
+    class Diverging(WithBatchNorm):
+        def forward(self, wave):
+            logits = super().forward(wave)
+            return logits if self.training else logits * math.nan
+
+    monkeypatch.setattr(detectors, "create", lambda name: Diverging())
+    with pytest.raises(GradalignError, match="the dev loss was never finite"):
+        train(config, progress=False)
+    assert [(row["dev_loss"], row["dev_eer"]) for row in rows(config.run_dir)] == [(None, None)] * 2
+    assert not (config.run_dir / "best.pt").exists()
+
+
 def test_an_epoch_without_a_finite_step_is_an_error(config, monkeypatch):
     from gradalign import trainer
 
@@ -493,6 +508,15 @@ def test_weights_that_do_not_fit_are_named(finished, tmp_path):
         load_detector(tmp_path / "best.pt")
 
 
+def test_a_detector_that_scores_nan_is_an_error(finished, tmp_path):
+    config, run = finished
+    content = load_checkpoint(run / "best.pt")
+    content["model"]["head.bias"].fill_(math.nan)
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(GradalignError, match=r"test00\.flac: expected finite scores; the detector gave NaN or Inf"):
+        score_files(tmp_path / "best.pt", [Path(config.data) / "flac" / "test00.flac"], progress=False)
+
+
 def test_a_full_disk_is_one_error_and_the_old_checkpoint_stays(config, monkeypatch):
     train(replace(config, epochs=1), progress=False)
     before = (config.run_dir / "checkpoint.pt").read_bytes()
@@ -537,9 +561,10 @@ def test_a_write_that_the_kernel_cuts_short_leaves_the_old_checkpoint(finished, 
     assert (config.run_dir / "checkpoint.pt").read_bytes() == before
 
 
-def test_two_processes_cannot_train_one_run(config):
+def test_two_processes_cannot_train_one_run(config, monkeypatch):
     from gradalign import trainer
 
+    monkeypatch.setattr(trainer, "_LOCK_WAIT_S", 0.0)
     config.run_dir.mkdir(parents=True)
     with (
         trainer._exclusive(config.run_dir),
