@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradalign import alignment
 from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign._files import remove_leftovers, write_text
@@ -38,8 +39,8 @@ from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, write_scores
 
-METHODS = ("none", "mean", "pcgrad", "gradvac", "cagrad")
-"""What ``align`` can be; ``none`` is plain training on the mean of both views' losses."""
+METHODS = tuple(alignment.METHODS)
+"""What ``align`` can be; ``none`` and ``mean`` are plain training on the mean of both views' losses."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TrainConfig:
             missing.
         train_audio, dev_audio, test_audio: folder of each split's audio files, named by utterance.
         out: folder of the runs; the run's own folder is ``out/<align>-seed<seed>``.
-        align: none | mean | pcgrad | gradvac | cagrad.
+        align: none | pcgrad | gradvac | cagrad | another of `METHODS`.
         align_options: keywords of the method (``beta`` of GradVac, ``c`` of CAGrad, ...).
         path: split (one view after the other: less work and half the memory) | joint (both in one batch, as published).
         scope: model (one Gram matrix, as published) | parameter (one for each parameter tensor).
@@ -717,9 +718,8 @@ def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device)
         base = torch.optim.AdamW(parameters, **settings)
     else:
         base = torch.optim.Adam(parameters, **settings)
-    method = "mean" if config.align == "none" else config.align
     try:
-        return AlignedOptimizer(base, method=method, scope=config.scope, **config.align_options)
+        return AlignedOptimizer(base, method=config.align, scope=config.scope, **config.align_options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"align_options: {error}") from None
 

@@ -111,7 +111,7 @@ def test_config_survives_json(tmp_path):
         ({"epochs": 0}, r"`epochs` must be at least 1; found 0"),
         ({"lr": math.inf}, r"`lr` must be a finite number"),
         ({"algo": 9}, r"`algo` must be one of 0\.\.8; found 9"),
-        ({"align": "pcgard"}, r"`align` must be one of none, mean, pcgrad, gradvac, cagrad; found 'pcgard'"),
+        ({"align": "pcgard"}, r"`align` must be one of mean, none, pcgrad, .*; found 'pcgard'"),
         ({"class_weights": [1]}, r"`class_weights` must be two numbers above 0; found \[1\]"),
         ({"skip_bad": 1}, r"`skip_bad` must be true or false; found 1"),
         ({"seed": -1}, r"`seed` must be at least 0; found -1"),
@@ -663,7 +663,7 @@ def test_a_failed_run_of_a_sweep_is_named_and_the_others_finish(own_corpus, conf
 @pytest.mark.parametrize(
     ("methods", "seeds", "jobs", "message"),
     [
-        (["none", "sgd"], [0], 1, r"`methods` must be among none, .*; found 'sgd'"),
+        (["none", "sgd"], [0], 1, r"`methods` must be among mean, none, .*; found 'sgd'"),
         (["none"], [], 1, r"`seeds` must name at least one, each once; found \[\]"),
         (["none", "none"], [0], 1, r"`methods` must name at least one, each once"),
         (["none"], [0], 0, r"`jobs` must be at least 1; found 0"),
