@@ -35,3 +35,6 @@ combine_ = Op(reference.combine_, mutates=("out",))
 
 for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, combine_):
     _extension.register(_op)
+
+# The Triton kernels register themselves as a backend of the ops above.
+import gradalign.kernels  # noqa: E402, F401

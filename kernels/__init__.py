@@ -1,1 +1,73 @@
-"""Triton kernels; importing this package registers them as the backend "triton"."""
+"""Triton kernels; importing this package registers them as the backend "triton" of the ops.
+
+Layout of a kernel file: device functions, then per op its kernels `<op>_kernel` and `<op>_finish_kernel` and its
+launcher `<op>`. Nothing here reads a tensor's value on the host, and no kernel uses a float atomic: partial results are
+stored and added in a fixed order, so that the same inputs give the same bits on every run of one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradalign import ops
+
+try:
+    import triton
+except ImportError as error:
+    _missing = f"Triton is not installed ({error})"
+else:
+    _missing = ""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def interpreting() -> bool:
+    """True when Triton runs its kernels on the host (TRITON_INTERPRET=1 at import), on tensors of any device."""
+    return not _missing and bool(triton.knobs.runtime.interpret)
+
+
+def available() -> str:
+    """Return why no Triton kernel can run here, empty when they can."""
+    if _missing:
+        return _missing
+    return "" if interpreting() or torch.cuda.is_available() else "no CUDA device is visible"
+
+
+def why_unsupported(tensors: Iterable[Tensor | None]) -> str:
+    """Return why the kernels do not take these tensors, empty when they do."""
+    device = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.device != device:
+            return f"takes tensors on one device, found {device} and {tensor.device}"
+        if tensor.device.type != "cuda" and not interpreting():
+            return f"takes cuda tensors, found {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            return f"takes float16, bfloat16, float32 and float64, found {tensor.dtype}"
+    return ""
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+    """Launch ``programs`` programs of ``kernel`` on ``device``'s current stream: the one door for every kernel.
+
+    The grid has one axis, because the others end at 65535.
+    """
+    if programs == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **meta)
+
+
+if _missing:
+    # The ops still know a backend "triton" and say why it is not there; its body is never reached.
+    for _op in (ops.notch_draws, ops.notch_bank, ops.lnl, ops.isd, ops.ssi, ops.gram, ops.combine_):
+        _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
+else:
+    from gradalign.kernels import gradients, rawboost  # noqa: F401  (their import registers the launchers)

@@ -1,0 +1,403 @@
+"""gram and combine_ in Triton. Equivalent to the functions of these names in gradalign/reference.py.
+
+K paths of N tensors each are walked by chunks: each program owns one chunk of one parameter, in all paths. Which chunks
+there are (the plan) depends on the tensors' sizes and dtypes alone and is kept; where the tensors lie (the addresses)
+is sent anew whenever it has changed, from pinned memory, without waiting for the device.
+"""
+# Triton's language has no starred tuples.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradalign import ops
+from gradalign.kernels import available, launch, why_unsupported
+
+# The accumulators of K paths are K*(K+1)/2 registers per element in flight.
+MAX_PATHS = 8
+# Elements per chunk: many, so that few partial sums are left; few, so that a small model still fills the device.
+CHUNK = 32768
+# Plans and address tables kept; a training step uses one of each per op.
+KEPT = 64
+# A row of the plan: parameter, first element, number of elements, slot of its partial sums, segment.
+ROW = tl.constexpr(5)
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+# ----------------------------------------------------------------------------------------------------------- the chunks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which chunks there are; ``rows`` [C, 5] int64 and ``bounds`` [S + 1] int64 are on the device."""
+
+    rows: Tensor
+    # Slots bounds[s] .. bounds[s + 1] - 1 belong to segment s.
+    bounds: Tensor
+    # Per dtype: its first row and its number of rows.
+    launches: tuple[tuple[torch.dtype, int, int], ...]
+    num_chunks: int
+
+
+def _make_plan(
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    segments: Sequence[int],
+    num_segments: int,
+    device: torch.device,
+) -> Plan:
+    chunks = []
+    for n, (size, dtype, segment) in enumerate(zip(sizes, dtypes, segments, strict=True)):
+        chunks += [(segment, dtype, n, begin, min(CHUNK, size - begin)) for begin in range(0, size, CHUNK)]
+    # Slots are in segment order, so that a segment's partial sums are adjacent; rows are in dtype order, so that a
+    # launch is a range of them.
+    chunks.sort(key=lambda chunk: chunk[0])
+    counts = [0] * (num_segments + 1)
+    for segment, *_ in chunks:
+        counts[segment + 1] += 1
+    bounds = [0]
+    for count in counts[1:]:
+        bounds.append(bounds[-1] + count)
+    rows, launches = [], []
+    for dtype in dict.fromkeys(dtypes):
+        mine = [(n, begin, size, slot, s) for slot, (s, d, n, begin, size) in enumerate(chunks) if d == dtype]
+        if mine:
+            launches.append((dtype, len(rows), len(mine)))
+        rows += mine
+    return Plan(_send(rows, device), _send(bounds, device), tuple(launches), len(chunks))
+
+
+def _send(values: Sequence, device: torch.device) -> Tensor:
+    """Copy int64 values to the device without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    pinned = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        # The graph reads the pinned values again at each replay.
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+_captured: list[object] = []
+_kept: OrderedDict[tuple, object] = OrderedDict()
+
+
+def _keep(key: tuple, make, device: torch.device):
+    """make(), or what it made for the same key on the same stream: another stream would not wait for its copies."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            # What is made now is filled at replay, in the graph's own memory: it is the graph's alone.
+            _captured.append(made := make())
+            return made
+        key = (*key, torch.cuda.current_stream(device).cuda_stream)
+    if key in _kept:
+        _kept.move_to_end(key)
+        return _kept[key]
+    _kept[key] = made = make()
+    if len(_kept) > KEPT:
+        _kept.popitem(last=False)
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """True when the elements fill their span of memory, in whatever order."""
+    expected = 1
+    for axis_stride, size in sorted((d, s) for d, s in zip(stride, shape, strict=True) if s > 1):
+        if axis_stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _in_memory_order(paths: Sequence[Tensor]) -> bool:
+    """Check one parameter's gradients against each other; return whether all can be walked in memory order.
+
+    Raises:
+        ValueError: for gradients of different shapes or dtypes.
+    """
+    first = paths[0]
+    for other in paths[1:]:
+        if other.shape != first.shape or other.dtype != first.dtype:
+            raise ValueError(
+                "the paths' gradients of one parameter must share shape and dtype; found "
+                f"{list(first.shape)} {first.dtype} and {list(other.shape)} {other.dtype}"
+            )
+    stride = first.stride()
+    return all(other.stride() == stride for other in paths[1:]) and _is_dense(first.shape, stride)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the chunk kernels need: the plan, the addresses [K, N] int64 and whether all of them divide by 16."""
+
+    plan: Plan
+    addresses: Tensor
+    aligned: bool
+
+
+def _walk(flat: Sequence[Tensor], num_params: int, segments: Sequence[int], num_segments: int) -> Walk:
+    device, first = flat[0].device, flat[:num_params]
+    sizes, dtypes = tuple(t.numel() for t in first), tuple(t.dtype for t in first)
+    layout = (device, sizes, dtypes, tuple(segments), num_segments)
+    addresses = tuple(t.data_ptr() for t in flat)
+
+    def make() -> Walk:
+        plan = _keep(layout, lambda: _make_plan(sizes, dtypes, segments, num_segments, device), device)
+        return Walk(plan, _send(addresses, device), all(address % 16 == 0 for address in addresses))
+
+    return _keep((layout, addresses), make, device)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _base(addresses, position, begin, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of a tensor's element ``begin``, which is a multiple of CHUNK."""
+    pointer = tl.load(addresses + position).to(tl.pointer_type(TYPE)) + begin
+    if ALIGNED:
+        # Known to divide by 16 bytes: 128-bit loads.
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _add_products(sums, paths, NUM_PATHS: tl.constexpr):
+    """sums[pair] + paths[i] * paths[j] for each pair i <= j."""
+    out = ()
+    for i in tl.static_range(NUM_PATHS):
+        for j in tl.static_range(i, NUM_PATHS):
+            out = out + (sums[i * NUM_PATHS - i * (i - 1) // 2 + j - i] + paths[i] * paths[j],)
+    return out
+
+
+@triton.jit
+def gram_kernel(
+    addresses,
+    rows,
+    partials,
+    num_params,
+    num_chunks,
+    first_row,
+    NUM_PATHS: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk: the K*(K+1)/2 inner products of its paths' pieces -> partials [pairs, C] float64.
+
+    Each thread adds at most CHUNK / BLOCK products per sum in float32 (float64 for float64 gradients); from there on
+    everything is float64.
+    """
+    row = rows + (first_row + tl.program_id(0)).to(tl.int64) * ROW
+    n = tl.load(row)
+    begin = tl.load(row + 1)
+    size = tl.load(row + 2).to(tl.int32)
+    slot = tl.load(row + 3)
+    offset = tl.arange(0, BLOCK)
+    sums = ()
+    for _ in tl.static_range(NUM_PATHS * (NUM_PATHS + 1) // 2):
+        sums = sums + (tl.zeros([BLOCK], WIDE),)
+    bases = ()
+    for k in tl.static_range(NUM_PATHS):
+        bases = bases + (_base(addresses, k * num_params + n, begin, TYPE, ALIGNED),)
+    # Full blocks go without masks, which would split the wide loads.
+    full = size // BLOCK * BLOCK
+    for at in range(0, full, BLOCK):
+        paths = ()
+        for k in tl.static_range(NUM_PATHS):
+            paths = paths + (tl.load(bases[k] + at + offset).to(WIDE),)
+        sums = _add_products(sums, paths, NUM_PATHS)
+    if full < size:
+        paths = ()
+        for k in tl.static_range(NUM_PATHS):
+            paths = paths + (tl.load(bases[k] + full + offset, mask=offset < size - full, other=0.0).to(WIDE),)
+        sums = _add_products(sums, paths, NUM_PATHS)
+    for pair in tl.static_range(NUM_PATHS * (NUM_PATHS + 1) // 2):
+        tl.store(partials + pair * num_chunks + slot, tl.sum(sums[pair].to(tl.float64), 0))
+
+
+@triton.jit
+def gram_finish_kernel(
+    partials, bounds, gram, num_chunks, NUM_PATHS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per (segment, pair): its chunks' partial sums in order -> gram [S, K, K], both halves."""
+    segment = (tl.program_id(0) // PAIRS).to(tl.int64)
+    pair = tl.program_id(0) % PAIRS
+    begin = tl.load(bounds + segment)
+    end = tl.load(bounds + segment + 1)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(begin, end, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + pair.to(tl.int64) * num_chunks + slot, mask=slot < end, other=0.0)
+    value = tl.sum(total, 0)
+    i = 0
+    j = pair
+    for k in tl.static_range(NUM_PATHS - 1):
+        # Row k of the upper triangle has K - k entries.
+        beyond = (i == k) & (j >= NUM_PATHS - k)
+        j = tl.where(beyond, j - (NUM_PATHS - k), j)
+        i = tl.where(beyond, k + 1, i)
+    matrix = gram + segment * NUM_PATHS * NUM_PATHS
+    tl.store(matrix + i * NUM_PATHS + (i + j), value)
+    tl.store(matrix + (i + j) * NUM_PATHS + i, value)
+
+
+@triton.jit
+def combine__kernel(
+    addresses,
+    rows,
+    weights,
+    num_params,
+    first_row,
+    NUM_PATHS: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk: path 0's piece becomes the weighted sum of all paths' pieces.
+
+    The weights [S, K] float64 are read here, on the device.
+    """
+    row = rows + (first_row + tl.program_id(0)).to(tl.int64) * ROW
+    n = tl.load(row)
+    begin = tl.load(row + 1)
+    size = tl.load(row + 2).to(tl.int32)
+    segment = tl.load(row + 4)
+    offset = tl.arange(0, BLOCK)
+    bases = ()
+    w = ()
+    for k in tl.static_range(NUM_PATHS):
+        bases = bases + (_base(addresses, k * num_params + n, begin, TYPE, ALIGNED),)
+        w = w + (tl.load(weights + segment * NUM_PATHS + k).to(WIDE),)
+    # Full blocks go without masks, which would split the wide loads.
+    full = size // BLOCK * BLOCK
+    for at in range(0, full, BLOCK):
+        total = w[0] * tl.load(bases[0] + at + offset).to(WIDE)
+        for k in tl.static_range(1, NUM_PATHS):
+            total += w[k] * tl.load(bases[k] + at + offset).to(WIDE)
+        tl.store(bases[0] + at + offset, total.to(TYPE))
+    if full < size:
+        own = offset < size - full
+        total = w[0] * tl.load(bases[0] + full + offset, mask=own, other=0.0).to(WIDE)
+        for k in tl.static_range(1, NUM_PATHS):
+            total += w[k] * tl.load(bases[k] + full + offset, mask=own, other=0.0).to(WIDE)
+        tl.store(bases[0] + full + offset, total.to(TYPE), mask=own)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+def _supports_gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> str:
+    if num_paths > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {num_paths}"
+    return why_unsupported(grads)
+
+
+@ops.gram.backend("triton", available=available, supports=_supports_gram)
+def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:
+    """K*N gradients, path after path -> float64 [S, K, K]. Equivalent to `reference.gram`."""
+    num_params, flat = len(segments), list(grads)
+    for n in range(num_params):
+        if not _in_memory_order(flat[n::num_params]):
+            flat[n::num_params] = [t.contiguous() for t in flat[n::num_params]]
+    walk = _walk(flat, num_params, segments, num_segments)
+    plan, device, pairs = walk.plan, flat[0].device, num_paths * (num_paths + 1) // 2
+    partials = torch.empty(pairs, plan.num_chunks, dtype=torch.float64, device=device)
+    for dtype, first_row, count in plan.launches:
+        launch(
+            gram_kernel,
+            count,
+            device,
+            walk.addresses,
+            plan.rows,
+            partials,
+            num_params,
+            plan.num_chunks,
+            first_row,
+            NUM_PATHS=num_paths,
+            TYPE=_TYPES[dtype],
+            WIDE=_wide(dtype),
+            ALIGNED=walk.aligned,
+            BLOCK=_gram_block(num_paths, dtype),
+            num_warps=4,
+        )
+    out = torch.empty(num_segments, num_paths, num_paths, dtype=torch.float64, device=device)
+    launch(
+        gram_finish_kernel,
+        num_segments * pairs,
+        device,
+        partials,
+        plan.bounds,
+        out,
+        plan.num_chunks,
+        NUM_PATHS=num_paths,
+        PAIRS=pairs,
+        BLOCK=256,
+        num_warps=4,
+    )
+    return out
+
+
+def _wide(dtype: torch.dtype) -> tl.dtype:
+    """The type that sums are kept in: float64 stays, everything else is float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _gram_block(num_paths: int, dtype: torch.dtype) -> int:
+    """Elements in flight per program of 128 threads, as many as the accumulators leave registers for."""
+    block = 2048 if num_paths <= 2 else 1024 if num_paths <= 4 else 512
+    return block // 2 if dtype == torch.float64 else block
+
+
+def _supports_combine(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> str:
+    if weights.shape[1] > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {weights.shape[1]}"
+    return why_unsupported([*out, *others, weights])
+
+
+@ops.combine_.backend("triton", available=available, supports=_supports_combine)
+def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:
+    """N gradients of path 0, written, (K-1)*N further ones, weights [S, K]. Equivalent to `reference.combine_`."""
+    num_params, num_paths = len(segments), weights.shape[1]
+    flat, copies = [*out, *others], []
+    for n in range(num_params):
+        if not _in_memory_order(flat[n::num_params]):
+            flat[n::num_params] = [t.contiguous() for t in flat[n::num_params]]
+            if flat[n] is not out[n]:
+                copies.append(n)
+    walk = _walk(flat, num_params, segments, weights.shape[0])
+    weights = weights.contiguous()
+    for dtype, first_row, count in walk.plan.launches:
+        launch(
+            combine__kernel,
+            count,
+            weights.device,
+            walk.addresses,
+            walk.plan.rows,
+            weights,
+            num_params,
+            first_row,
+            NUM_PATHS=num_paths,
+            TYPE=_TYPES[dtype],
+            WIDE=_wide(dtype),
+            ALIGNED=walk.aligned,
+            # With eight paths' addresses in registers, eight elements of each per thread are too many.
+            BLOCK=1024 if num_paths <= 4 else 512,
+            num_warps=4,
+        )
+    for n in copies:
+        out[n].copy_(flat[n])

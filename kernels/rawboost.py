@@ -1,0 +1,954 @@
+"""RawBoost in Triton: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to these functions of gradalign/reference.py.
+
+B utterances of T samples, N_f filters of N_b bands and P taps. Work is cut into tiles of one utterance each; what a
+tile knows about its utterance (sums, extrema) is stored per tile, and a second, short kernel adds the tiles in order
+and finishes the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradalign import ops, reference
+from gradalign.kernels import available, launch, why_unsupported
+
+_STREAM_NOTCH = tl.constexpr(reference.STREAM_NOTCH)
+_STREAM_ISD_BETA = tl.constexpr(reference.STREAM_ISD_BETA)
+_STREAM_ISD_KEYS = tl.constexpr(reference.STREAM_ISD_KEYS)
+_STREAM_ISD_FACTOR = tl.constexpr(reference.STREAM_ISD_FACTOR)
+_STREAM_SSI_NOISE = tl.constexpr(reference.STREAM_SSI_NOISE)
+_STREAM_SSI_SNR = tl.constexpr(reference.STREAM_SSI_SNR)
+_PI = tl.constexpr(math.pi)
+_TWO_PI = tl.constexpr(2 * math.pi)
+# 10**(v/20) = 2**(v * _LOG2_PER_DB)
+_LOG2_PER_DB = tl.constexpr(math.log2(10) / 20)
+# The peak of a bank's response is taken on the frequencies k*pi/512, k = 0..511.
+_RESPONSE_POINTS = tl.constexpr(512)
+
+# Outputs of one FIR program, 8 per thread, so that a tap read once serves 8 multiplications per branch.
+FIR_BLOCK = 1024
+# Samples of one elementwise program.
+BLOCK = 2048
+# Tiles added at a time by the finishing kernels.
+TILE_BLOCK = 64
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@triton.jit
+def _philox(seed, stream, index, filter_id):
+    """Four uint32 words for (seed int64, stream, index < 2**32, filter). Equivalent to `reference.philox`."""
+    c0 = index.to(tl.uint32)
+    c1 = c0 ^ c0
+    c2 = c1 + filter_id
+    c3 = c1 + stream
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = c0 * 0xD2511F53
+        low1 = c2 * 0xCD9E8D57
+        c0 = high1 ^ c1 ^ key0
+        c1 = low1
+        c2 = high0 ^ c3 ^ key1
+        c3 = low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(word, low, high):
+    """float64 in the open interval (low, high)."""
+    return low + (high - low) * ((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
+
+
+@triton.jit
+def _sincos_turns(turns):
+    """sin and cos of 2 pi turns, float64, to 2e-16: the Taylor series of the quarter turn nearest to it.
+
+    The library's functions keep a slow path for huge arguments, whose table lies in local memory.
+    """
+    rest = turns - tl.floor(turns + 0.5)
+    quarter = tl.floor(rest * 4 + 0.5)
+    a = (rest - quarter * 0.25) * _TWO_PI
+    q = quarter.to(tl.int32)
+    a2 = a * a
+    s = -7.6471637318198164759e-13 + a2 * 2.8114572543455207632e-15
+    s = 1.6059043836821614599e-10 + a2 * s
+    s = -2.5052108385441718775e-08 + a2 * s
+    s = 2.7557319223985890653e-06 + a2 * s
+    s = -1.9841269841269841270e-04 + a2 * s
+    s = 8.3333333333333333333e-03 + a2 * s
+    s = -1.6666666666666666667e-01 + a2 * s
+    s = a + a * (a2 * s)
+    c = -1.1470745597729724714e-11 + a2 * 4.7794773323873852974e-14
+    c = 2.0876756987868098979e-09 + a2 * c
+    c = -2.7557319223985890653e-07 + a2 * c
+    c = 2.4801587301587301587e-05 + a2 * c
+    c = -1.3888888888888888889e-03 + a2 * c
+    c = 4.1666666666666666667e-02 + a2 * c
+    c = 1.0 + a2 * (-0.5 + a2 * c)
+    odd = (q & 1) != 0
+    sine = tl.where((q & 2) != 0, -1.0, 1.0) * tl.where(odd, c, s)
+    cosine = tl.where(((q + 1) & 2) != 0, -1.0, 1.0) * tl.where(odd, s, c)
+    return sine, cosine
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word):
+    """Two independent N(0, 1) numbers, float32, from 24-bit fractions, which float32 holds exactly."""
+    square = -2.0 * tl.log(((radius_word >> 8).to(tl.float32) + 1.0) * 5.9604644775390625e-08)
+    # A logarithm's last bit may make the square of the smallest radius negative.
+    radius = tl.sqrt(tl.maximum(square, 0.0))
+    turns = (angle_word >> 8).to(tl.float32) * 5.9604644775390625e-08
+    quarter = tl.floor(turns * 4.0 + 0.5)
+    a = (turns - quarter * 0.25) * _TWO_PI
+    q = quarter.to(tl.int32)
+    a2 = a * a
+    s = a * (1.0 + a2 * (-1.66666667e-1 + a2 * (8.33333333e-3 + a2 * (-1.98412698e-4 + a2 * 2.75573192e-6))))
+    c = 1.0 + a2 * (-0.5 + a2 * (4.16666667e-2 + a2 * (-1.38888889e-3 + a2 * (2.48015873e-5 + a2 * -2.75573192e-7))))
+    odd = (q & 1) != 0
+    sine = tl.where((q & 2) != 0, -radius, radius) * tl.where(odd, c, s)
+    cosine = tl.where(((q + 1) & 2) != 0, -radius, radius) * tl.where(odd, s, c)
+    return cosine, sine
+
+
+@triton.jit
+def _mix(v):
+    """MurmurHash3's 32-bit finalizer."""
+    v = (v ^ (v >> 16)) * 0x85EBCA6B
+    v = (v ^ (v >> 13)) * 0xC2B2AE35
+    return v ^ (v >> 16)
+
+
+@triton.jit
+def _permute_once(value, keys, low_bits, low_mask, high_mask):
+    """One pass of Feistel rounds over uint32 values; ``keys`` is a tuple of 8 uint32."""
+    low = value & low_mask
+    high = value >> low_bits
+    for r in tl.static_range(0, 8, 2):
+        low ^= _mix(high + keys[r]) & low_mask
+        high ^= _mix(low + keys[r + 1]) & high_mask
+    return (high << low_bits) | low
+
+
+@triton.jit
+def _bijection(seed, index, size):
+    """The rank pi(index), uint32, of each position below ``size`` (int32); further positions get any.
+
+    Equivalent to `reference.bijection`.
+    """
+    zero = tl.zeros([1], tl.uint32)
+    k0, k1, k2, k3 = _philox(seed, _STREAM_ISD_KEYS, zero, 0)
+    k4, k5, k6, k7 = _philox(seed, _STREAM_ISD_KEYS, zero + 1, 0)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7)
+    bits = zero + 4
+    for i in tl.static_range(4, 31):
+        bits += ((zero + (1 << i)) < size).to(tl.uint32)
+    low_bits = bits // 2
+    low_mask = ((zero + 1) << low_bits) - 1
+    high_mask = ((zero + 1) << (bits - low_bits)) - 1
+    bound = zero + size.to(tl.uint32)
+    value = index.to(tl.uint32)
+    inside = value < bound
+    value = _permute_once(value, keys, low_bits, low_mask, high_mask)
+    # A cycle leaves the outsiders at the latest after all of them, so the walk ends.
+    walking = inside & (value >= bound)
+    while tl.max(walking.to(tl.int32), 0) > 0:
+        value = tl.where(walking, _permute_once(value, keys, low_bits, low_mask, high_mask), value)
+        walking = inside & (value >= bound)
+    return value
+
+
+@triton.jit
+def _length(lengths, b, num_samples):
+    """The utterance's own length, int32; every sample's mask is made of it."""
+    if lengths is None:
+        length = tl.zeros([], tl.int32) + num_samples
+    else:
+        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), num_samples).to(tl.int32)
+    return length
+
+
+# ---------------------------------------------------------------------------------------------------------- notch_draws
+
+
+@triton.jit
+def notch_draws_kernel(
+    seeds,
+    center_hz,
+    width_hz,
+    taps,
+    gain_db,
+    total,
+    FILTERS: tl.constexpr,
+    MIN_GAIN_DB: tl.constexpr,
+    MAX_GAIN_DB: tl.constexpr,
+    NUM_FILTERS: tl.constexpr,
+    NUM_BANDS: tl.constexpr,
+    RANGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f].
+
+    The ranges are compile-time constants, because a run-time float would be a float32.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    band = i % NUM_BANDS
+    row = i // NUM_BANDS
+    f = (row % NUM_FILTERS).to(tl.int32)
+    seed = tl.load(seeds + row // NUM_FILTERS, mask=mask, other=0)
+    number = tl.zeros([BLOCK], tl.uint32)
+    low = tl.zeros([BLOCK], tl.float64)
+    span = tl.zeros([BLOCK], tl.float64)
+    for j in tl.static_range(NUM_FILTERS):
+        number = tl.where(f == j, FILTERS[j], number)
+        low = tl.where(f == j, MIN_GAIN_DB[j], low)
+        span = tl.where(f == j, MAX_GAIN_DB[j] - MIN_GAIN_DB[j], span)
+    center, width, count, gain = _philox(seed, _STREAM_NOTCH, band, number)
+    tl.store(center_hz + i, _uniform(center, RANGES[0], RANGES[1]), mask=mask)
+    tl.store(width_hz + i, _uniform(width, RANGES[2], RANGES[3]), mask=mask)
+    count = tl.floor(_uniform(count, RANGES[4], RANGES[5])).to(tl.int64)
+    tl.store(taps + i, count + (count % 2 == 0).to(tl.int64), mask=mask)
+    tl.store(gain_db + row, _uniform(gain, 0.0, 1.0) * span + low, mask=mask & (band == 0))
+
+
+def _supports_draws(seeds: Tensor, *_: object) -> str:
+    return why_unsupported([seeds])
+
+
+@ops.notch_draws.backend("triton", available=available, supports=_supports_draws)
+def notch_draws(
+    seeds: Tensor,
+    filters: Sequence[int],
+    min_gain_db: Sequence[float],
+    max_gain_db: Sequence[float],
+    num_bands: int,
+    min_center_hz: float,
+    max_center_hz: float,
+    min_width_hz: float,
+    max_width_hz: float,
+    min_taps: float,
+    max_taps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f]. Equivalent to `reference.notch_draws`."""
+    seeds = seeds.contiguous()
+    shape = (seeds.shape[0], len(filters), num_bands)
+    center_hz, width_hz = (seeds.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    taps = seeds.new_empty(shape)
+    gain_db = seeds.new_empty(shape[:2], dtype=torch.float64)
+    block = 128
+    launch(
+        notch_draws_kernel,
+        triton.cdiv(taps.numel(), block),
+        seeds.device,
+        seeds,
+        center_hz,
+        width_hz,
+        taps,
+        gain_db,
+        taps.numel(),
+        FILTERS=tuple(filters),
+        MIN_GAIN_DB=tuple(min_gain_db),
+        MAX_GAIN_DB=tuple(max_gain_db),
+        NUM_FILTERS=len(filters),
+        NUM_BANDS=num_bands,
+        RANGES=(min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps),
+        BLOCK=block,
+    )
+    return center_hz, width_hz, taps, gain_db
+
+
+# ----------------------------------------------------------------------------------------------------------- notch_bank
+
+
+@triton.jit
+def notch_bank_kernel(
+    center_hz,
+    width_hz,
+    taps,
+    gain_db,
+    scratch,
+    filters,
+    num_bands,
+    num_taps,
+    most_reach,
+    SAMPLE_RATE: tl.constexpr,
+    REACH_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per bank: center_hz, width_hz, taps [B*N_f, N_b], gain_db [B*N_f] -> filters [B*N_f, P].
+
+    ``scratch`` [B*N_f, N_b * REACH_BLOCK + 2 * P] float64 holds the bands' half taps, then two buffers for the
+    convolution; the program alone uses its row, and a barrier stands between each write and the reads by other threads.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    half_taps = scratch + i * (num_bands * REACH_BLOCK + 2 * num_taps)
+    buffers = half_taps + num_bands * REACH_BLOCK
+    middle = num_taps // 2
+    m = tl.arange(0, REACH_BLOCK)
+    for band in range(num_bands):
+        center = tl.load(center_hz + i * num_bands + band)
+        width = tl.load(width_hz + i * num_bands + band)
+        # No tap beyond the row, whatever the counts say.
+        reach = tl.minimum(tl.maximum((tl.load(taps + i * num_bands + band) - 1) // 2, 0), most_reach).to(tl.int32)
+        low = center - width / 2
+        high = center + width / 2
+        left = tl.where(low <= 0, 0.001, low) * (2 / SAMPLE_RATE)
+        right = tl.where(high >= SAMPLE_RATE / 2, SAMPLE_RATE / 2 - 0.001, high) * (2 / SAMPLE_RATE)
+        wide_m = m.to(tl.float64)
+        sin_left, _ = _sincos_turns(left * wide_m / 2)
+        sin_right, _ = _sincos_turns(right * wide_m / 2)
+        _, window = _sincos_turns(wide_m / (2 * tl.maximum(reach, 1)))
+        ideal = tl.where(m == 0, left + 1 - right, (sin_left - sin_right) / (_PI * tl.maximum(wide_m, 1.0)))
+        tap = tl.where(m <= reach, ideal * (0.54 + 0.46 * window), 0.0)
+        tap /= tl.sum(tl.where(m == 0, tap, 2 * tap), 0)
+        tl.store(half_taps + band * REACH_BLOCK + m, tap)
+    tl.debug_barrier()
+
+    # |H| is the product of the bands' amplitude responses, each a cosine sum by Clenshaw's recurrence. The same loop
+    # convolves the bands.
+    k = tl.arange(0, _RESPONSE_POINTS)
+    _, cosine = _sincos_turns(k.to(tl.float64) / (2 * _RESPONSE_POINTS))
+    twice = 2 * cosine
+    response = tl.full([_RESPONSE_POINTS], 1.0, tl.float64)
+    for band in range(num_bands):
+        reach = tl.minimum(tl.maximum((tl.load(taps + i * num_bands + band) - 1) // 2, 0), most_reach).to(tl.int32)
+        band_taps = half_taps + band * REACH_BLOCK
+        last = tl.zeros([_RESPONSE_POINTS], tl.float64)
+        before = tl.zeros([_RESPONSE_POINTS], tl.float64)
+        for step in range(reach):
+            current = tl.load(band_taps + reach - step) + (twice * last - before)
+            before = last
+            last = current
+        response *= tl.load(band_taps) + 2 * (cosine * last - before)
+        source = buffers + (band % 2) * num_taps
+        target = buffers + ((band + 1) % 2) * num_taps
+        for first in range(0, num_taps, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            inside = n < num_taps
+            if band == 0:
+                distance = tl.abs(n - middle)
+                total = tl.load(band_taps + distance, mask=distance <= reach, other=0.0)
+            else:
+                total = tl.load(band_taps) * tl.load(source + n, mask=inside, other=0.0)
+                for d in range(1, reach + 1):
+                    before_n = tl.load(source + n - d, mask=inside & (n >= d), other=0.0)
+                    after_n = tl.load(source + n + d, mask=n + d < num_taps, other=0.0)
+                    total += tl.load(band_taps + d) * (before_n + after_n)
+            tl.store(target + n, total, mask=inside)
+        tl.debug_barrier()
+
+    scale = tl.exp2(tl.load(gain_db + i) * _LOG2_PER_DB) / tl.max(tl.abs(response), 0)
+    for first in range(0, num_taps, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        bank = scale * tl.load(buffers + (num_bands % 2) * num_taps + n, mask=n < num_taps, other=0.0)
+        tl.store(filters + i * num_taps + n, bank.to(filters.dtype.element_ty), mask=n < num_taps)
+
+
+def _supports_bank(
+    center_hz: Tensor,
+    width_hz: Tensor,
+    taps: Tensor,
+    gain_db: Tensor,
+    sample_rate: float,
+    num_taps: int,
+    dtype: torch.dtype,
+) -> str:
+    if dtype not in (torch.float32, torch.float64):
+        return f"designs float32 and float64 filters, found {dtype}"
+    return why_unsupported([center_hz, width_hz, taps, gain_db])
+
+
+@ops.notch_bank.backend("triton", available=available, supports=_supports_bank)
+def notch_bank(
+    center_hz: Tensor,
+    width_hz: Tensor,
+    taps: Tensor,
+    gain_db: Tensor,
+    sample_rate: float,
+    num_taps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f] -> [B, N_f, P]. Equivalent to
+    `reference.notch_bank`.
+    """
+    num_banks, num_bands = center_hz.shape[:-1].numel(), center_hz.shape[-1]
+    filters = center_hz.new_empty(*center_hz.shape[:-1], num_taps, dtype=dtype)
+    if center_hz.numel() == 0:
+        return filters.zero_()
+    most_reach = (num_taps - 1) // (2 * num_bands)
+    reach_block = triton.next_power_of_2(most_reach + 1)
+    scratch = center_hz.new_empty(num_banks, num_bands * reach_block + 2 * num_taps, dtype=torch.float64)
+    launch(
+        notch_bank_kernel,
+        num_banks,
+        center_hz.device,
+        center_hz.double().contiguous(),
+        width_hz.double().contiguous(),
+        taps.contiguous(),
+        gain_db.double().contiguous(),
+        scratch,
+        filters,
+        num_bands,
+        num_taps,
+        most_reach,
+        SAMPLE_RATE=sample_rate,
+        REACH_BLOCK=reach_block,
+        BLOCK=512,
+        num_warps=4,
+    )
+    return filters
+
+
+# ---------------------------------------------------------------------------------------------------------- the filters
+
+
+@triton.jit
+def _reach(filters, num_taps, NUM_FILTERS: tl.constexpr, TAPS_BLOCK: tl.constexpr):
+    """The farthest tap of filters [N_f, P] from the middle that is not 0: zeros around short filters cost nothing."""
+    k = tl.arange(0, TAPS_BLOCK)
+    used = tl.zeros([TAPS_BLOCK], tl.int32)
+    for i in tl.static_range(NUM_FILTERS):
+        used |= (tl.load(filters + i * num_taps + k, mask=k < num_taps, other=0.0) != 0).to(tl.int32)
+    return tl.max(tl.where(used != 0, tl.abs(k - num_taps // 2), 0), 0)
+
+
+@triton.jit
+def _fir(
+    row,
+    filters,
+    first,
+    length,
+    num_taps,
+    reach,
+    NUM_FILTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """z[n] = sum over d = -reach..reach of p_d(x[n + 1 - d]) for the BLOCK outputs n from ``first``.
+
+    x is zero outside [0, length). p_d(x) = sum over i of b_i[middle + d] * x**(i + 1) by Horner's rule: N_f
+    multiply-adds a sample and tap for all branches, and no power is ever stored. The 1 is the published advance over
+    the group delay.
+    """
+    WIDE: tl.constexpr = filters.dtype.element_ty
+    offset = tl.arange(0, BLOCK)
+    tap = filters + num_taps // 2
+    z = tl.zeros([BLOCK], WIDE)
+    for d in range(-reach, reach + 1):
+        # A scalar start plus constant offsets: the loads then share one address register.
+        start = first + 1 - d
+        if MASKED:
+            # Positions before the row are huge when unsigned: one comparison for both ends.
+            own = (start + offset).to(tl.uint32) < length.to(tl.uint32)
+            x = tl.load(row + start + offset, mask=own, other=0.0).to(WIDE)
+        else:
+            x = tl.load(row + start + offset).to(WIDE)
+        p = x * tl.load(tap + (NUM_FILTERS - 1) * num_taps + d)
+        for i in tl.static_range(NUM_FILTERS - 1):
+            p = (p + tl.load(tap + (NUM_FILTERS - 2 - i) * num_taps + d)) * x
+        z += p
+    return z
+
+
+@triton.jit
+def _fir_tile(
+    row,
+    filters,
+    first,
+    length,
+    num_taps,
+    NUM_FILTERS: tl.constexpr,
+    TAPS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_fir` for one tile: nothing to do beyond the utterance, no masks where the whole window lies inside it."""
+    reach = _reach(filters, num_taps, NUM_FILTERS, TAPS_BLOCK)
+    z = tl.zeros([BLOCK], filters.dtype.element_ty)
+    if first < length:
+        if (first >= reach) & (first + BLOCK + reach < length):
+            z = _fir(row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK, False)
+        else:
+            z = _fir(row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK, True)
+    return z
+
+
+@triton.jit
+def _sum_of(partials, count, BLOCK: tl.constexpr):
+    """Sum of float64 partials [count], always in the same order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + i, mask=i < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _max_of(partials, count, BLOCK: tl.constexpr):
+    """Maximum of partials [count], -inf where there is none."""
+    largest = tl.full([BLOCK], float("-inf"), partials.dtype.element_ty)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(partials + i, mask=i < count, other=float("-inf")))
+    return tl.max(largest, 0)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype that x is computed in: float64 stays, everything else is float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, T] with adjacent samples; rows may keep any distance."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
+
+
+def _result_and_scratch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The result [B, T] in x's dtype, and unfinished samples in the dtype of computation, where possible the same."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out, out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
+
+
+def _supports_wave(x: Tensor, *others: Tensor | None) -> str:
+    # Positions inside a row are int32.
+    if x.shape[1] >= 2**31 - 2**16:
+        return f"takes utterances under 2**31 samples, found {x.shape[1]}"
+    return why_unsupported([x, *others])
+
+
+# ------------------------------------------------------------------------------------------------------------------ lnl
+
+
+@triton.jit
+def lnl_kernel(
+    x,
+    filters,
+    lengths,
+    z,
+    sums,
+    largest,
+    smallest,
+    num_samples,
+    num_tiles,
+    num_taps,
+    x_stride,
+    filters_stride,
+    NUM_FILTERS: tl.constexpr,
+    TAPS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (utterance, tile): z = sum over i of FIR_i(x**i), and the tile's sum and extrema.
+
+    x [B, T], filters [B, N_f, P] -> z [B, T], sums, largest, smallest [B, tiles]; smallest holds max(-z).
+    """
+    program = tl.program_id(0)
+    b = (program // num_tiles).to(tl.int64)
+    first = (program % num_tiles) * BLOCK
+    length = _length(lengths, b, num_samples)
+    value = _fir_tile(
+        x + b * x_stride, filters + b * filters_stride, first, length, num_taps, NUM_FILTERS, TAPS_BLOCK, BLOCK
+    )
+    n = first + tl.arange(0, BLOCK)
+    own = n < length
+    tl.store(z + b * num_samples + n, value, mask=own)
+    tl.store(sums + program, tl.sum(tl.where(own, value, 0.0).to(tl.float64), 0))
+    tl.store(largest + program, tl.max(tl.where(own, value, float("-inf")), 0))
+    tl.store(smallest + program, tl.max(tl.where(own, -value, float("-inf")), 0))
+
+
+@triton.jit
+def lnl_finish_kernel(
+    z,
+    sums,
+    largest,
+    smallest,
+    lengths,
+    out,
+    num_samples,
+    num_tiles,
+    num_blocks,
+    TILE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min."""
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    length = _length(lengths, b, num_samples)
+    wide = z.dtype.element_ty
+    mean = (_sum_of(sums + b * num_tiles, num_tiles, TILE_BLOCK) / tl.maximum(length, 1)).to(wide)
+    above = _max_of(largest + b * num_tiles, num_tiles, TILE_BLOCK) - mean
+    below = _max_of(smallest + b * num_tiles, num_tiles, TILE_BLOCK) + mean
+    peak = tl.maximum(above, below)
+    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    own = n < length
+    value = tl.load(z + b * num_samples + n, mask=own, other=0.0)
+    value = tl.where(own, (value - mean) / tl.where(peak > 1, peak, 1.0), 0.0)
+    tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
+
+
+def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
+    return _supports_wave(x, filters, lengths)
+
+
+@ops.lnl.backend("triton", available=available, supports=_supports_lnl)
+def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [B, T], filters [B, N_f, P], lengths [B] -> [B, T] like x. Equivalent to `reference.lnl`."""
+    x, filters, lengths = _rows(x), _bank(filters, x), _dense(lengths)
+    (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
+    out, z = _result_and_scratch(x)
+    tiles, blocks = triton.cdiv(num_samples, FIR_BLOCK), triton.cdiv(num_samples, BLOCK)
+    sums = torch.empty(batch, tiles, dtype=torch.float64, device=x.device)
+    extrema = torch.empty(2, batch, tiles, dtype=z.dtype, device=x.device)
+    launch(
+        lnl_kernel,
+        batch * tiles,
+        x.device,
+        x,
+        filters,
+        lengths,
+        z,
+        sums,
+        extrema[0],
+        extrema[1],
+        num_samples,
+        tiles,
+        num_taps,
+        x.stride(0),
+        filters.stride(0),
+        NUM_FILTERS=num_filters,
+        TAPS_BLOCK=triton.next_power_of_2(num_taps),
+        BLOCK=FIR_BLOCK,
+        num_warps=4,
+    )
+    launch(
+        lnl_finish_kernel,
+        batch * blocks,
+        x.device,
+        z,
+        sums,
+        extrema[0],
+        extrema[1],
+        lengths,
+        out,
+        num_samples,
+        tiles,
+        blocks,
+        TILE_BLOCK=TILE_BLOCK,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def _bank(filters: Tensor, x: Tensor) -> Tensor:
+    """Filters [B, N_f, P] in x's dtype of computation, each utterance's N_f*P taps adjacent."""
+    filters = filters.to(_wide(x))
+    dense = filters.stride(-1) == 1 and filters.stride(-2) == filters.shape[-1]
+    return filters if dense else filters.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------------ isd
+
+
+@triton.jit
+def isd_kernel(
+    x,
+    lengths,
+    seeds,
+    factor,
+    y,
+    peaks,
+    num_samples,
+    num_blocks,
+    x_stride,
+    factor_stride,
+    P: tl.constexpr,
+    G_SD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (utterance, block): y = x + g_sd * x * f and the block's peak.
+
+    x [B, T], lengths, seeds [B] or factor [B, T] -> y [B, T], peaks [B, blocks].
+    """
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    length = _length(lengths, b, num_samples)
+    own = n < length
+    value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(y.dtype.element_ty)
+    if factor is None:
+        seed = tl.load(seeds + b)
+        beta = _uniform(_philox(seed, _STREAM_ISD_BETA, tl.zeros([1], tl.uint32), 0)[0], 0.0, P)
+        count = tl.floor(length.to(tl.float64) * (beta / 100)).to(tl.int32)
+        chosen = own & (_bijection(seed, n, length).to(tl.int32) < count)
+        word1, word2, _, _ = _philox(seed, _STREAM_ISD_FACTOR, n, 0)
+        u1 = (word1 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
+        u2 = (word2 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
+        f = tl.where(chosen, u1 * u2, 0.0)
+    else:
+        f = tl.load(factor + b * factor_stride + n, mask=own, other=0.0)
+    value += G_SD * value * f.to(y.dtype.element_ty)
+    tl.store(y + b * num_samples + n, value, mask=own)
+    tl.store(peaks + program, tl.max(tl.abs(value), 0))
+
+
+@triton.jit
+def isd_finish_kernel(y, peaks, lengths, out, num_samples, num_blocks, TILE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """cond_norm(y) from the blocks' peaks."""
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
+    value = tl.load(y + b * num_samples + n, mask=n < _length(lengths, b, num_samples), other=0.0)
+    value /= tl.where(peak > 1, peak, 1.0)
+    tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
+
+
+def _supports_isd(
+    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> str:
+    return _supports_wave(x, lengths, seeds, factor)
+
+
+@ops.isd.backend("triton", available=available, supports=_supports_isd)
+def isd(
+    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> Tensor:
+    """x [B, T], lengths [B], seeds [B] or factor [B, T] -> [B, T] like x. Equivalent to `reference.isd`."""
+    x, lengths = _rows(x), _dense(lengths)
+    batch, num_samples = x.shape
+    # A given factor goes before the seeds, as in the reference.
+    seeds, factor = (_dense(seeds), None) if factor is None else (None, _rows(factor))
+    out, y = _result_and_scratch(x)
+    blocks = triton.cdiv(num_samples, BLOCK)
+    peaks = torch.empty(batch, blocks, dtype=y.dtype, device=x.device)
+    launch(
+        isd_kernel,
+        batch * blocks,
+        x.device,
+        x,
+        lengths,
+        seeds,
+        factor,
+        y,
+        peaks,
+        num_samples,
+        blocks,
+        x.stride(0),
+        0 if factor is None else factor.stride(0),
+        P=p,
+        G_SD=g_sd,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    launch(
+        isd_finish_kernel,
+        batch * blocks,
+        x.device,
+        y,
+        peaks,
+        lengths,
+        out,
+        num_samples,
+        blocks,
+        TILE_BLOCK=TILE_BLOCK,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ ssi
+
+
+@triton.jit
+def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, BLOCK: tl.constexpr):
+    """White noise, one program per (utterance, block): seeds [B] -> noise [B, T]. Equivalent to `reference.ssi_noise`.
+
+    It is stored, because Triton cannot index what a program has made: a filter tile would have to draw each sample
+    once for every tap.
+    """
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    first = (program % num_blocks) * BLOCK
+    word0, word1, word2, word3 = _philox(
+        tl.load(seeds + b), _STREAM_SSI_NOISE, first // 4 + tl.arange(0, BLOCK // 4), 0
+    )
+    s0, s1 = _box_muller(word0, word1)
+    s2, s3 = _box_muller(word2, word3)
+    sample = tl.interleave(tl.interleave(s0, s2), tl.interleave(s1, s3))
+    n = first + tl.arange(0, BLOCK)
+    tl.store(noise + b * num_samples + n, sample, mask=n < num_samples)
+
+
+@triton.jit
+def ssi_kernel(
+    x,
+    noise,
+    filters,
+    lengths,
+    colored,
+    signal_squares,
+    noise_squares,
+    num_samples,
+    num_tiles,
+    num_taps,
+    x_stride,
+    noise_stride,
+    filters_stride,
+    TAPS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (utterance, tile): v = FIR(noise), and the tile's sums of squares of x and v.
+
+    x, noise [B, T], filters [B, P] -> colored [B, T], signal_squares, noise_squares [B, tiles]. The squares are
+    float64: those of samples below 1e-23 would vanish in float32.
+    """
+    program = tl.program_id(0)
+    b = (program // num_tiles).to(tl.int64)
+    first = (program % num_tiles) * BLOCK
+    length = _length(lengths, b, num_samples)
+    row = noise + b * noise_stride
+    value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK)
+    n = first + tl.arange(0, BLOCK)
+    own = n < length
+    tl.store(colored + b * num_samples + n, value, mask=own)
+    wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(tl.float64)
+    value = tl.where(own, value, 0.0).to(tl.float64)
+    tl.store(signal_squares + program, tl.sum(wave * wave, 0))
+    tl.store(noise_squares + program, tl.sum(value * value, 0))
+
+
+@triton.jit
+def ssi_finish_kernel(
+    x,
+    colored,
+    signal_squares,
+    noise_squares,
+    lengths,
+    seeds,
+    snr_db,
+    out,
+    num_samples,
+    num_tiles,
+    num_blocks,
+    x_stride,
+    SNR_MIN: tl.constexpr,
+    SNR_MAX: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence."""
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    signal = _sum_of(signal_squares + b * num_tiles, num_tiles, TILE_BLOCK)
+    noise = _sum_of(noise_squares + b * num_tiles, num_tiles, TILE_BLOCK)
+    if snr_db is None:
+        level = _uniform(_philox(tl.load(seeds + b), _STREAM_SSI_SNR, tl.zeros([1], tl.uint32), 0)[0], SNR_MIN, SNR_MAX)
+    else:
+        level = tl.zeros([1], tl.float64) + tl.load(snr_db + b)
+    scale = tl.where(noise > 0, tl.sqrt(signal / noise) * tl.exp2(-level * _LOG2_PER_DB), 0.0)
+    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    own = n < _length(lengths, b, num_samples)
+    wide = colored.dtype.element_ty
+    wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide)
+    value = wave + tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale.to(wide)
+    tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
+
+
+def _supports_ssi(
+    x: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> str:
+    return _supports_wave(x, filters, lengths, seeds, noise, snr_db)
+
+
+@ops.ssi.backend("triton", available=available, supports=_supports_ssi)
+def ssi(
+    x: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """x [B, T], filters [B, P], seeds [B] or noise [B, T] and snr_db [B] -> like x. Equivalent to `reference.ssi`."""
+    x, filters, lengths = _rows(x), _bank(filters[:, None], x), _dense(lengths)
+    batch, num_samples = x.shape
+    num_taps = filters.shape[-1]
+    out, colored = _result_and_scratch(x)
+    tiles, blocks = triton.cdiv(num_samples, FIR_BLOCK), triton.cdiv(num_samples, BLOCK)
+    if noise is None:
+        seeds, snr_db = _dense(seeds), None
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        launch(ssi_noise_kernel, batch * blocks, x.device, seeds, noise, num_samples, blocks, BLOCK=BLOCK, num_warps=4)
+    else:
+        noise, seeds, snr_db = _rows(noise), None, _dense(snr_db.double())
+    squares = torch.empty(2, batch, tiles, dtype=torch.float64, device=x.device)
+    launch(
+        ssi_kernel,
+        batch * tiles,
+        x.device,
+        x,
+        noise,
+        filters,
+        lengths,
+        colored,
+        squares[0],
+        squares[1],
+        num_samples,
+        tiles,
+        num_taps,
+        x.stride(0),
+        noise.stride(0),
+        filters.stride(0),
+        TAPS_BLOCK=triton.next_power_of_2(num_taps),
+        BLOCK=FIR_BLOCK,
+        num_warps=4,
+    )
+    launch(
+        ssi_finish_kernel,
+        batch * blocks,
+        x.device,
+        x,
+        colored,
+        squares[0],
+        squares[1],
+        lengths,
+        seeds,
+        snr_db,
+        out,
+        num_samples,
+        tiles,
+        blocks,
+        x.stride(0),
+        SNR_MIN=snr_min,
+        SNR_MAX=snr_max,
+        TILE_BLOCK=TILE_BLOCK,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,344 @@
+"""The Triton kernels against the float64 reference: through Triton's interpreter here, on the GPU where there is one.
+
+The interpreter has to be chosen before Triton is imported: without a GPU the kernels' tests are skipped here, and
+`test_kernels_in_the_interpreter` runs them all in a process of its own.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import inputs
+import pytest
+import torch
+from tolerances import DRAWN, RELATIVE, max_norm_error
+
+import gradalign as ga
+from gradalign import ops, reference
+from gradalign._dispatch import ops as declared
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The interpreter takes about a millisecond per tap and tile.
+SMALL_SAMPLES = {torch.float16: (127,), torch.bfloat16: (2,), torch.float32: (1, 700), torch.float64: (127,)}
+
+kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a CUDA GPU, or TRITON_INTERPRET=1 in the environment before Python starts",
+)
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
+def test_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_launchers_have_the_signature_of_the_reference():
+    for op in OPS:
+        backend = declared()[op].backends["triton"]
+        found, expected = (list(inspect.signature(f).parameters) for f in (backend.run, getattr(reference, op)))
+        assert found == expected
+
+
+def test_kernels_and_launchers_are_named_after_their_op():
+    from triton.runtime.jit import KernelInterface
+
+    from gradalign.kernels import gradients, rawboost
+
+    for module in (gradients, rawboost):
+        defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        public = [n for n, v in defined.items() if isinstance(v, KernelInterface) and not n.startswith("_")]
+        for name in public:
+            owner = next((op for op in OPS if name.startswith(f"{op}_")), None)
+            assert owner, f"{name} is no kernel of an op"
+            assert name.endswith("_kernel")
+            assert callable(defined[owner])
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_without_a_gpu_the_backend_says_so():
+    with ga.use_backends("triton"), pytest.raises(RuntimeError, match="no CUDA device is visible"):
+        ga.RawBoost(1)(torch.zeros(1, 100), seeds=torch.tensor([1]))
+
+
+def _tolerance(op, args, dtype):
+    drawn = op in ("isd", "ssi") and args[2 if op == "isd" else 3] is not None
+    if op == "gram":
+        # float64 results of float32 sums.
+        return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]
+    return (DRAWN if drawn else RELATIVE)[dtype]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_equals_float64_reference(op, dtype, monkeypatch):
+    if DEVICE == "cpu" and dtype != torch.float32:
+        monkeypatch.setattr(inputs, "bank", lambda dtype, device="cpu": _short_bank(3, dtype))
+    samples = inputs.SAMPLES if DEVICE == "cuda" else SMALL_SAMPLES[dtype]
+    for name, args in inputs.CASES[op](dtype, device=DEVICE, samples=samples):
+        found = inputs.run(op, "triton", args)
+        expected = inputs.run(op, "reference", inputs.widen(args))
+        for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+            assert f.shape == e.shape, name
+            assert f.device.type == DEVICE, name
+            assert max_norm_error(f, e) <= _tolerance(op, args, dtype), f"{name}, result {i}"
+
+
+def _short_bank(num_filters, dtype=torch.float32):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    notches = reference.notch_draws(
+        inputs.seeds(), list(range(num_filters)), [0.0] * num_filters, [0.0] * num_filters,
+        2, 20.0, 8000.0, 100.0, 1000.0, 5.0, 16.0,
+    )  # fmt: skip
+    return reference.notch_bank(*notches, 16000.0, 33, wide).to(DEVICE)
+
+
+@kernels
+def test_utterances_of_several_tiles():
+    # Inner tiles, which need no masks, the edge tiles around them, and tiles beyond an utterance's own length.
+    num_samples = 4500
+    x, lengths = inputs.wave(num_samples, torch.float32, DEVICE), inputs.lengths(num_samples, DEVICE)
+    seeds, bank = inputs.seeds(DEVICE), _short_bank(3)
+    for own in (None, lengths):
+        for op, args in (
+            ("lnl", (x, bank, own)),
+            ("isd", (x, own, seeds, None, 30.0, 2.0)),
+            ("ssi", (x, bank[:, 0], own, seeds, None, None, 10.0, 20.0)),
+        ):
+            found = inputs.run(op, "triton", args)[0]
+            expected = inputs.run(op, "reference", inputs.widen(args))[0]
+            assert max_norm_error(found, expected) <= RELATIVE[torch.float32], op
+            if own is not None:
+                assert not bool(found[1, num_samples // 2 :].any()), op
+                assert not bool(found[2].any()), op
+
+
+@kernels
+@pytest.mark.parametrize("algo", range(9))
+def test_same_seeds_same_augmentation(algo):
+    # A small filter keeps the interpreter quick; the draws are the same for every size.
+    boost = ga.RawBoost(algo, n_f=3, n_bands=2, min_coeff=5, max_coeff=16, p=30)
+    x, seeds = inputs.wave(600, torch.float32), inputs.seeds()
+    for lengths in (None, inputs.lengths(600)):
+        with ga.use_backends("triton"):
+            own = None if lengths is None else lengths.to(DEVICE)
+            found = boost(x.to(DEVICE), lengths=own, seeds=seeds.to(DEVICE)).cpu()
+        for backend in ("reference", "cpp"):
+            if ops.lnl.why_not(backend):
+                continue
+            with ga.use_backends(backend):
+                expected = boost(x, lengths=lengths, seeds=seeds)
+            assert max_norm_error(found, expected) <= DRAWN[torch.float32], backend
+
+
+@kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algo", [1, 2, 3, 4])
+def test_nonfinite_samples_stay_in_their_utterance(bad, algo):
+    boost, seeds = ga.RawBoost(algo, n_f=2, n_bands=2, min_coeff=5, max_coeff=16), inputs.seeds(DEVICE)
+    x = inputs.wave(300, torch.float32, DEVICE)
+    broken = x.clone()
+    broken[1, 100] = bad
+    with ga.use_backends("triton"):
+        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[2], dirty[2])
+    assert not bool(torch.isfinite(dirty[1]).all())
+
+
+@kernels
+def test_results_are_written_whole(monkeypatch):
+    # Memory that a kernel forgets to write shows up as NaN.
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        out = empty(*args, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    x, lengths, bank = inputs.wave(300, torch.bfloat16, DEVICE), inputs.lengths(300, DEVICE), _short_bank(2)
+    for op, args in (
+        ("lnl", (x, bank, lengths)),
+        ("isd", (x, lengths, inputs.seeds(DEVICE), None, 30.0, 2.0)),
+        ("ssi", (x, bank[:, 0], lengths, inputs.seeds(DEVICE), None, None, 10.0, 20.0)),
+        ("gram", (inputs.gradients(3, torch.float32, DEVICE), 3, list(inputs.SEGMENTS), 4)),
+    ):
+        (found,) = inputs.run(op, "triton", args)
+        assert bool(torch.isfinite(found).all()), op
+
+
+@kernels
+def test_gram_of_many_chunks_mixed_dtypes_and_layouts():
+    from gradalign.kernels.gradients import CHUNK
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2 * CHUNK + 5,), (3, 7), (CHUNK,), (40, 30), (0,)]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
+    paths = []
+    for path in range(2):
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+            # Layouts that differ between the paths, and one with gaps.
+            paths.append(g.t().contiguous().t() if i == 3 and path else g.repeat(2, 1)[::2] if i == 1 else g)
+    segments = [1, 0, 0, 1, 2]
+    found = inputs.run("gram", "triton", (paths, 2, segments, 4))[0]
+    expected = inputs.run("gram", "reference", (inputs.widen(paths), 2, segments, 4))[0]
+    assert max_norm_error(found, expected) <= RELATIVE[torch.float32]
+    assert torch.equal(found, found.mT)
+    weights = torch.linspace(-1, 1, 8, dtype=torch.float64, device=DEVICE).reshape(4, 2)
+    merged = [paths[0].clone(), paths[1].repeat(2, 1)[::2], *(g.clone() for g in paths[2:5])]
+    wanted = inputs.widen(merged)
+    reference.combine_(wanted, inputs.widen(paths[5:]), weights, segments)
+    with ga.use_backends("triton"):
+        ops.combine_(merged, paths[5:], weights, segments)
+    for f, e in zip(merged, wanted, strict=True):
+        assert max_norm_error(f, e) <= RELATIVE[f.dtype]
+
+
+@kernels
+def test_gram_sign_at_tiny_cosine():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2_000_000 if DEVICE == "cuda" else 200_000, generator=generator) for _ in range(2))
+    aa, bb, ab = (float(u.double() @ v.double()) for u, v in ((a, a), (b, b), (a, b)))
+    for cosine in (1e-6, -1e-6):
+        c = (b.double() + (cosine * (aa * bb) ** 0.5 - ab) / aa * a.double()).float()
+        wanted = float(a.double() @ c.double())
+        with ga.use_backends("triton"):
+            found = float(ops.gram([a.to(DEVICE), c.to(DEVICE)], 2, [0], 1)[0, 0, 1])
+        assert (found > 0) == (wanted > 0)
+        assert found == pytest.approx(wanted, abs=1e-8 * (aa * bb) ** 0.5)
+
+
+@kernels
+def test_tables_follow_the_tensors():
+    # The same addresses are sent once; other tensors, or the same memory cut otherwise, get their own table.
+    a = torch.arange(12.0, device=DEVICE)
+    with ga.use_backends("triton"):
+        first = ops.gram([a[:6], a[6:]], 2, [0], 1)
+        assert torch.equal(ops.gram([a[:6], a[6:]], 2, [0], 1), first)
+        shorter = ops.gram([a[:5], a[6:11]], 2, [0], 1)
+        moved = ops.gram([a[6:], a[:6]], 2, [0], 1)
+        two = ops.gram([a[:3], a[3:6], a[6:9], a[9:]], 2, [0, 1], 2)
+    assert float(first[0, 0, 1]) == float(a[:6] @ a[6:])
+    assert float(shorter[0, 0, 1]) == float(a[:5] @ a[6:11])
+    assert torch.equal(moved, first.flip(1, 2))
+    assert torch.equal(two.sum(0), first[0])
+
+
+@kernels
+def test_gradients_that_do_not_match_raise():
+    a = torch.zeros(4, device=DEVICE)
+    with ga.use_backends("triton"):
+        with pytest.raises(ValueError, match=r"must share shape and dtype; found \[4\] torch.float32 and \[3\]"):
+            ops.gram([a, a[:3]], 2, [0], 1)
+        with pytest.raises(RuntimeError, match="takes up to 8 paths, found 9"):
+            ops.gram([a] * 9, 9, [0], 1)
+
+
+@gpu
+def test_same_bits_on_every_run():
+    for op in OPS:
+        for name, args in inputs.CASES[op](torch.float32, device=DEVICE, samples=(4097,)):
+            first, second = inputs.run(op, "triton", args), inputs.run(op, "triton", args)
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), f"{op}, {name}"
+
+
+@gpu
+def test_launchers_never_wait_for_the_device():
+    for op in OPS:
+        cases = list(inputs.CASES[op](torch.float32, device=DEVICE, samples=(4097,)))
+        for _, args in cases:
+            inputs.run(op, "triton", args)
+        for name, args in cases:
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                inputs.run(op, "triton", args)
+            except RuntimeError as error:
+                pytest.fail(f"{op}, {name}: {error}")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_cuda_graph_capture():
+    boost, seeds = ga.RawBoost(4), inputs.seeds(DEVICE)
+    x = inputs.wave(4097, torch.float32, DEVICE)
+    grads = inputs.gradients(2, torch.float32, DEVICE)
+    n = len(inputs.SHAPES)
+
+    def step():
+        y = boost(x, seeds=seeds)
+        gram = ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+        ops.combine_(grads[:n], grads[n:], (gram / gram.abs().amax()).sum(1), list(inputs.SEGMENTS))
+        return y, gram
+
+    with ga.use_backends("triton"):
+        before = [g.clone() for g in grads]
+        expected = [v.clone() for v in step()]
+        merged = [g.clone() for g in grads]
+        for g, b in zip(grads, before, strict=True):
+            g.copy_(b)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(2):
+            for g, b in zip(grads, before, strict=True):
+                g.copy_(b)
+            graph.replay()
+            assert all(torch.equal(f, e) for f, e in zip(captured, expected, strict=True))
+            assert all(torch.equal(f, e) for f, e in zip(grads, merged, strict=True))
+        # Outside the graph nothing of the graph's memory is used.
+        for g, b in zip(grads, before, strict=True):
+            g.copy_(b)
+        assert all(torch.equal(f, e) for f, e in zip(step(), expected, strict=True))
+
+
+@gpu
+def test_side_stream():
+    boost, seeds = ga.RawBoost(4), inputs.seeds(DEVICE)
+    x, grads = inputs.wave(4097, torch.float32, DEVICE), inputs.gradients(2, torch.float32, DEVICE)
+    with ga.use_backends("triton"):
+        expected = boost(x, seeds=seeds), ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = boost(x, seeds=seeds), ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+        torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30 * 2**30,
+    reason="needs a CUDA GPU with 30 GiB",
+)
+def test_tensors_over_2_to_the_31_elements():
+    size = 2**31 + 70_001
+    a = torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
+    a[-1] = 3
+    with ga.use_backends("triton"):
+        assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [size + 8.0] * 4
+        ops.combine_([a], [a], torch.tensor([[2.0, -1.5]], dtype=torch.float64, device=DEVICE), [0])
+        assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [0.5, 0.5, 1.5]
+        del a
+        # 40000 utterances of 64600 samples: the last rows start beyond 2**31.
+        x = torch.zeros(40_000, 64_600, dtype=torch.float16, device=DEVICE)
+        tail = inputs.wave(64_600, torch.float16, DEVICE)
+        x[-3:] = tail
+        bank, seeds = inputs.bank(torch.float32, DEVICE), torch.zeros(40_000, dtype=torch.int64, device=DEVICE)
+        seeds[-3:] = inputs.seeds(DEVICE)
+        found = ops.isd(x, None, seeds, None, 10.0, 2.0)[-3:]
+        assert torch.equal(found, ops.isd(tail, None, inputs.seeds(DEVICE), None, 10.0, 2.0))
+        found = ops.lnl(x, bank[:1].expand(40_000, -1, -1), None)[-3:]
+        assert torch.equal(found, ops.lnl(tail, bank[:1].expand(3, -1, -1), None))

@@ -1,0 +1,110 @@
+"""Every Triton kernel, as its launcher specialises it, compiled to machine code without a GPU: no spills, no stack."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import inputs
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from gradalign.kernels import gradients, rawboost
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NUM_SAMPLES = 64600
+BOOST = {"notch_draws", "notch_bank", "lnl", "isd", "ssi"}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of the op's launchers, recorded instead of made: (kernel, arguments, options)."""
+    recorded = []
+
+    def record(kernel, programs, device, *args, **meta):
+        assert programs > 0
+        recorded.append((kernel, args, meta))
+
+    monkeypatch.setattr(rawboost, "launch", record)
+    monkeypatch.setattr(gradients, "launch", record)
+    return recorded
+
+
+def _arguments(op, dtype):
+    """The published workload, with and without what is optional, so that every branch of a kernel is compiled."""
+    x, lengths, seeds = inputs.wave(NUM_SAMPLES, dtype), inputs.lengths(NUM_SAMPLES), inputs.seeds()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bank = torch.zeros(inputs.BATCH, 5, 491, dtype=wide)
+    if op == "lnl":
+        return [(x, bank, None), (x, bank, lengths)]
+    if op == "isd":
+        return [(x, lengths, seeds, None, 10.0, 2.0), (x, None, None, x, 10.0, 2.0)]
+    if op == "ssi":
+        level = torch.zeros(inputs.BATCH, dtype=torch.float64)
+        return [
+            (x, bank[:, 0], lengths, seeds, None, None, 10.0, 40.0),
+            (x, bank[:, 0], None, None, x, level, 0.0, 0.0),
+        ]
+    cases = list(inputs.CASES[op](dtype))
+    return [args for name, args in cases if name in ("three filters", "2 paths, 3 segments", "8 paths, 3 segments")]
+
+
+def _compile(kernel, args, meta, arch, folder):
+    """Return (registers per thread, bytes of stack, bytes of local memory) of one launch's kernel."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = {**meta, "debug": False}
+    bound, specialization, more = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **options
+    )
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, more)
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=parsed.__dict__)
+    cubin = folder / f"{kernel.__name__}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    return tuple(map(int, found.groups()))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_"])
+def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
+    # notch_draws takes no floats, notch_bank computes in float64 whatever it returns.
+    dtypes = (torch.float32,) if op.startswith("notch") else (torch.float32, torch.bfloat16, torch.float64)
+    module = rawboost if op in BOOST else gradients
+    for dtype in dtypes:
+        launches.clear()
+        for args in _arguments(op, dtype):
+            getattr(module, op)(*args)
+        assert launches
+        for kernel, args, meta in launches:
+            registers, stack, local = _compile(kernel, args, meta, arch, tmp_path)
+            record_property(f"{kernel.__name__}, {dtype}", registers)
+            # A kernel whose registers overflow keeps the rest on the stack or in local memory.
+            assert stack == 0, (kernel.__name__, dtype, registers)
+            assert local == 0, (kernel.__name__, dtype, registers)
+
+
+def test_every_kernel_is_compiled(launches):
+    from triton.runtime.jit import JITFunction
+
+    for op in ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_"):
+        for args in _arguments(op, torch.float32):
+            getattr(rawboost if op in BOOST else gradients, op)(*args)
+    defined = {
+        name
+        for module in (rawboost, gradients)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    assert defined == {kernel.__name__ for kernel, *_ in launches}
