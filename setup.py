@@ -80,7 +80,7 @@ def extension() -> CppExtension:
 
 # The packages are listed by hand because kernels/ at the top level is gradalign.kernels once installed.
 setup(
-    packages=["gradalign", "gradalign.data", "gradalign.detectors", "gradalign.kernels"],
+    packages=["gradalign", "gradalign.data", "gradalign.data.corpus", "gradalign.detectors", "gradalign.kernels"],
     package_dir={"gradalign.kernels": "kernels"},
     package_data={"gradalign": ["py.typed"]},
     ext_modules=[] if flag("GRADALIGN_EXT") is False else [extension()],

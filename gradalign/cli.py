@@ -8,6 +8,7 @@ understood or its input is wrong) or 1 (it failed underway); ``GRADALIGN_DEBUG=1
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -30,14 +31,116 @@ class _Resumable(KeyboardInterrupt):
 # ---- handlers ------------------------------------------------------------------------------------------------------
 
 
+def _train(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from gradalign._errors import GradalignError
+    from gradalign.sweep import sweep
+    from gradalign.trainer import TrainConfig
+
+    config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
+    given = {name: getattr(args, name) for name in ("data", "out", *(setting[0] for setting in _SETTINGS))}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    if config.data is None and config.train_protocol is None:
+        raise ValueError("expected DATA, or --train-protocol and the like; found neither")
+    try:
+        sweep(config, args.align or [config.align], args.seeds or [config.seed], args.jobs)
+    except KeyboardInterrupt:
+        raise _Resumable("the same command goes on from the last checkpoint of each run") from None
+    except GradalignError:
+        if any(Path(config.out).glob("*/results.json")):
+            _print_report(config.out)
+        raise
+    _print_report(config.out)
+    return 0
+
+
+def _print_report(runs: str | Path) -> None:
+    from gradalign import report
+
+    path = report.write_report(runs)
+    print(report.text_summary(runs))
+    print(f"report: {path}")
+
+
+def _score(args: argparse.Namespace) -> int:
+    from gradalign import scoring
+
+    options = {
+        "batch_size": args.batch_size,
+        "device": args.device,
+        "resample": args.resample,
+        "skip_bad": args.skip_bad,
+    }
+    first: Path = args.audio[0]
+    protocol: Path | None = args.protocol
+    folder = first
+    if protocol is None and (first / "protocols").is_dir():
+        protocol, folder = first / "protocols" / f"{args.split}.txt", first / "flac"
+    if protocol is not None:
+        if len(args.audio) > 1:
+            raise ValueError(f"expected one folder of audio with a protocol; found {len(args.audio)} paths")
+        bad = scoring.score_protocol(args.model, protocol, folder, args.output, **options)
+    else:
+        bad = _score_files(args.model, args.audio, args.output, options)
+    print(f"scores: {args.output}")
+    if bad:
+        print(f"{len(bad)} skipped:")
+        for reason in bad:
+            print(f"  {reason}")
+    return 0
+
+
+def _score_files(model: Path, paths: Sequence[Path], output: Path, options: dict[str, Any]) -> list[str]:
+    """Score single files (and every audio file below folders) without a protocol: lines ``path score``."""
+    from gradalign import scoring
+    from gradalign._files import write_text
+    from gradalign.data.audio import SUFFIXES
+
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"{path}: expected audio files ({', '.join(SUFFIXES)}) or protocols/; found none")
+        files += found
+    scores, bad = scoring.score_files(model, files, **options)
+    lines = [f"{file} {score:.9g}\n" for file, score in zip(files, scores.tolist(), strict=True) if score == score]
+    write_text(output, "".join(lines))
+    return bad
+
+
+def _conflicts(args: argparse.Namespace) -> int:
+    from gradalign import conflicts
+    from gradalign.trainer import TrainConfig
+
+    runs, measured = [], {}
+    for path in args.sources:
+        found = conflicts.find_runs(path)
+        runs += found
+        if not found:
+            given = {
+                name: getattr(args, name)
+                for name in ("detector", "algo", "seed", "batch_size", "lr", "num_samples", "device")
+                if getattr(args, name) is not None
+            }
+            config = TrainConfig(data=str(path), epochs=args.steps, **given)
+            measured[str(path)] = conflicts.measure(config, args.steps)
+    analysis = conflicts.Analysis(runs, measured)
+    paths = conflicts.write_analysis(analysis, args.out)
+    print(conflicts.summary(analysis))
+    print(f"written: {', '.join(str(path) for path in paths)}")
+    return 0
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from gradalign import evaluation
+    from gradalign.metrics import AsvRates
 
-    rates: tuple[float, float, float] | None = args.asv_rates
+    asv = None if args.asv_rates is None else AsvRates(*args.asv_rates)
     if args.asv_scores is not None:
-        rates = evaluation.asv_rates_at_eer(evaluation.read_asv_scores(args.asv_scores))
+        asv = evaluation.read_asv_rates(args.asv_scores)
     scores = evaluation.read_scores(args.scores, args.protocol)
-    rows = evaluation.evaluate(scores, by=args.by, asv_rates=rates, tdcf_version=args.tdcf)
+    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf)
     if args.format == "json":
         print(evaluation.format_json(rows), end="")
     elif args.format == "csv":
@@ -48,8 +151,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             "\nEER: equal error rate. min/act DCF: detection cost at the best and at the Bayes threshold "
             "(P_spoof 0.05, C_miss 1, C_fa 10).\nact DCF and Cllr read the scores as log-likelihood ratios."
         )
-        if rates is not None:
-            print(f"min t-DCF {args.tdcf}: ASV p_fa {rates[0]:.4f}, p_miss {rates[1]:.4f}, p_fa_spoof {rates[2]:.4f}.")
+        if asv is not None:
+            rates = f"p_fa {asv.p_fa:.4f}, p_miss {asv.p_miss:.4f}, p_fa_spoof {asv.p_fa_spoof:.4f}"
+            print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
     return 0
 
 
@@ -81,21 +185,24 @@ def _augment(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from gradalign import report
-
-    path = report.write_report(args.runs)
-    print(report.text_summary(args.runs))
-    print(f"report: {path}")
+    _print_report(args.runs)
     return 0
 
 
 def _corpus_build(args: argparse.Namespace) -> int:
-    from gradalign.corpus import build_corpus
+    from gradalign.data.corpus import build_corpus
 
     try:
         build_corpus(args.directory, profile=args.profile)
     except KeyboardInterrupt:
         raise _Resumable("the same command goes on from here") from None
+    return 0
+
+
+def _corpus_check(args: argparse.Namespace) -> int:
+    from gradalign.data.corpus import check_corpus
+
+    print(f"{args.directory}: complete, {check_corpus(args.directory)} files as built")
     return 0
 
 
@@ -117,6 +224,103 @@ def _rates(text: str) -> tuple[float, float, float]:
     if len(values) != 3 or not all(0 <= v <= 1 for v in values):
         raise argparse.ArgumentTypeError(f"expected p_fa,p_miss,p_fa_spoof in [0, 1]; found {text!r}")
     return values[0], values[1], values[2]
+
+
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different names joined by commas; found {text!r}")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"expected different whole numbers >= 0 joined by commas; found {text!r}")
+    return seeds
+
+
+def _weights(text: str) -> tuple[float, float]:
+    try:
+        spoof, bonafide = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected SPOOF,BONAFIDE as two numbers; found {text!r}") from None
+    return spoof, bonafide
+
+
+def _options(text: str) -> dict[str, Any]:
+    """``a=1,b=x`` as a dict; values are JSON where they can be, else strings."""
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not name or not equals:
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE pairs joined by commas; found {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+# One flag for each setting of TrainConfig that is not given in another way: name, type, placeholder or choices, help.
+# They have no defaults here: the configuration's own hold, which `gradalign train --help` need not import.
+_SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("train_protocol", str, "FILE", "training protocol, when the data are no folder in corpus layout"),
+    ("dev_protocol", str, "FILE", "dev protocol"),
+    ("test_protocol", str, "FILE", "test protocol (may be missing)"),
+    ("train_audio", str, "DIR", "folder of the training audio, files named by utterance"),
+    ("dev_audio", str, "DIR", "folder of the dev audio"),
+    ("test_audio", str, "DIR", "folder of the test audio"),
+    ("align_options", _options, "NAME=VALUE,...", "of the method, such as c=0.5 for cagrad"),
+    (
+        "path",
+        str,
+        ["split", "joint"],
+        "the views one after the other (less work and memory), or in one batch as published",
+    ),
+    ("scope", str, ["model", "parameter"], "one Gram matrix, or one for each parameter tensor"),
+    ("detector", str, "NAME", "aasist, aasist-l, light, ..."),
+    ("detector_options", _options, "NAME=VALUE,...", "of the detector"),
+    ("algo", int, range(9), "RawBoost algorithm of the augmented view"),
+    ("rawboost", _options, "NAME=VALUE,...", "further RawBoost parameters, such as snr_min=15"),
+    ("sample_rate", int, "HZ", "of the detector's input"),
+    ("resample", bool, "", "convert audio of another sample rate instead of stopping at it"),
+    ("num_samples", int, "N", "length of the detector's input: longer audio is cropped, shorter repeated"),
+    ("crop", str, ["random", "start"], "where longer training audio is cropped"),
+    ("batch_size", int, "N", "utterances in a step, each seen in both views"),
+    ("epochs", int, "N", "at most this many"),
+    ("patience", int, "N", "stop after this many epochs without a lower dev loss; 0: never"),
+    ("optimizer", str, ["adam", "adamw", "sgd"], "that takes the merged gradient"),
+    ("lr", float, "RATE", "learning rate"),
+    ("weight_decay", float, "RATE", "of the optimizer"),
+    ("class_weights", _weights, "SPOOF,BONAFIDE", "of the cross-entropy"),
+    ("amp", str, ["off", "bf16", "fp16"], "type of the forward pass under autocast"),
+    ("device", str, "NAME", "as PyTorch names it, or auto"),
+    ("threads", int, "N", "CPU threads of each run; 0: PyTorch's choice"),
+    ("num_workers", int, "N", "processes that read audio ahead"),
+    ("cache_mb", int, "MB", "memory for decoded audio"),
+    ("checkpoint_steps", int, "N", "checkpoint within epochs too, every N steps; 0: at their ends"),
+    ("skip_bad", bool, "", "leave out and list audio that cannot be read instead of stopping"),
+)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings", "Each overrides --config; their defaults are those of TrainConfig.")
+    for name, kind, values, about in _SETTINGS:
+        _add_setting(group, name, kind, values, about)
+
+
+def _add_setting(parser: Any, name: str, kind: Any, values: Any, about: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
+    elif isinstance(values, str):
+        parser.add_argument(flag, type=kind, metavar=values, help=about)
+    else:
+        parser.add_argument(flag, type=kind, choices=values, help=about)
 
 
 def _command(
@@ -142,6 +346,50 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train a detector on clean and RawBoost-augmented speech, once for each method and seed",
+        "  gradalign train data --out runs --detector light --align none,pcgrad --seeds 0,1,2 --jobs 2\n\n"
+        "Run the same command again to go on where it was stopped; finished runs are kept.",
+    )
+    train.add_argument("data", nargs="?", metavar="DATA", help="folder in the layout of `gradalign corpus build`")
+    train.add_argument("--out", metavar="RUNS", help="folder of the runs and their report (default: runs)")
+    train.add_argument(
+        "--align", type=_names, metavar="METHOD,...", help="none, pcgrad, gradvac, cagrad, ... (default: pcgrad)"
+    )
+    train.add_argument(
+        "--seeds", type=_seeds, metavar="SEED,...", help="one run for each, with every method (default: 0)"
+    )
+    train.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
+    train.add_argument("--config", type=Path, metavar="FILE", help="TrainConfig as JSON, such as a run's config.json")
+    _add_settings(train)
+
+    score = _command(
+        commands,
+        "score",
+        _score,
+        "score audio with a trained detector: higher is more bona fide",
+        "  gradalign score runs/pcgrad-seed0/best.pt data -o scores.txt\n"
+        "  gradalign score runs/pcgrad-seed0/best.pt suspicious/*.wav -o scores.txt",
+    )
+    score.add_argument("model", type=Path, metavar="MODEL", help="best.pt of a run")
+    score.add_argument(
+        "audio",
+        type=Path,
+        nargs="+",
+        metavar="DATA",
+        help="a folder in corpus layout, or audio files and folders of them",
+    )
+    score.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
+    score.add_argument("--protocol", type=Path, metavar="FILE", help="utterances to score; DATA is then their folder")
+    score.add_argument("--split", default="test", help="protocol of a folder in corpus layout (default: test)")
+    score.add_argument("--device", default="auto", help="as PyTorch names it (default: a GPU where there is one)")
+    score.add_argument("--batch-size", type=int, default=24, metavar="N", help="utterances at once (default: 24)")
+    score.add_argument("--resample", action="store_true", help="convert audio of another sample rate")
+    score.add_argument("--skip-bad", action="store_true", help="list unreadable files at the end and go on")
+
     evaluate = _command(
         commands,
         "evaluate",
@@ -159,6 +407,28 @@ def build_parser() -> argparse.ArgumentParser:
     form = evaluate.add_mutually_exclusive_group()
     form.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON, every digit")
     form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV, every digit")
+
+    conflicts = _command(
+        commands,
+        "conflicts",
+        _conflicts,
+        "how often, when and in which layers the clean and the augmented view disagree",
+        "  gradalign conflicts runs\n  gradalign conflicts data --detector aasist --steps 200",
+    )
+    conflicts.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="RUN_or_DATA",
+        help="training runs (or folders of them) to read; or folders in corpus layout, on which a short plain training "
+        "is measured layer by layer",
+    )
+    conflicts.add_argument("--out", type=Path, default=Path("conflicts"), help="folder to write (default: conflicts)")
+    conflicts.add_argument("--steps", type=int, default=100, metavar="N", help="steps measured on DATA (default: 100)")
+    conflicts.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation, for DATA")
+    for name, kind, values, about in _SETTINGS:
+        if name in ("detector", "algo", "batch_size", "lr", "num_samples", "device"):
+            _add_setting(conflicts, name, kind, values, f"{about}, for DATA")
 
     augment = _command(
         commands,
@@ -189,6 +459,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     build.add_argument("directory", type=Path, metavar="DIR", help="made if it is not there; resumed if it is")
     build.add_argument("--profile", choices=["default", "full"], default="default", help="how much (default: default)")
+
+    check = _command(
+        actions,
+        "check",
+        _corpus_check,
+        "verify every file of a finished corpus by its checksum",
+        "  gradalign corpus check data",
+    )
+    check.add_argument("directory", type=Path, metavar="DIR", help="the folder given to `gradalign corpus build`")
 
     report = _command(
         commands,
