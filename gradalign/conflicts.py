@@ -6,15 +6,27 @@ that cosine at every step; `layer_cosines` measures it for each layer on its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradalign import ops
-from gradalign.report import share_negative
+from gradalign import detectors, figures, ops
+from gradalign._errors import ConfigError, DataError
+from gradalign._files import atomic_path, write_text
+from gradalign.report import Run, draw_conflicts, group_by_method, read_run, read_runs, share_negative
+from gradalign.scoring import choose_device
+from gradalign.trainer import TrainConfig, make_loss, training_views
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -88,3 +100,156 @@ def _cosine(gram: np.ndarray) -> np.ndarray:
     norms = np.sqrt(gram[..., 0, 0] * gram[..., 1, 1])
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(norms > 0, gram[..., 0, 1] / norms, np.nan)
+
+
+def measure(config: TrainConfig, steps: int, progress: bool = True) -> LayerCosines:
+    """The cosines of the first ``steps`` steps of a plain training run (Adam on the mean of both gradients).
+
+    Stops earlier where the configuration's epochs are over. Raises as `gradalign.trainer.train` does where data,
+    audio or settings are not as expected.
+    """
+    from tqdm import tqdm
+
+    torch.manual_seed(config.seed)
+    try:
+        model = detectors.create(config.detector, **config.detector_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"detector: {error}") from None
+    model = model.to(choose_device(config.device)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    views = (view for epoch in range(config.epochs) for view in training_views(config, epoch))
+    bar = tqdm(islice(views, steps), total=steps, unit="step", desc="conflicts", disable=None if progress else True)
+    return layer_cosines(model, bar, make_loss(config), optimizer=optimizer)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is analysed: the recorded ``runs``, and per measured data folder its cosines."""
+
+    runs: list[Run]
+    measured: dict[str, LayerCosines] = field(default_factory=dict)
+
+
+def find_runs(path: str | Path) -> list[Run]:
+    """The runs of a run folder, or of a folder of them; none for a folder in corpus layout.
+
+    Raises DataError for a folder that is none of these.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        return [read_run(path)]
+    if (path / "protocols").is_dir():
+        return []
+    try:
+        return read_runs(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: expected a training run, a folder of runs, or a data folder with protocols/; found none of these"
+        ) from None
+
+
+def parameter_shares(run: Run) -> dict[str, float]:
+    """The share of steps in conflict per parameter tensor, as the run recorded it; empty before it is finished."""
+    path = run.folder / "parameters.csv"
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            return {row["parameter"]: float(row["conflict_rate"]) for row in csv.DictReader(file)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected the columns parameter, conflict_rate; found: {error!r}") from None
+
+
+def summary(analysis: Analysis, top: int = 5) -> str:
+    """The analysis as text: how many steps were in conflict, early and late, and where most."""
+    lines = []
+    for run in analysis.runs:
+        if not len(run.cosines):
+            lines.append(f"{run.name}: no steps recorded ({run.status}{f', {run.reason}' if run.reason else ''})")
+            continue
+        lines += _describe(run.name, run.cosines, parameter_shares(run), top)
+    for name, found in analysis.measured.items():
+        lines += _describe(name, found.whole, dict(zip(found.names, found.shares().tolist(), strict=True)), top)
+    return "\n".join(lines)
+
+
+def _describe(name: str, cosines: np.ndarray, layers: dict[str, float], top: int) -> list[str]:
+    quarter = max(1, len(cosines) // 4)
+    lines = [
+        f"{name}: {share_negative(cosines):.1%} of {len(cosines)} steps in conflict "
+        f"(first quarter {share_negative(cosines[:quarter]):.1%}, last {share_negative(cosines[-quarter:]):.1%}); "
+        f"mean cosine {np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan:+.3f}"
+    ]
+    ranked = sorted(((share, layer) for layer, share in layers.items() if share == share), reverse=True)
+    if ranked:
+        lines.append("  most in conflict:  " + ", ".join(f"{layer} {share:.1%}" for share, layer in ranked[:top]))
+        lines.append("  least in conflict: " + ", ".join(f"{layer} {share:.1%}" for share, layer in ranked[-top:]))
+    return lines
+
+
+def draw(analysis: Analysis) -> Figure:
+    """One picture: cosines over time on top, below them the conflicts per parameter or layer."""
+    groups = {m: [r for r in g if len(r.cosines)] for m, g in group_by_method(analysis.runs).items()}
+    groups = {m: g for m, g in groups.items() if g}
+    maps = _parameter_maps(groups)
+    heights = [3.4] * (len(groups) > 0) + [4.6] * len(maps)
+    for found in analysis.measured.values():
+        heights += [3.0, 1.2 + 0.16 * len(found.names)]
+    if not heights:
+        raise DataError("expected at least one recorded or measured step; found none")
+    with figures.styled():
+        figure = figures.new_figure(max(11.0, 3.6 * len(groups)), sum(heights))
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0].tolist()
+        if groups:
+            draw_conflicts(groups, parts.pop(0))
+        for names, shares in maps:
+            axes = parts.pop(0).subplots()
+            figures.draw_parameters(axes, names, shares)
+            axes.set_title("Where the views disagree: mean over seeds, lowest to highest seed")
+        for name, found in analysis.measured.items():
+            axes = parts.pop(0).subplots()
+            figures.draw_cosines(axes, [found.whole], "none")
+            axes.set_title(f"{name}: {share_negative(found.whole):.1%} of {len(found.whole)} steps in conflict")
+            axes.set_ylabel("cosine, whole model")
+            axes = parts.pop(0).subplots()
+            figures.draw_layers(axes, found.names, found.layers)
+            axes.set_title("By layer, the model's input on top; red is conflict")
+    return figure
+
+
+def _parameter_maps(groups: dict[str, list[Run]]) -> list[tuple[list[str], dict[str, list[np.ndarray]]]]:
+    """The runs' shares per parameter, (names, method -> one array per seed), one entry for each detector among them."""
+    maps: dict[tuple[str, ...], dict[str, list[np.ndarray]]] = {}
+    for method, group in groups.items():
+        for run in group:
+            if shares := parameter_shares(run):
+                maps.setdefault(tuple(shares), {}).setdefault(method, []).append(np.array(list(shares.values())))
+    return [(list(names), shares) for names, shares in maps.items()]
+
+
+def write_analysis(analysis: Analysis, out: str | Path) -> list[Path]:
+    """Write ``conflicts.png``, ``conflicts_steps.csv`` and ``conflicts_layers.csv`` into a folder; returns their paths."""
+    out = Path(out)
+    picture = figures.to_bytes(draw(analysis), "png", dpi=110)
+    steps: list[Sequence[object]] = [("run", "step", "cosine")]
+    layers: list[Sequence[object]] = [("run", "layer", "conflict_share")]
+    for run in analysis.runs:
+        steps += [(run.name, i, _number(c)) for i, c in enumerate(run.cosines.tolist(), start=1)]
+        layers += [(run.name, name, _number(share)) for name, share in parameter_shares(run).items()]
+    for name, found in analysis.measured.items():
+        steps += [(name, i, _number(c)) for i, c in enumerate(found.whole.tolist(), start=1)]
+        layers += [(name, layer, _number(s)) for layer, s in zip(found.names, found.shares().tolist(), strict=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "conflicts.png", out / "conflicts_steps.csv", out / "conflicts_layers.csv"]
+    with atomic_path(paths[0]) as temporary:
+        temporary.write_bytes(picture)
+    for path, rows in zip(paths[1:], (steps, layers), strict=True):
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(rows)
+        write_text(path, table.getvalue())
+    return paths
+
+
+def _number(value: float) -> str:
+    """A number for CSV; NaN is an empty entry."""
+    return "" if value != value else f"{value:.9g}"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gradalign import metrics
 from gradalign._errors import DataError
 from gradalign.data.protocol import LABELS, read_protocol
+from gradalign.metrics import AsvRates
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
     return Scores(utterances, attacks, np.array(bonafide, dtype=bool), np.array(values, dtype=np.float64))
 
 
-def read_asv_scores(path: str | Path) -> dict[str, np.ndarray]:
-    """The scores of a speaker verification system by kind: ``target``, ``nontarget`` and ``spoof``, float64.
+def read_asv_rates(path: str | Path) -> AsvRates:
+    """The error rates of a speaker verification system at its own equal-error threshold, from its score file.
 
     Lines hold one of the three words in some column and the score in the last one, as in the ASVspoof ASV score files.
     """
@@ -137,39 +139,22 @@ def read_asv_scores(path: str | Path) -> dict[str, np.ndarray]:
     empty = [kind for kind, values in found.items() if not values]
     if empty:
         raise DataError(f"{path}: expected target, nontarget and spoof scores; found none of {', '.join(empty)}")
-    return {kind: np.array(values, dtype=np.float64) for kind, values in found.items()}
-
-
-def asv_rates_at_eer(scores: dict[str, np.ndarray]) -> tuple[float, float, float]:
-    """``(p_fa, p_miss, p_fa_spoof)`` of an ASV system at its own equal-error threshold, as the ASVspoof t-DCF fixes it.
-
-    >>> asv_rates_at_eer({"target": np.array([2., 3.]), "nontarget": np.array([0., 1.]), "spoof": np.array([0., 5.])})
-    (0.0, 0.0, 0.5)
-    """
-    target, nontarget = np.sort(scores["target"]), np.sort(scores["nontarget"])
-    thresholds = np.unique(np.concatenate([target, nontarget]))
-    misses = np.searchsorted(target, thresholds, side="left") / len(target)
-    false_alarms = 1 - np.searchsorted(nontarget, thresholds, side="left") / len(nontarget)
-    best = int(np.argmin(np.abs(misses - false_alarms)))
-    p_fa_spoof = float(np.mean(scores["spoof"] >= thresholds[best]))
-    return float(false_alarms[best]), float(misses[best]), p_fa_spoof
+    return AsvRates.from_scores(**{kind: np.array(values, dtype=np.float64) for kind, values in found.items()})
 
 
 def evaluate(
     scores: Scores,
     *,
     by: str | None = None,
-    asv_rates: tuple[float, float, float] | None = None,
+    asv: AsvRates | None = None,
     tdcf_version: str = "2021",
 ) -> list[dict[str, object]]:
     """One row of error measures over all scores, and with ``by="attack"`` one per attack (against all bona fide).
 
     Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), ``min_dcf``, ``act_dcf``, ``cllr`` (bits),
-    and ``min_tdcf`` if ``asv_rates`` = (p_fa, p_miss, p_fa_spoof) are given. ``act_dcf`` and ``cllr`` read the scores
+    and ``min_tdcf`` if the rates of a speaker verification system are given. ``act_dcf`` and ``cllr`` read the scores
     as log-likelihood ratios. Raises ValueError when a class is missing.
     """
-    from gradalign import metrics
-
     if by not in (None, "attack"):
         raise ValueError(f"`by` must be None or 'attack'; found {by!r}")
     conditions: list[tuple[str, str | None]] = [("all", None)]
@@ -194,8 +179,7 @@ def evaluate(
             "act_dcf": float(metrics.act_dcf(bonafide, spoof)),
             "cllr": float(metrics.cllr(bonafide, spoof)),
         }
-        if asv_rates is not None:
-            asv = metrics.AsvRates(*asv_rates)
+        if asv is not None:
             row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=asv, version=tdcf_version))
         rows.append(row)
     return rows

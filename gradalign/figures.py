@@ -141,6 +141,8 @@ def draw_epochs(
                 axes.plot(np.arange(1, len(curve) + 1), curve, color=color(method), linewidth=0.7, alpha=0.45)
         axes.plot(epochs, mean, color=color(method), linewidth=2.2, marker="o" if len(mean) == 1 else None)
         for curve, epoch in zip(seeds, (best or {}).get(method, ()), strict=False):
+            if epoch < 1:
+                continue
             axes.plot([epoch], [curve[epoch - 1]], "o", color="white", markeredgecolor=color(method), markersize=5.5)
         ends[method] = float(mean[-1])
     from matplotlib.ticker import MaxNLocator
@@ -161,7 +163,7 @@ def draw_det(
 ) -> None:
     """Detection error trade-off on probit axes: a thin line per seed, bold the mean over seeds at each acceptance rate.
 
-    ``scores`` holds per method one (false acceptance rates, miss rates) pair of `report.det_curve` per seed.
+    ``scores`` holds per method one (false acceptance rates, miss rates) pair per seed, by ascending threshold.
     """
     grid = np.linspace(_probit(0.0005), _probit(0.95), 400)
     lowest = 0.4
@@ -278,14 +280,55 @@ def draw_cosines(axes: Axes, cosines: Sequence[np.ndarray], method: str, bins: i
 
 
 def draw_layers(axes: Axes, names: Sequence[str], cosines: np.ndarray) -> None:
-    """The cosine of every parameter tensor (rows) against steps, as a map: red is conflict, blue agreement.
+    """The cosine of every layer (rows, the model's input on top) against steps: red is conflict, blue agreement.
 
-    ``cosines`` is float64 [steps, parameters]; NaN (no gradient in one view) is left grey.
+    ``cosines`` is float64 [steps, layers]; NaN (no gradient in one view) is left grey.
     """
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(cosines.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set_yticks(range(len(names)), names, fontsize=7 if len(names) > 30 else 9)
+    image = axes.imshow(
+        cosines.T,
+        aspect="auto",
+        cmap="RdBu",
+        vmin=-1,
+        vmax=1,
+        interpolation="nearest",
+        extent=(0, len(cosines), len(names), 0),
+    )
+    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7 if len(names) > 30 else 9)
     axes.set_xlabel("step")
     axes.grid(visible=False)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
-    bar.set_label("cosine between the views' gradients")
+    bar.set_label("cosine, clean against augmented")
+
+
+def draw_parameters(axes: Axes, names: Sequence[str], shares: Curves) -> None:
+    """The share of steps in conflict [%] per parameter tensor, from the model's input (left) to its output.
+
+    ``shares`` holds per method one array [parameters] in [0, 1] per seed: mean as dots, lowest to highest as lines.
+    """
+    for method, seeds in shares.items():
+        values = 100 * np.stack([np.asarray(s, dtype=float) for s in seeds])
+        x = np.arange(len(names)) + 0.12 * (list(shares).index(method) - (len(shares) - 1) / 2)
+        axes.vlines(x, values.min(axis=0), values.max(axis=0), color=color(method), linewidth=1.2, alpha=0.45)
+        axes.plot(x, values.mean(axis=0), "o", color=color(method), markersize=3.5)
+    blocks: dict[str, int] = {}
+    depth = 1 if len({n.split(".")[0] for n in names}) > 3 else 2
+    for i, name in enumerate(names):
+        blocks.setdefault(".".join(name.split(".")[:depth]), i)
+    axes.set_xticks(list(blocks.values()), list(blocks), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xlim(-1, len(names))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("steps in conflict [%]")
+    axes.set_xlabel("parameter tensors from input to output, named where a block begins")
+    for i, method in enumerate(shares):
+        axes.annotate(
+            method,
+            (1.0, 1.0 - 0.08 * i),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="top",
+            color=color(method),
+            fontweight="bold",
+            annotation_clip=False,
+        )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradalign import figures
+from gradalign import figures, metrics
 from gradalign._errors import DataError
 from gradalign._files import atomic_path
 from gradalign.data.protocol import read_protocol
@@ -76,8 +76,9 @@ class Run:
         return np.array([math.nan if row.get(key) is None else float(row[key]) for row in self.epochs])
 
     def best_epoch(self) -> int:
-        """How many epochs it took to the lowest dev loss (1 is the first epoch)."""
-        return int(np.nanargmin(self.curve("dev_loss"))) + 1
+        """How many epochs it took to the lowest dev loss (1 is the first epoch); 0 when no dev loss is finite."""
+        losses = self.curve("dev_loss")
+        return int(np.nanargmin(losses)) + 1 if np.isfinite(losses).any() else 0
 
     def conflict_share(self) -> float:
         """The share of steps whose two gradients had a negative cosine, in [0, 1]; NaN without steps."""
@@ -164,7 +165,8 @@ def _rank(method: str) -> int:
     return _METHOD_ORDER.index(method) if method in _METHOD_ORDER else len(_METHOD_ORDER)
 
 
-def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+def group_by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
@@ -216,20 +218,6 @@ def compare(baseline: dict[int, float], other: dict[int, float]) -> dict[str, An
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": seeds, "verdict": verdict}
 
 
-def det_curve(bonafide: np.ndarray, spoof: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``(false acceptance rates, miss rates)`` over all thresholds, each [N] in [0, 1], from accepting all to none.
-
-    A score at or above the threshold is accepted as bona fide.
-
-    >>> [r.tolist() for r in det_curve(np.array([1.0, 2.0]), np.array([0.0, 1.0]))]
-    [[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 1.0]]
-    """
-    thresholds = np.append(np.unique(np.concatenate([bonafide, spoof])), np.inf)
-    miss = np.searchsorted(np.sort(bonafide), thresholds, side="left") / len(bonafide)
-    accept = 1 - np.searchsorted(np.sort(spoof), thresholds, side="left") / len(spoof)
-    return accept, miss
-
-
 def _seen_attacks(runs: Sequence[Run]) -> set[str]:
     """The attacks of training: from the data's own protocol if it is still there, else those of the dev scores."""
     for run in runs:
@@ -241,8 +229,6 @@ def _seen_attacks(runs: Sequence[Run]) -> set[str]:
 
 
 def _eer(scores: Scores | None, attacks: set[str] | None = None) -> float:
-    from gradalign import metrics
-
     if scores is None:
         return math.nan
     bonafide, spoof = scores.split()
@@ -253,8 +239,6 @@ def _eer(scores: Scores | None, attacks: set[str] | None = None) -> float:
 
 
 def _min_dcf(scores: Scores | None, attacks: set[str]) -> float:
-    from gradalign import metrics
-
     if scores is None:
         return math.nan
     chosen = [not b and a in attacks for a, b in zip(scores.attacks, scores.bonafide, strict=True)]
@@ -288,7 +272,7 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     headline = unseen or tested
     methods: dict[str, Any] = {}
     values: dict[str, dict[str, dict[int, float]]] = {}
-    for method, group in _by_method(finished).items():
+    for method, group in group_by_method(finished).items():
         measured = {
             "conflict_share": {run.seed: run.conflict_share() for run in group},
             "test_eer": {run.seed: _eer(run.test, headline) for run in group},
@@ -405,7 +389,7 @@ def text_summary(runs_dir: str | Path) -> str:
 
 def _drawn(runs: list[Run]) -> dict[str, list[Run]]:
     """Per method the runs whose curves are drawn: the finished ones, or while there are none, all that have epochs."""
-    groups = _by_method(run for run in runs if run.epochs and run.status != "unreadable")
+    groups = group_by_method(run for run in runs if run.epochs and run.status != "unreadable")
     return {m: [r for r in group if r.status == "finished"] or group for m, group in groups.items()}
 
 
@@ -444,7 +428,8 @@ def _draw_det(axes: Axes, groups: dict[str, list[Run]], summary: dict[str, Any])
                 spoof = run.test.values[np.array(chosen, dtype=bool)]
                 bonafide = run.test.values[run.test.bonafide]
                 if len(bonafide) and len(spoof):
-                    pairs.append(det_curve(bonafide, spoof))
+                    p_miss, p_fa, _ = metrics.det_curve(bonafide, spoof)
+                    pairs.append((p_fa, p_miss))
         stat = summary["methods"].get(method, {}).get("test_eer")
         if pairs:
             curves[method] = pairs
@@ -560,7 +545,7 @@ def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
 def _overview_title(runs: list[Run], summary: dict[str, Any]) -> str:
     detector = summary["settings"].get("detector", "detector")
     count = sum(r["status"] == "finished" for r in summary["runs"])
-    methods = ", ".join(summary["methods"]) or ", ".join(_by_method(runs))
+    methods = ", ".join(summary["methods"]) or ", ".join(group_by_method(runs))
     algo = summary["settings"].get("algo", "?")
     return f"Detector “{detector}” trained on clean and RawBoost-{algo} speech; alignment: {methods} ({count} runs)"
 
@@ -572,16 +557,20 @@ def _small(draw: Any, width: float = 6.4, height: float = 4.0) -> Figure:
     return figure
 
 
-def draw_conflicts(groups: dict[str, list[Run]]) -> Figure:
-    """The cosine between the two views' gradients against steps, one panel per method, over all its seeds."""
+def draw_conflicts(groups: dict[str, list[Run]], figure: Any = None) -> Any:
+    """The cosine between the two views' gradients against steps, one panel per method, over all its seeds.
+
+    Draws into ``figure`` (a figure or sub-figure), or into a new one; returns it.
+    """
     groups = {m: g for m, g in groups.items() if any(len(run.cosines) for run in g)}
     with figures.styled():
-        figure = figures.new_figure(max(6.4, 3.6 * len(groups)), 3.6)
+        if figure is None:
+            figure = figures.new_figure(max(6.4, 3.6 * len(groups)), 3.6)
         axes = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
         for panel, (method, group) in zip(axes, groups.items(), strict=False):
             figures.draw_cosines(panel, [run.cosines for run in group], method)
-            shares = [100 * run.conflict_share() for run in group]
-            panel.set_title(f"{method}: {np.nanmean(shares):.1f}% in conflict", color=figures.color(method))
+            share = share_negative(np.concatenate([run.cosines for run in group]))
+            panel.set_title(f"{method}: {share:.1%} in conflict", color=figures.color(method))
         axes[0].set_ylabel("cosine, clean against augmented")
     return figure
 
@@ -675,7 +664,7 @@ def _explanation(runs: list[Run], summary: dict[str, Any]) -> str:
             "do not occur in training."
         )
     seeds = max((row["runs"] for row in methods.values()), default=0)
-    names = ", ".join(f"<b>{_text(m)}</b>" for m in (methods or _by_method(runs)))
+    names = ", ".join(f"<b>{_text(m)}</b>" for m in (methods or group_by_method(runs)))
     detector, speech = _text(settings.get("detector", "unknown")), _text(settings.get("data", "unknown data"))
     algo = _text(settings.get("algo", "?"))
     return f"""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gradalign import evaluation
+from gradalign import evaluation, metrics
 from gradalign._errors import DataError
 
 SCORES = "h1 - bonafide 2.5\nh2 - bonafide 0.5\ns1 A spoof -1\ns2 A spoof 1.0\ns3 B spoof -2e0\n"
@@ -82,31 +82,23 @@ def test_protocol_with_a_typo_is_named(files):
         evaluation.read_scores(files / "plain.txt", files / "protocol.txt")
 
 
-def test_asv_rates_by_counting(tmp_path):
+def test_asv_rates_come_from_the_three_kinds_of_scores(tmp_path):
     rng = np.random.default_rng(0)
     kinds = {"target": rng.normal(2, 1, 300), "nontarget": rng.normal(-1, 1, 400), "spoof": rng.normal(0, 1, 200)}
     lines = [f"- {kind} {value:.17g}" for kind, values in kinds.items() for value in values]
     (tmp_path / "asv.txt").write_text("\n".join(lines))
-    p_fa, p_miss, p_fa_spoof = evaluation.asv_rates_at_eer(evaluation.read_asv_scores(tmp_path / "asv.txt"))
-    every = np.concatenate([kinds["target"], kinds["nontarget"]])
-    gaps = [abs(np.mean(kinds["target"] < t) - np.mean(kinds["nontarget"] >= t)) for t in every]
-    threshold = every[int(np.argmin(gaps))]
-    assert p_fa == pytest.approx(np.mean(kinds["nontarget"] >= threshold), abs=1e-12)
-    assert p_miss == pytest.approx(np.mean(kinds["target"] < threshold), abs=1e-12)
-    assert p_fa_spoof == pytest.approx(np.mean(kinds["spoof"] >= threshold), abs=1e-12)
+    assert evaluation.read_asv_rates(tmp_path / "asv.txt") == metrics.AsvRates.from_scores(**kinds)
 
 
 def test_asv_file_without_spoof_is_an_error(tmp_path):
     (tmp_path / "asv.txt").write_text("- target 1\n- nontarget 0\n")
     with pytest.raises(DataError, match=r"asv\.txt: .*found none of spoof"):
-        evaluation.read_asv_scores(tmp_path / "asv.txt")
+        evaluation.read_asv_rates(tmp_path / "asv.txt")
 
 
 def test_rows_per_attack_hold_the_metrics(files):
-    from gradalign import metrics
-
     scores = evaluation.read_scores(files / "scores.txt")
-    rows = evaluation.evaluate(scores, by="attack", asv_rates=(0.05, 0.04, 0.3))
+    rows = evaluation.evaluate(scores, by="attack", asv=metrics.AsvRates(0.05, 0.04, 0.3))
     assert [(r["condition"], r["bonafide"], r["spoof"]) for r in rows] == [("all", 2, 3), ("A", 2, 2), ("B", 2, 1)]
     for row, attack in zip(rows, [None, "A", "B"], strict=True):
         bonafide, spoof = scores.split(attack)

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from gradalign import report
+from gradalign import metrics, report
 from gradalign._errors import DataError
 
 
@@ -65,8 +65,6 @@ def test_page_explains_and_lists(written):
 
 
 def test_numbers_are_those_of_the_run_files(runs):
-    from gradalign import metrics
-
     summary = report.summarize(runs)
     row = summary["methods"]["none"]
     assert row["seeds"] == [0, 1, 2]
@@ -140,15 +138,6 @@ def test_wording_of_a_difference_follows_the_interval(tmp_path, write_run):
     assert "−3.0 epochs on average over 3 paired seeds (95% interval −3.0 to −3.0): a difference beyond" in line
     dev = next(line for line in text.splitlines() if line.startswith("pcgrad against none, EER, dev"))
     assert "no difference beyond the seed spread" in dev
-
-
-def test_det_curve_by_counting():
-    rng = np.random.default_rng(0)
-    bonafide, spoof = np.round(rng.normal(1, 1, 50), 1), np.round(rng.normal(0, 1, 60), 1)
-    accept, miss = report.det_curve(bonafide, spoof)
-    thresholds = [*sorted({*bonafide, *spoof}), np.inf]
-    assert accept.tolist() == pytest.approx([np.mean(spoof >= t) for t in thresholds])
-    assert miss.tolist() == pytest.approx([np.mean(bonafide < t) for t in thresholds])
 
 
 def test_runs_in_progress_alone_make_a_report(tmp_path, write_run):
