@@ -159,6 +159,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _augment(args: argparse.Namespace) -> int:
     from gradalign import augmentation
+    from gradalign._errors import AudioError
 
     planned = augmentation.plan(args.source, args.target)
     try:
@@ -170,6 +171,8 @@ def _augment(args: argparse.Namespace) -> int:
             skip_existing=args.skip_existing,
             skip_bad=args.skip_bad,
         )
+    except AudioError as error:
+        raise AudioError(f"{error}. --skip-bad lists such files and goes on") from None
     except KeyboardInterrupt:
         raise _Resumable("files written so far are complete; --skip-existing goes on from here") from None
     print(f"{result.written} files written to {args.target} (RawBoost algorithm {args.algo}, seed {args.seed})")

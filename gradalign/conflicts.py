@@ -228,7 +228,7 @@ def _parameter_maps(groups: dict[str, list[Run]]) -> list[tuple[list[str], dict[
 
 
 def write_analysis(analysis: Analysis, out: str | Path) -> list[Path]:
-    """Write ``conflicts.png``, ``conflicts_steps.csv`` and ``conflicts_layers.csv`` into a folder; returns their paths."""
+    """Write ``conflicts.png``, ``conflicts_steps.csv`` and ``conflicts_layers.csv``; returns their paths."""
     out = Path(out)
     picture = figures.to_bytes(draw(analysis), "png", dpi=110)
     steps: list[Sequence[object]] = [("run", "step", "cosine")]

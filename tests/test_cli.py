@@ -1,0 +1,285 @@
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import soundfile
+
+from gradalign import cli, evaluation
+from gradalign.trainer import TrainConfig
+
+COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "report", "info"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Noise against hum: 12 training, 8 dev and 8 test utterances, one attack seen in training and one not."""
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "flac").mkdir()
+    (root / "protocols").mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("dev", 8), ("test", 8)):
+        lines = []
+        for i in range(count):
+            bonafide = i % 2 == 0
+            wave = rng.normal(0, 0.1, 2500) + (0 if bonafide else 0.3 * np.sin(0.2 * np.arange(2500)))
+            soundfile.write(root / "flac" / f"{split}{i}.flac", wave, 16000)
+            attack = "-" if bonafide else ("new" if split == "test" and i > 4 else "hum")
+            lines.append(f"s{i % 3} {split}{i} - {attack} {'bonafide' if bonafide else 'spoof'}\n")
+        (root / "protocols" / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+SMALL = ["--detector", "light", "--num-samples", "2000", "--batch-size", "4", "--epochs", "2", "--lr", "1e-3"]
+SMALL += ["--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "runs"
+    assert cli.main(["train", str(corpus), "--out", str(out), "--align", "none,pcgrad", "--seeds", "0,1", *SMALL]) == 0
+    return out
+
+
+def fails(capsys, arguments, code=2):
+    """Run a command that must fail; returns its one line."""
+    assert cli.main([str(a) for a in arguments]) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("gradalign: error: ")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_help_is_instant_and_shows_an_example():
+    code = "import sys; sys.modules['torch'] = None; import runpy, pathlib; "
+    code += f"runpy.run_path({cli.__file__!r}, run_name='__main__')"
+    for command in ["", *COMMANDS]:
+        arguments = [sys.executable, "-c", f"import sys; sys.argv[1:] = {[*command.split(), '--help']!r}; {code}"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        assert "example" in done.stdout
+
+
+def test_every_setting_has_a_flag():
+    covered = {name for name, *_ in cli._SETTINGS} | {"data", "out", "align", "seed"}
+    assert covered == {f.name for f in fields(TrainConfig)}
+
+
+def test_train_leaves_runs_and_their_report(runs):
+    assert {p.name for p in runs.iterdir() if p.is_dir()} == {
+        "none-seed0",
+        "none-seed1",
+        "pcgrad-seed0",
+        "pcgrad-seed1",
+    }
+    summary = json.loads((runs / "summary.json").read_text())
+    assert {m: row["seeds"] for m, row in summary["methods"].items()} == {"none": [0, 1], "pcgrad": [0, 1]}
+    assert summary["attacks"] == {"hum": "seen", "new": "unseen"}
+    assert (runs / "report.html").exists()
+    assert (runs / "report.png").exists()
+
+
+def test_report_agrees_with_the_trainer(runs):
+    summary = json.loads((runs / "summary.json").read_text())
+    for method in ("none", "pcgrad"):
+        row = summary["methods"][method]
+        for seed in ("0", "1"):
+            results = json.loads((runs / f"{method}-seed{seed}" / "results.json").read_text())
+            assert row["best_epoch"]["values"][seed] == results["epochs_to_best"]
+            assert row["conflict_share"]["values"][seed] == pytest.approx(results["conflict_rate"])
+            assert row["dev_eer"]["values"][seed] == pytest.approx(results["dev_eer"])
+            assert row["test_eer_all"]["values"][seed] == pytest.approx(results["test_eer"])
+
+
+def test_train_again_keeps_finished_runs(runs, corpus, capsys):
+    before = (runs / "none-seed0" / "best.pt").stat().st_mtime_ns
+    arguments = ["train", str(corpus), "--out", str(runs), "--align", "none", "--seeds", "0", *SMALL]
+    assert cli.main(arguments) == 0
+    assert (runs / "none-seed0" / "best.pt").stat().st_mtime_ns == before
+    assert "steps in conflict" in capsys.readouterr().out
+
+
+def test_flags_override_the_configuration_file(runs, corpus, tmp_path, capsys):
+    config = runs / "none-seed0" / "config.json"
+    arguments = ["train", "--config", config, "--out", tmp_path, "--epochs", "1", "--algo", "5", "--no-skip-bad"]
+    assert cli.main([str(a) for a in [*arguments, "--rawboost", "snr_min=15", "--class-weights", "0.5,0.5"]]) == 0
+    written = json.loads((tmp_path / "none-seed0" / "config.json").read_text())
+    assert (written["epochs"], written["algo"], written["rawboost"]) == (1, 5, {"snr_min": 15})
+    assert (written["num_samples"], written["class_weights"]) == (2000, [0.5, 0.5])
+
+
+def test_scores_of_a_folder_are_those_of_training(runs, corpus, tmp_path, capsys):
+    out = tmp_path / "scores.txt"
+    assert (
+        cli.main(["score", str(runs / "pcgrad-seed0" / "best.pt"), str(corpus), "-o", str(out), "--device", "cpu"]) == 0
+    )
+    found = evaluation.read_scores(out)
+    expected = evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
+    assert found.utterances == expected.utterances
+    assert found.values == pytest.approx(expected.values, abs=1e-5)
+
+
+def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path):
+    files = [str(corpus / "flac" / f"test{i}.flac") for i in (1, 0)]
+    out = tmp_path / "scores.txt"
+    assert cli.main(["score", str(runs / "pcgrad-seed0"), *files, "-o", str(out), "--device", "cpu"]) == 0
+    expected = evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
+    known = dict(zip(expected.utterances, expected.values, strict=True))
+    lines = [line.split() for line in out.read_text().splitlines()]
+    assert [name for name, _ in lines] == files
+    assert [float(value) for _, value in lines] == pytest.approx([known["test1"], known["test0"]], abs=1e-5)
+
+
+def test_evaluate_prints_a_table_json_and_csv(runs, corpus, capsys):
+    scores = str(runs / "none-seed0" / "scores_test.txt")
+    assert cli.main(["evaluate", scores, "--by", "attack", "--asv-rates", "0.05,0.05,0.3"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"condition +bona fide +spoof +EER % +min DCF +act DCF +Cllr bits +min t-DCF", table)
+    assert re.search(r"^new +4 +2 ", table, re.MULTILINE)
+    protocol = str(corpus / "protocols" / "test.txt")
+    assert cli.main(["evaluate", scores, "--protocol", protocol, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == evaluation.evaluate(evaluation.read_scores(scores))
+    assert cli.main(["evaluate", scores, "--csv"]) == 0
+    line = next(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert float(line["cllr"]) == rows[0]["cllr"]
+
+
+def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):
+    out = tmp_path / "conflicts"
+    small = ["--detector", "light", "--num-samples", "2000", "--batch-size", "4", "--device", "cpu", "--steps", "5"]
+    assert cli.main(["conflicts", str(runs), str(corpus), "--out", str(out), *small]) == 0
+    text = capsys.readouterr().out
+    assert len(re.findall(r"% of \d+ steps in conflict", text)) == 5
+    assert (out / "conflicts.png").read_bytes().startswith(b"\x89PNG")
+    steps = list(csv.DictReader((out / "conflicts_steps.csv").open()))
+    recorded = list(csv.DictReader((runs / "none-seed1" / "steps.csv").open()))
+    assert [s["cosine"] for s in steps if s["run"] == "none-seed1"] == [r["cosine"] for r in recorded]
+    assert len([s for s in steps if s["run"] == str(corpus)]) == 5
+    layers = list(csv.DictReader((out / "conflicts_layers.csv").open()))
+    parameters = list(csv.DictReader((runs / "none-seed1" / "parameters.csv").open()))
+    assert [row["layer"] for row in layers if row["run"] == "none-seed1"] == [p["parameter"] for p in parameters]
+    assert all(0 <= float(row["conflict_share"]) <= 1 for row in layers if row["conflict_share"])
+
+
+def test_augment_reports_what_it_did(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["augment", str(corpus), str(out), "--algo", "5"]) == 0
+    assert "28 files written" in capsys.readouterr().out
+    assert soundfile.info(str(out / "flac" / "dev3.flac")).frames == 2500
+    message = fails(capsys, ["augment", corpus, out])
+    assert "already there (28 of 28 outputs)" in message
+    (tmp_path / "bad.flac").write_bytes(b"fLaC")
+    message = fails(capsys, ["augment", tmp_path / "bad.flac", tmp_path / "worse.flac"])
+    assert "bad.flac: expected a readable audio file" in message
+    assert "--skip-bad" in message
+
+
+def test_report_again(runs, capsys):
+    (runs / "report.html").unlink()
+    assert cli.main(["report", str(runs)]) == 0
+    assert (runs / "report.html").exists()
+    assert "EER" in capsys.readouterr().out
+
+
+def test_info_and_corpus_check(capsys, tmp_path):
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out.startswith("Versions")
+    assert "SHA256SUMS" in fails(capsys, ["corpus", "check", tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "absent.txt"], "absent.txt: No such file"),
+        (["score", "absent.pt", "x.wav", "-o", "s.txt"], "absent.pt: expected a checkpoint; found nothing there"),
+        (["report", "absent"], "absent: expected a folder of training runs"),
+        (["conflicts", "absent"], "absent: expected a training run, a folder of runs, or a data folder"),
+        (["augment", "absent", "out"], "absent: expected an audio file or a folder"),
+        (["train", "absent"], "absent: expected a folder with protocols/"),
+        (["train"], "expected DATA, or --train-protocol"),
+        (["train", ".", "--config", "absent.json"], "absent.json: No such file"),
+        (["train", ".", "--align", "none,none"], "argument --align: expected different names"),
+        (["train", ".", "--align", "pcgard"], "found 'pcgard'"),
+        (["train", ".", "--seeds", "0,x"], "argument --seeds: expected different whole numbers"),
+        (["train", ".", "--algo", "9"], "argument --algo: invalid choice: 9"),
+        (["train", ".", "--class-weights", "1"], "expected SPOOF,BONAFIDE"),
+        (["train", ".", "--rawboost", "x"], "expected NAME=VALUE pairs"),
+        (["train", ".", "--epochs", "0"], "`epochs` must be at least 1; found 0"),
+        (["augment", "a", "b", "--algo", "9"], "argument --algo: invalid choice: 9"),
+        (["evaluate", "s", "--asv-rates", "1,2"], "expected p_fa,p_miss,p_fa_spoof in [0, 1]; found '1,2'"),
+        (["bake"], "invalid choice: 'bake'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, arguments)
+
+
+def test_broken_inputs_are_named(runs, corpus, tmp_path, capsys):
+    scores = runs / "none-seed0" / "scores_test.txt"
+    line = fails(capsys, ["evaluate", scores, "--protocol", corpus / "protocols" / "dev.txt"])
+    assert "scores_test.txt" in line
+    assert "dev.txt must name the same utterances" in line
+    whole = (runs / "none-seed0" / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    assert "cut.pt" in fails(capsys, ["score", tmp_path / "cut.pt", corpus, "-o", tmp_path / "s.txt"])
+    assert not (tmp_path / "s.txt").exists()
+    (tmp_path / "config.json").write_text('{"epoch": 3}')
+    line = fails(capsys, ["train", corpus, "--config", tmp_path / "config.json"])
+    assert "config.json: unknown setting 'epoch'" in line
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("GRADALIGN_DEBUG", "1")
+    assert cli.main(["report", "absent"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_says_how_to_go_on(corpus, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradalign.sweep.sweep", interrupted)
+    assert cli.main(["train", str(corpus), "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == (
+        "gradalign: interrupted; the same command goes on from the last checkpoint of each run\n"
+    )
+
+
+def test_an_unexpected_error_is_one_line_too(corpus, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr("gradalign.sweep.sweep", broken)
+    assert "RuntimeError: no luck" in fails(capsys, ["train", corpus], code=1)
+
+
+def test_a_closed_pipe_is_no_traceback(runs):
+    command = [sys.executable, "-m", "gradalign", "evaluate", str(runs / "none-seed0" / "scores_test.txt")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_ctrl_c_ends_with_130(corpus, tmp_path):
+    arguments = [sys.executable, "-m", "gradalign", "augment", str(corpus), str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "GRADALIGN_DEBUG": "0"})
+    while process.poll() is None and not list((tmp_path / "out").rglob("*.flac")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    # It may have been done before the signal came.
+    assert process.wait() in (0, 130)
+    assert "Traceback" not in error
+    assert all(soundfile.info(str(p)).frames == 2500 for p in (tmp_path / "out").rglob("*.flac"))
