@@ -23,7 +23,8 @@ except ImportError as error:
 else:
     _missing = ""
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Waveforms and gradients; seeds, lengths and tap counts.
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
 
 
 def interpreting() -> bool:
@@ -40,17 +41,14 @@ def available() -> str:
 
 def why_unsupported(tensors: Iterable[Tensor | None]) -> str:
     """Return why the kernels do not take these tensors, empty when they do."""
-    device = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        device = device or tensor.device
-        if tensor.device != device:
-            return f"takes tensors on one device, found {device} and {tensor.device}"
-        if tensor.device.type != "cuda" and not interpreting():
-            return f"takes cuda tensors, found {tensor.device.type}"
-        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
-            return f"takes float16, bfloat16, float32 and float64, found {tensor.dtype}"
+    present = [t for t in tensors if t is not None]
+    # Whole passes over the list: a model has thousands of gradients, and each is looked at in every step.
+    if not (interpreting() or all(t.is_cuda for t in present)):
+        return f"takes cuda tensors, found {next(t.device for t in present if not t.is_cuda)}"
+    if len({t.get_device() for t in present}) > 1:
+        return f"takes tensors on one device, found {', '.join(sorted({str(t.device) for t in present}))}"
+    if other := {t.dtype for t in present} - _DTYPES:
+        return f"takes float16, bfloat16, float32, float64 and int64, found {', '.join(map(str, other))}"
     return ""
 
 

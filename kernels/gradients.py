@@ -9,10 +9,10 @@ is sent anew whenever it has changed, from pinned memory, without waiting for th
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -88,28 +88,30 @@ def _send(values: Sequence, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+# What CUDA graphs read, for as long as they may be replayed.
 _captured: list[object] = []
-_kept: OrderedDict[tuple, object] = OrderedDict()
+# What was made per key and stream; another stream would not wait for the copies to the device.
+_kept: OrderedDict[tuple, dict[int, Any]] = OrderedDict()
 
 
-def _keep(key: tuple, make, device: torch.device):
-    """make(), or what it made for the same key on the same stream: another stream would not wait for its copies."""
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            # What is made now is filled at replay, in the graph's own memory: it is the graph's alone.
-            _captured.append(made := make())
-            return made
-        key = (*key, torch.cuda.current_stream(device).cuda_stream)
-    if key in _kept:
-        _kept.move_to_end(key)
-        return _kept[key]
-    _kept[key] = made = make()
-    if len(_kept) > KEPT:
-        _kept.popitem(last=False)
-    return made
+def _keep(key: tuple, make: Callable[[], Any], device: torch.device) -> Any:
+    """make(), or what it has made for this key before."""
+    made = _kept.get(key, {})
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A capture begins with the device idle: whatever was made before it is complete on every stream. What is made
+        # now is filled at replay, in the graph's own memory, and is the graph's alone.
+        _captured.append(value := next(iter(made.values())) if made else make())
+        return value
+    if stream not in made:
+        made[stream] = make()
+        _kept[key] = made
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(key)
+    return made[stream]
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """True when the elements fill their span of memory, in whatever order."""
     expected = 1
@@ -144,19 +146,42 @@ class Walk:
     plan: Plan
     addresses: Tensor
     aligned: bool
+    # Parameters whose gradients have gaps, or layouts that differ between the paths: they are walked as copies.
+    copied: tuple[int, ...]
 
 
-def _walk(flat: Sequence[Tensor], num_params: int, segments: Sequence[int], num_segments: int) -> Walk:
-    device, first = flat[0].device, flat[:num_params]
-    sizes, dtypes = tuple(t.numel() for t in first), tuple(t.dtype for t in first)
-    layout = (device, sizes, dtypes, tuple(segments), num_segments)
-    addresses = tuple(t.data_ptr() for t in flat)
+def _walk(tensors: list[Tensor], segments: Sequence[int], num_segments: int) -> Walk:
+    """The walk over K*N tensors; those of ``copied`` parameters are replaced by contiguous copies in ``tensors``."""
+    device, num_params = tensors[0].device, len(segments)
+    # Everything that the walk is made of; comparing it is most of the host's work in a step.
+    key = (
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple([t.shape for t in tensors]),
+        tuple(map(Tensor.stride, tensors)),
+        tuple([t.dtype for t in tensors]),
+        tuple(segments),
+        num_segments,
+        device,
+    )
 
     def make() -> Walk:
-        plan = _keep(layout, lambda: _make_plan(sizes, dtypes, segments, num_segments, device), device)
-        return Walk(plan, _send(addresses, device), all(address % 16 == 0 for address in addresses))
+        copied = tuple(n for n in range(num_params) if not _in_memory_order(tensors[n::num_params]))
+        first = tensors[:num_params]
+        layout = (tuple(t.numel() for t in first), tuple(t.dtype for t in first), key[4], num_segments)
+        plan = _keep((*layout, device), lambda: _make_plan(*layout, device), device)
+        return Walk(plan, *_send_addresses(tensors, device), copied)
 
-    return _keep((layout, addresses), make, device)
+    walk = _keep(key, make, device)
+    if walk.copied:
+        for n in walk.copied:
+            tensors[n::num_params] = [t.contiguous() for t in tensors[n::num_params]]
+        walk = replace(walk, **dict(zip(("addresses", "aligned"), _send_addresses(tensors, device), strict=True)))
+    return walk
+
+
+def _send_addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
+    addresses = [t.data_ptr() for t in tensors]
+    return _send(addresses, device), all(address % 16 == 0 for address in addresses)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -182,7 +207,7 @@ def _add_products(sums, paths, NUM_PATHS: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_params", "num_chunks", "first_row"])
 def gram_kernel(
     addresses,
     rows,
@@ -229,7 +254,7 @@ def gram_kernel(
         tl.store(partials + pair * num_chunks + slot, tl.sum(sums[pair].to(tl.float64), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def gram_finish_kernel(
     partials, bounds, gram, num_chunks, NUM_PATHS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -255,7 +280,7 @@ def gram_finish_kernel(
     tl.store(matrix + (i + j) * NUM_PATHS + i, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_params", "first_row"])
 def combine__kernel(
     addresses,
     rows,
@@ -311,10 +336,7 @@ def _supports_gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[i
 def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:
     """K*N gradients, path after path -> float64 [S, K, K]. Equivalent to `reference.gram`."""
     num_params, flat = len(segments), list(grads)
-    for n in range(num_params):
-        if not _in_memory_order(flat[n::num_params]):
-            flat[n::num_params] = [t.contiguous() for t in flat[n::num_params]]
-    walk = _walk(flat, num_params, segments, num_segments)
+    walk = _walk(flat, segments, num_segments)
     plan, device, pairs = walk.plan, flat[0].device, num_paths * (num_paths + 1) // 2
     partials = torch.empty(pairs, plan.num_chunks, dtype=torch.float64, device=device)
     for dtype, first_row, count in plan.launches:
@@ -373,13 +395,8 @@ def _supports_combine(out: Sequence[Tensor], others: Sequence[Tensor], weights: 
 def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:
     """N gradients of path 0, written, (K-1)*N further ones, weights [S, K]. Equivalent to `reference.combine_`."""
     num_params, num_paths = len(segments), weights.shape[1]
-    flat, copies = [*out, *others], []
-    for n in range(num_params):
-        if not _in_memory_order(flat[n::num_params]):
-            flat[n::num_params] = [t.contiguous() for t in flat[n::num_params]]
-            if flat[n] is not out[n]:
-                copies.append(n)
-    walk = _walk(flat, num_params, segments, weights.shape[0])
+    flat = [*out, *others]
+    walk = _walk(flat, segments, weights.shape[0])
     weights = weights.contiguous()
     for dtype, first_row, count in walk.plan.launches:
         launch(
@@ -399,5 +416,6 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
             BLOCK=1024 if num_paths <= 4 else 512,
             num_warps=4,
         )
-    for n in copies:
-        out[n].copy_(flat[n])
+    for n in walk.copied:
+        if flat[n] is not out[n]:
+            out[n].copy_(flat[n])

@@ -35,6 +35,7 @@ _RESPONSE_POINTS = tl.constexpr(512)
 FIR_BLOCK = 1024
 # Samples of one elementwise program.
 BLOCK = 2048
+# Arguments that vary with the batch are not specialised: each property of theirs would compile the kernel once more.
 # Tiles added at a time by the finishing kernels.
 TILE_BLOCK = 64
 
@@ -182,7 +183,7 @@ def _length(lengths, b, num_samples):
 # ---------------------------------------------------------------------------------------------------------- notch_draws
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def notch_draws_kernel(
     seeds,
     center_hz,
@@ -272,7 +273,7 @@ def notch_draws(
 # ----------------------------------------------------------------------------------------------------------- notch_bank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bands", "num_taps", "most_reach"])
 def notch_bank_kernel(
     center_hz,
     width_hz,
@@ -534,7 +535,7 @@ def _supports_wave(x: Tensor, *others: Tensor | None) -> str:
 # ------------------------------------------------------------------------------------------------------------------ lnl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_taps", "filters_stride"])
 def lnl_kernel(
     x,
     filters,
@@ -571,7 +572,7 @@ def lnl_kernel(
     tl.store(smallest + program, tl.max(tl.where(own, -value, float("-inf")), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
 def lnl_finish_kernel(
     z,
     sums,
@@ -665,7 +666,7 @@ def _bank(filters: Tensor, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ isd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def isd_kernel(
     x,
     lengths,
@@ -707,7 +708,7 @@ def isd_kernel(
     tl.store(peaks + program, tl.max(tl.abs(value), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def isd_finish_kernel(y, peaks, lengths, out, num_samples, num_blocks, TILE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """cond_norm(y) from the blocks' peaks."""
     program = tl.program_id(0)
@@ -776,7 +777,7 @@ def isd(
 # ------------------------------------------------------------------------------------------------------------------ ssi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, BLOCK: tl.constexpr):
     """White noise, one program per (utterance, block): seeds [B] -> noise [B, T]. Equivalent to `reference.ssi_noise`.
 
@@ -796,7 +797,7 @@ def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, BLOCK: tl.constexpr)
     tl.store(noise + b * num_samples + n, sample, mask=n < num_samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_taps", "filters_stride"])
 def ssi_kernel(
     x,
     noise,
@@ -834,7 +835,7 @@ def ssi_kernel(
     tl.store(noise_squares + program, tl.sum(value * value, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
 def ssi_finish_kernel(
     x,
     colored,
