@@ -1,0 +1,281 @@
+"""Time one dual-path training step of a detector: plain, aligned, and as published, side by side.
+
+Every step sees the same clean and augmented views of a batch. "plain split" is ordinary training on both views one
+after the other; "plain joint" on both at once. "aligned split" and "aligned joint" are `AlignedOptimizer` with pcgrad.
+The published step (its pcgrad.py is an argument) sends both views through the model at once and runs two backwards
+through it.
+
+    python benchmarks/train_step.py --threads 2 --batch 4 --samples 16000 --published-pcgrad grad_align/pcgrad.py
+    python benchmarks/train_step.py --device cuda --batch 10 --autocast bfloat16 --published-pcgrad ... --name h100-step
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import measure
+import shapes
+import torch
+from measure import Contender
+from torch import Tensor, nn
+
+import gradalign as ga
+
+PLAIN_SPLIT, PLAIN_JOINT = "plain split", "plain joint"
+ALIGNED_SPLIT, ALIGNED_JOINT, PUBLISHED = "aligned split", "aligned joint", "published"
+
+
+def load_module(path: Path, name: str) -> ModuleType:
+    """Import a peer's file from where it lies."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"a Python file was expected; found {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Step:
+    """One model, one optimizer, one way to take a step."""
+
+    def __init__(self, model: nn.Module, views: Tensor, labels: Tensor, autocast: torch.dtype | None) -> None:
+        self.model, self.views, self.labels = copy.deepcopy(model), views, labels
+        # The published settings: the rare class, bona fide (1), weighs nine times as much.
+        self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 0.9], device=views.device))
+        self.inner = torch.optim.Adam(self.model.parameters(), lr=1e-6, weight_decay=1e-4)
+        self.autocast = autocast
+
+    def loss(self, wave: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of one view."""
+        return self.losses(wave, labels, 1)[0]
+
+    def losses(self, wave: Tensor, labels: Tensor, parts: int) -> list[Tensor]:
+        """Return the losses of the parts of one batch."""
+        context: Any = contextlib.nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(wave.device.type, self.autocast)
+        with context:
+            return [self.criterion(part.float(), labels) for part in self.model(wave).chunk(parts)]
+
+    def plain_split(self) -> None:
+        """Step on the mean of both losses, one view after the other."""
+        self.inner.zero_grad()
+        for view in self.views:
+            (self.loss(view, self.labels) / len(self.views)).backward()
+        self.inner.step()
+
+    def plain_joint(self) -> None:
+        """Step on the mean of both losses, both views at once."""
+        self.inner.zero_grad()
+        self.loss(self.views.flatten(0, 1), self.labels.repeat(len(self.views))).backward()
+        self.inner.step()
+
+    def aligned(self, joint: bool) -> Callable[[], None]:
+        """Return the aligned step."""
+        optimizer = ga.AlignedOptimizer(self.inner, method="pcgrad")
+
+        def split_step() -> None:
+            optimizer.zero_grad()
+            for view in self.views:
+                with optimizer.path():
+                    self.loss(view, self.labels).backward()
+            optimizer.step()
+
+        def joint_step() -> None:
+            optimizer.zero_grad()
+            optimizer.backward(self.losses(self.views.flatten(0, 1), self.labels, len(self.views)))
+            optimizer.step()
+
+        return joint_step if joint else split_step
+
+    def published(self, module: ModuleType) -> Callable[[], None]:
+        """Return the published step: the caller's part is what the published training loop does."""
+        optimizer = module.PCGrad(self.inner)
+
+        def step() -> None:
+            optimizer.ga_backward(self.losses(self.views.flatten(0, 1), self.labels, len(self.views)))
+            optimizer.step()
+
+        return step
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients of the last step."""
+        return [p.grad for p in self.model.parameters()]
+
+
+def contenders(make: Callable[[], Step], published: ModuleType | None) -> dict[str, tuple[Step, Callable[[], None]]]:
+    """Return each way's step object and its step."""
+    found: dict[str, tuple[Step, Callable[[], None]]] = {}
+    for name in (PLAIN_SPLIT, ALIGNED_SPLIT, PLAIN_JOINT, ALIGNED_JOINT, PUBLISHED):
+        step = make()
+        if name == PUBLISHED:
+            if published is not None:
+                found[name] = step, step.published(published)
+        elif name in (ALIGNED_SPLIT, ALIGNED_JOINT):
+            found[name] = step, step.aligned(joint=name == ALIGNED_JOINT)
+        else:
+            found[name] = step, step.plain_split if name == PLAIN_SPLIT else step.plain_joint
+    return found
+
+
+def gate(make: Callable[[], Step], published: ModuleType | None) -> dict[str, float]:
+    """Relative errors of one step's gradients: split against PCGrad in float64 on gradients taken one by one, joint
+    against the published code's.
+    """
+    ways = contenders(make, published)
+
+    def after_one_step(name: str) -> list[Tensor | None]:
+        step, run = ways[name]
+        torch.manual_seed(0)
+        run()
+        return step.gradients()
+
+    reference = make()
+    torch.manual_seed(0)
+    paths: list[list[Tensor]] = []
+    for view in reference.views:
+        loss, params = reference.loss(view, reference.labels), list(reference.model.parameters())
+        paths.append([g for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None])
+    one, two = map(_flat, paths)
+    q = min(0.0, float(one @ two))
+    expected = 0.5 * (1 - q / float(one @ one)) * one + 0.5 * (1 - q / float(two @ two)) * two
+    merged = _flat([g for g in after_one_step(ALIGNED_SPLIT) if g is not None])
+    errors = {ALIGNED_SPLIT: measure.worst_error(merged, expected)}
+    if published is not None:
+        ours, theirs = after_one_step(ALIGNED_JOINT), after_one_step(PUBLISHED)
+        # The published code writes zeros where no path has a gradient.
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+        errors[ALIGNED_JOINT] = measure.worst_error(_flat([a for a, _ in pairs]), _flat([b for _, b in pairs]))
+    return errors
+
+
+def _contender(name: str, run: Callable[[], None]) -> Contender:
+    return Contender(name, lambda i: run())
+
+
+def _flat(grads: list[Tensor]) -> Tensor:
+    return torch.cat([g.double().flatten() for g in grads])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detector", choices=ga.detectors.names(), default="aasist")
+    parser.add_argument("--batch", type=int, default=4, help="utterances per view (default 4)")
+    parser.add_argument("--samples", type=int, default=16000, help="per utterance (default 16000)")
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="run the model under torch.autocast")
+    parser.add_argument("--published-pcgrad", type=Path, help="the published grad_align/pcgrad.py")
+    measure.add_common_arguments(parser)
+    parser.set_defaults(seconds=90.0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Gate, time and report; return 1 when a result was wrong."""
+    options = parse(arguments)
+    measure.set_threads(options.threads)
+    device, autocast = options.device, getattr(torch, options.autocast) if options.autocast else None
+    environment = measure.environment(device)
+    torch.manual_seed(0)
+    model = ga.detectors.create(options.detector).to(device)
+    skipped = []
+    published = None
+    if options.published_pcgrad is None:
+        skipped.append("the published step: give its file with --published-pcgrad PATH/pcgrad.py")
+        print(f"skipped: {skipped[-1]}")
+    else:
+        published = load_module(options.published_pcgrad, "published_pcgrad")
+
+    def make(samples: int = options.samples, precision: torch.dtype | None = autocast) -> Step:
+        clean = shapes.wave(options.batch, samples, device, 0)
+        augmented = ga.RawBoost(algo=4)(clean, seeds=shapes.seeds(options.batch, device, 0))
+        labels = torch.arange(options.batch, device=device) % 2
+        return Step(model, torch.stack([clean, augmented]), labels, precision)
+
+    # In float32 and on short utterances: the mathematics does not depend on either.
+    errors = gate(lambda: make(min(options.samples, 8000), None), published)
+    failed = [f"{name}: relative error {error:.2g}" for name, error in errors.items() if error > measure.TOLERANCE]
+    rows: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
+    found: dict[tuple[str, str], float] = {}
+    workload = {"detector": options.detector, "batch": options.batch, "samples": options.samples}
+    if failed:
+        print("WRONG, not timed: " + "; ".join(failed))
+    else:
+        ways = contenders(make, published)
+        takers = [_contender(name, run) for name, (_, run) in ways.items()]
+        times = measure.interleave(takers, device, 1, options.rounds, options.seconds)
+        for name, (_, run) in ways.items():
+            row = {
+                "op": "training step",
+                "contender": name,
+                **workload,
+                "timer": times[name].timer,
+                "repetitions": len(times[name].wall),
+                "wall_ms": measure.spread(times[name].wall, 1e3),
+                "cpu_ms": measure.spread(times[name].cpu, 1e3) if device.type == "cpu" else None,
+                "peak_mib": round(measure.peak_bytes(run, device) / 2**20, 1),
+                "launches_and_syncs": measure.launches_and_syncs(run, device),
+                "relative_error": errors.get(name),
+            }
+            rows.append(row)
+            print(
+                f"{name:<14} {row['wall_ms']['median']:10.1f} ms "
+                f"[{row['wall_ms']['p20']:.1f}, {row['wall_ms']['p80']:.1f}] "
+                + (f"cpu {row['cpu_ms']['median']:10.1f} ms " if row["cpu_ms"] else "")
+                + f"peak {row['peak_mib']:8.1f} MiB"
+            )
+        for slower, faster in (
+            (ALIGNED_SPLIT, PLAIN_SPLIT),
+            (ALIGNED_JOINT, PLAIN_JOINT),
+            (PUBLISHED, PLAIN_JOINT),
+            (PUBLISHED, ALIGNED_SPLIT),
+            (PUBLISHED, ALIGNED_JOINT),
+        ):
+            if slower not in times:
+                continue
+            comparison = {
+                "op": "training step",
+                **workload,
+                "slower": slower,
+                "faster": faster,
+                "wall_ratio": measure.ratio(times, slower, faster),
+            }
+            if device.type == "cpu":
+                comparison["cpu_ratio"] = measure.ratio(times, slower, faster, "cpu")
+            comparisons.append(comparison)
+            found[slower, faster] = comparison["wall_ratio"]["median"]
+            print(f"{slower} / {faster}: {comparison['wall_ratio']} cpu {comparison.get('cpu_ratio')}")
+    peak = {row["contender"]: row["peak_mib"] for row in rows}
+    share = round(peak[ALIGNED_SPLIT] / peak[ALIGNED_JOINT], 3) if rows else None
+    least = 1.9 if device.type == "cpu" else 1.6
+    goals = [
+        measure.goal("aligned split step / plain dual-path step", found.get((ALIGNED_SPLIT, PLAIN_SPLIT)), 1.05, False),
+        measure.goal("published step / aligned split step", found.get((PUBLISHED, ALIGNED_SPLIT)), least, True),
+        measure.goal("peak memory of a step, path() / backward()", share, 0.6, False),
+    ]
+    measure.print_goals(goals)
+    if options.name:
+        result = {
+            "name": options.name,
+            "environment": environment,
+            "goals": goals,
+            "rows": rows,
+            "comparisons": comparisons,
+            "skipped": skipped,
+            "failed": failed,
+        }
+        print(f"wrote {measure.save(result, options.name)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

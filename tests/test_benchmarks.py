@@ -1,0 +1,248 @@
+"""The benchmarks: their arithmetic, their gates, their reports; tiny runs, no figure is judged."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradalign as ga
+from gradalign import _dispatch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import batched
+import measure
+import peers
+import report
+import run
+import shapes
+import train_step
+
+CPU = torch.device("cpu")
+TINY = ("--ops", "isd", "--samples", "300", "--rounds", "3")
+PUBLISHED = """
+import numpy as np
+
+def LnL_convolutive_noise(x, *parameters):
+    assert parameters == (5, 5, 20, 8000, 100, 1000, 10, 100, 0, 0, 5, 20, 16000)
+    return x
+
+def ISD_additive_noise(x, p, g_sd):
+    assert (p, g_sd) == (10, 2)
+    return x
+
+def SSI_additive_noise(x, *parameters):
+    assert parameters == (10, 40, 5, 20, 8000, 100, 1000, 10, 100, 0, 0, 16000)
+    return x
+
+def normWav(x, always):
+    return x
+"""
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """Results go to a temporary folder; the machine's rates are not measured."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "ceilings", lambda device: {"copy_gb_per_s": 10.0, "fp32_tflop_per_s": 0.1})
+    return tmp_path
+
+
+# ---- measuring ----
+
+
+def test_contenders_take_turns_and_a_share_is_scaled_up():
+    order = []
+    contenders = [
+        measure.Contender("a", lambda i: order.append("a"), before=lambda i: order.append("prepare")),
+        measure.Contender("b", lambda i: order.append("b"), share=0.5),
+    ]
+    times = measure.interleave(contenders, CPU, rounds=4, seconds=60)
+    assert [len(times[name].wall) for name in "ab"] == [4, 4]
+    turns = [name for name in order if name != "prepare"]
+    changes = sum(one != two for one, two in itertools.pairwise(turns))
+    # Calibrating a, calibrating b, then four rounds of both.
+    assert changes == 1 + 8
+    assert order.count("prepare") == order.count("a")
+
+
+def test_ratio_is_taken_repetition_by_repetition():
+    times = {
+        "slow": measure.Times("clock", wall=[2.0, 40.0, 6.0]),
+        "fast": measure.Times("clock", wall=[1.0, 10.0, 2.0]),
+    }
+    assert measure.ratio(times, "slow", "fast") == {"median": 3.0, "p20": 2.0, "p80": 4.0}
+
+
+def test_spread_of_one_to_ten():
+    assert measure.spread(range(1, 11)) == {"median": 5.5, "p20": 2.0, "p80": 8.0}
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def run():
+        for _ in range(3):
+            torch.ones(1 << 18) + 1
+
+    # Beside two large tensors, a few bytes of scalars.
+    assert measure.peak_bytes(run, CPU) == pytest.approx(2 * 4 * (1 << 18), abs=100)
+
+
+# ---- workloads ----
+
+
+@pytest.mark.parametrize("name", shapes.WAVE_OPS)
+def test_arguments_fit_the_op(name):
+    args = shapes.arguments(name, 3, 700, CPU, 0)
+    result = _dispatch.ops()[name](*args)
+    assert (result if isinstance(result, torch.Tensor) else result[0]).shape[0] == 3
+    few = tuple(shapes.rows(value, 3, [2]) for value in args)
+    alone = _dispatch.ops()[name](*few)
+    torch.testing.assert_close(run._take(result, [2]), alone if isinstance(alone, torch.Tensor) else tuple(alone))
+
+
+def test_work_of_a_batch_is_the_papers_count():
+    work = shapes.wave_work("rawboost", 64, 64600, algo=4)
+    assert work.flop == pytest.approx(13.4e9, rel=0.01)
+    assert work.bytes == pytest.approx(33e6, rel=0.01)
+    assert shapes.gradient_work("align", 300_000_000, 2).bytes == 5 * 4 * 300_000_000
+
+
+def test_mean_taps_are_those_of_the_draws():
+    taps = ga.RawBoost(algo=4).draw(torch.arange(2000), 1).lnl.taps
+    # Bands of L taps in series make a filter of sum(L) - 4.
+    assert float(taps.sum(-1).double().mean()) - 4 == pytest.approx(shapes.MEAN_TAPS, rel=0.01)
+
+
+def test_parameter_lists():
+    counts = {name: sum(size.numel() for size in shapes.parameter_shapes(name)) for name in shapes.PARAMETER_LISTS}
+    assert counts["aasist"] == sum(p.numel() for p in ga.detectors.create("aasist").parameters())
+    assert counts["xlsr-300m"] == 315_437_696
+    assert counts["xlsr-1b"] == 962_496_128
+    assert counts["xlsr-300m/4"] == pytest.approx(counts["xlsr-300m"] / 16, rel=0.05)
+
+
+def test_gradients_conflict():
+    paths = shapes.gradients([torch.Size([100, 100]), torch.Size([50])], 3, CPU, 0)
+    flat = [torch.cat([g.flatten() for g in path]) for path in paths]
+    for other in flat[1:]:
+        assert -0.35 < torch.cosine_similarity(flat[0], other, dim=0) < -0.2
+
+
+@pytest.mark.parametrize("algo", shapes.ALGORITHMS)
+def test_batched_baseline_computes_rawboost(algo):
+    torch.manual_seed(algo)
+    boost, x = ga.RawBoost(algo=algo), shapes.wave(2, 3000, CPU, algo)
+    draws = batched.draw(boost.config, 2, 3000, CPU)
+    with ga.use_backends("reference"):
+        expected = boost.apply(x.double(), draws)
+    assert measure.worst_error(batched.apply(boost.config, x, draws), expected) < measure.TOLERANCE
+    assert not torch.equal(expected, x.double())
+
+
+def test_fast_length_has_only_small_factors():
+    for least in (1, 2, 7, 491, 16490, 65090, 400490):
+        found = rest = batched.fast_length(least)
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        assert rest == 1
+        assert least <= found < 1.1 * least + 2
+
+
+# ---- the programs ----
+
+
+def test_run_times_backends_beside_the_published_code(tmp_path, results, capsys):
+    (tmp_path / "RawBoost.py").write_text(PUBLISHED)
+    options = "--ops rawboost isd gram combine_ --batch 2 --samples 500 --algo 4 8 --parameters aasist --rounds 3"
+    published = str(tmp_path / "RawBoost.py")
+    assert run.main([*options.split(), "--published", published, "--name", "small"]) == 0
+    result = json.loads((results / "small.json").read_text())
+    who = {(row["op"], row["contender"]) for row in result["rows"]}
+    assert {("rawboost", "published"), ("rawboost", "batched torch"), ("gram", "reference")} <= who
+    assert all(row["wall_ms"]["median"] > 0 for row in result["rows"])
+    assert result["environment"]["threads"] == torch.get_num_threads()
+    text = report.markdown(result)
+    assert "rawboost, batch 2, samples 500, algo 4" in text
+    assert "published" in text
+    # One thread and T = 64600 were not asked for.
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_run_without_the_published_file_says_so(results):
+    assert run.main([*TINY, "--batch", "1", "--name", "alone"]) == 0
+    result = json.loads((results / "alone.json").read_text())
+    assert ["--published" in text for text in result["skipped"]] == [True]
+    assert "Left out: the published NumPy code" in report.markdown(result)
+
+
+def test_nothing_wrong_is_timed(monkeypatch, results, capsys):
+    op = _dispatch.ops()["isd"]
+    broken = _dispatch.Backend("cpp", lambda x, *_: 1.001 * x, lambda: "", lambda *_: "")
+    monkeypatch.setitem(op.backends, "cpp", broken)
+    assert run.main([*TINY, "--batch", "2", "--name", "wrong"]) == 1
+    result = json.loads((results / "wrong.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == ["reference"]
+    assert "isd cpp" in result["failed"][0]
+    assert "WRONG" in capsys.readouterr().out
+    assert "Not timed, wrong: isd cpp" in report.markdown(result)
+
+
+def test_train_step_compares_plain_and_aligned(results):
+    options = "--detector light --batch 2 --samples 4000 --rounds 3 --name step"
+    assert train_step.main(options.split()) == 0
+    result = json.loads((results / "step.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == [
+        "plain split",
+        "aligned split",
+        "plain joint",
+        "aligned joint",
+    ]
+    peak = {row["contender"]: row["peak_mib"] for row in result["rows"]}
+    assert peak["aligned split"] < peak["aligned joint"]
+
+
+def test_peers_agree_with_our_alignment(results):
+    options = "--parameters aasist --rounds 3 --name peers"
+    assert peers.main(options.split()) == 0
+    result = json.loads((results / "peers.json").read_text())
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert {"gradalign reference", "foreach"} <= set(rows)
+    assert rows["foreach"]["relative_error"] < 1e-4
+    assert not result["failed"]
+
+
+def test_report_marks_a_missed_goal_and_keeps_losses():
+    environment = {
+        "device": "a processor",
+        "threads": 1,
+        "cores": 2,
+        "load_average": [0.1, 0.1, 0.1],
+        "versions": {"torch": "2.11.0"},
+        "commit": "0123456789abcdef",
+        "uncommitted": [],
+        "date": "2026-11-23T12:00:00+00:00",
+        "command": "python benchmarks/run.py",
+    }
+    fast, slow = ({"median": v, "p20": v, "p80": v} for v in (1.0, 2.5))
+    result = {
+        "name": "x",
+        "environment": environment,
+        "goals": [measure.goal("faster", 1.5, 2.0, at_least=True), measure.goal("unknown", None, 1, at_least=True)],
+        "rows": [
+            {"op": "gram", "parameters": "aasist", "contender": "cpp", "wall_ms": slow},
+            {"op": "gram", "parameters": "aasist", "contender": "other", "wall_ms": fast},
+        ],
+        "skipped": [],
+        "failed": [],
+    }
+    lines = report.markdown(result).splitlines()
+    assert "| faster | at least 2 | 1.5 | **no** |" in lines
+    assert not any("unknown" in line for line in lines)
+    assert lines[-2:] == [
+        "| gram, parameters aasist | other | 1 (1 to 1) |  | 1.00 |  |",
+        "|  | cpp | 2.5 (2.5 to 2.5) |  | 2.50 |  |",
+    ]
