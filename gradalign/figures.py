@@ -311,10 +311,15 @@ def draw_parameters(axes: Axes, names: Sequence[str], shares: Curves) -> None:
         x = np.arange(len(names)) + 0.12 * (list(shares).index(method) - (len(shares) - 1) / 2)
         axes.vlines(x, values.min(axis=0), values.max(axis=0), color=color(method), linewidth=1.2, alpha=0.45)
         axes.plot(x, values.mean(axis=0), "o", color=color(method), markersize=3.5)
+    modules = [name.split(".")[:-1] or [name] for name in names]
     blocks: dict[str, int] = {}
-    depth = 1 if len({n.split(".")[0] for n in names}) > 3 else 2
-    for i, name in enumerate(names):
-        blocks.setdefault(".".join(name.split(".")[:depth]), i)
+    # As fine as there is room for.
+    for depth in (4, 3, 2, 1):
+        blocks = {}
+        for i, module in enumerate(modules):
+            blocks.setdefault(".".join(module[:depth]), i)
+        if len(blocks) <= 24:
+            break
     axes.set_xticks(list(blocks.values()), list(blocks), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_xlim(-1, len(names))
     axes.set_ylim(bottom=0)

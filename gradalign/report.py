@@ -195,8 +195,11 @@ def spread(values: dict[int, float]) -> dict[str, Any] | None:
     }
 
 
-def compare(baseline: dict[int, float], other: dict[int, float]) -> dict[str, Any] | None:
+def compare(baseline: dict[int, float], other: dict[int, float], resolution: float = 0.0) -> dict[str, Any] | None:
     """The mean difference ``other - baseline`` over the seeds both have, with its 95% interval (paired t).
+
+    ``resolution`` is the step in which values are counted (1 for whole epochs); the variance of rounding both to it is
+    added, or three seeds that happen to agree would look certain.
 
     ``verdict`` is ``difference``, ``within spread`` (the interval holds 0) or ``too few seeds`` (fewer than two in
     common, so there is no spread to judge by). None without a common seed.
@@ -213,7 +216,8 @@ def compare(baseline: dict[int, float], other: dict[int, float]) -> dict[str, An
         return {"mean": mean, "low": None, "high": None, "seeds": seeds, "verdict": "too few seeds"}
     freedom = len(seeds) - 1
     quantile = _DEGREES_95[freedom - 1] if freedom <= len(_DEGREES_95) else 2.131
-    half = quantile * float(differences.std(ddof=1)) / math.sqrt(len(seeds))
+    variance = float(differences.var(ddof=1)) + resolution**2 / 6
+    half = quantile * math.sqrt(variance / len(seeds))
     verdict = "difference" if abs(mean) > half else "within spread"
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": seeds, "verdict": verdict}
 
@@ -296,7 +300,8 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     if BASELINE in values:
         for method in values:
             for key in _COMPARED:
-                result = compare(values[BASELINE][key], values[method][key]) if method != BASELINE else None
+                step = 1.0 if key == "best_epoch" else 0.0
+                result = compare(values[BASELINE][key], values[method][key], step) if method != BASELINE else None
                 if result is not None:
                     comparisons.append({"measure": key, "method": method, "baseline": BASELINE, **result})
     settings = {}
@@ -523,7 +528,7 @@ def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
         _draw_conflict_share(panels[0], groups)
         panels[1].set_title("Loss: dev solid (ring: best), training dashed")
         _draw_loss(panels[1], groups)
-        panels[2].set_title("Error on dev (attacks seen in training)")
+        panels[2].set_title("Error on the dev set")
         _draw_dev_eer(panels[2], groups)
         if any(run.test is not None for group in groups.values() for run in group):
             panels[3].set_title(f"DET curve, {_test_name(summary)} set")
@@ -625,7 +630,7 @@ def _stat_cell(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
 
 def _comparison_table(summary: dict[str, Any]) -> str:
     methods = [m for m in summary["methods"] if m != BASELINE]
-    rows = [["difference of the means", *[_method_cell(m) for m in methods]]]
+    rows = [["mean difference, seed by seed", *[_method_cell(m) for m in methods]]]
     items = {(i["measure"], i["method"]): i for i in summary["comparisons"]}
     for key, heading, factor, digits, unit in _headings(summary):
         if key not in _COMPARED:

@@ -96,6 +96,7 @@ def test_report_agrees_with_the_trainer(runs):
             assert row["best_epoch"]["values"][seed] == results["epochs_to_best"]
             assert row["conflict_share"]["values"][seed] == pytest.approx(results["conflict_rate"])
             assert row["dev_eer"]["values"][seed] == pytest.approx(results["dev_eer"])
+            assert row["test_eer"]["values"][seed] == pytest.approx(results["test_eer_unseen"])
             assert row["test_eer_all"]["values"][seed] == pytest.approx(results["test_eer"])
 
 

@@ -116,6 +116,12 @@ def test_compare_is_the_paired_t_interval():
         assert (result["verdict"] == "difference") == (expected.low > 0 or expected.high < 0)
 
 
+def test_compare_does_not_trust_agreement_of_rounded_values():
+    base, other = {0: 5.0, 1: 7.0, 2: 6.0}, {0: 4.0, 1: 6.0, 2: 5.0}
+    assert report.compare(base, other)["verdict"] == "difference"
+    assert report.compare(base, other, resolution=1.0)["verdict"] == "within spread"
+
+
 def test_compare_uses_common_seeds_only():
     assert report.compare({0: 1.0, 1: 2.0}, {1: 5.0, 2: 9.0}) == {
         "mean": 3.0,
@@ -135,7 +141,7 @@ def test_wording_of_a_difference_follows_the_interval(tmp_path, write_run):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.text_summary(tmp_path)
     line = next(line for line in text.splitlines() if line.startswith("pcgrad against none, epochs to best"))
-    assert "−3.0 epochs on average over 3 paired seeds (95% interval −3.0 to −3.0): a difference beyond" in line
+    assert "−3.0 epochs on average over 3 paired seeds (95% interval −4.0 to −2.0): a difference beyond" in line
     dev = next(line for line in text.splitlines() if line.startswith("pcgrad against none, EER, dev"))
     assert "no difference beyond the seed spread" in dev
 
