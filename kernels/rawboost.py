@@ -31,8 +31,6 @@ _LOG2_PER_DB = tl.constexpr(math.log2(10) / 20)
 # The peak of a bank's response is taken on the frequencies k*pi/512, k = 0..511.
 _RESPONSE_POINTS = tl.constexpr(512)
 
-# Outputs of one FIR program, 8 per thread, so that a tap read once serves 8 multiplications per branch.
-FIR_BLOCK = 1024
 # Samples of one elementwise program.
 BLOCK = 2048
 # Arguments that vary with the batch are not specialised: each property of theirs would compile the kernel once more.
@@ -464,6 +462,46 @@ def _fir(
 
 
 @triton.jit
+def _toeplitz(
+    row,
+    filters,
+    first,
+    length,
+    num_taps,
+    reach,
+    NUM_FILTERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`_fir` on tensor cores: ROWS windows of x, each COLUMNS further, times the filters' Toeplitz matrices.
+
+    z[r, c] = sum over i, k of x[first + 1 - reach + COLUMNS * r + k]**(i + 1) * b_i[middle + c + reach - k].
+    tf32x3 splits each factor in two parts of 11 bits and leaves out the product of the small ones: about float32.
+    """
+    middle = num_taps // 2
+    start = first + 1 - reach
+    place = COLUMNS * tl.arange(0, ROWS)[:, None] + tl.arange(0, DEPTH)[None, :]
+    tap = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, DEPTH)[:, None]
+    z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, 2 * reach + COLUMNS, DEPTH):
+        # Positions before the row are huge when unsigned: one comparison for both ends.
+        own = (start + k + place).to(tl.uint32) < length.to(tl.uint32)
+        x = tl.load(row + (start + k) + place, mask=own, other=0.0).to(tl.float32)
+        d = tap + (reach - k)
+        inside = tl.abs(d) <= reach
+        power = x
+        # Tensor cores round their sums towards zero, so that long chains drift: each stretch gets its own.
+        part = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for i in tl.static_range(NUM_FILTERS):
+            b = tl.load(filters + (i * num_taps + middle + d), mask=inside, other=0.0)
+            part = tl.dot(power, b, part, input_precision="tf32x3")
+            power *= x
+        z += part
+    return z
+
+
+@triton.jit
 def _fir_tile(
     row,
     filters,
@@ -473,12 +511,19 @@ def _fir_tile(
     NUM_FILTERS: tl.constexpr,
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """`_fir` for one tile: nothing to do beyond the utterance, no masks where the whole window lies inside it."""
+    """The BLOCK outputs from ``first``: on tensor cores in rows of COLUMNS, where that is 0 with multiply-adds."""
     reach = _reach(filters, num_taps, NUM_FILTERS, TAPS_BLOCK)
     z = tl.zeros([BLOCK], filters.dtype.element_ty)
+    # Nothing to do beyond the utterance, and no masks where the whole window lies inside it.
     if first < length:
-        if (first >= reach) & (first + BLOCK + reach < length):
+        if COLUMNS:
+            product = _toeplitz(
+                row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK // COLUMNS, COLUMNS, 32
+            )
+            z = tl.reshape(product, [BLOCK])
+        elif (first >= reach) & (first + BLOCK + reach < length):
             z = _fir(row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK, False)
         else:
             z = _fir(row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK, True)
@@ -525,6 +570,16 @@ def _result_and_scratch(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
 
 
+def _tile(x: Tensor) -> dict[str, int]:
+    """How the filter kernels cut x into tiles.
+
+    Multiply-adds, 8 outputs per thread, for float64 and for devices whose tensor cores do not take tf32.
+    """
+    if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return {"BLOCK": 1024, "COLUMNS": 0, "num_warps": 4}
+    return {"BLOCK": 4096, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
+
+
 def _supports_wave(x: Tensor, *others: Tensor | None) -> str:
     # Positions inside a row are int32.
     if x.shape[1] >= 2**31 - 2**16:
@@ -552,6 +607,7 @@ def lnl_kernel(
     NUM_FILTERS: tl.constexpr,
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One program per (utterance, tile): z = sum over i of FIR_i(x**i), and the tile's sum and extrema.
 
@@ -562,7 +618,7 @@ def lnl_kernel(
     first = (program % num_tiles) * BLOCK
     length = _length(lengths, b, num_samples)
     value = _fir_tile(
-        x + b * x_stride, filters + b * filters_stride, first, length, num_taps, NUM_FILTERS, TAPS_BLOCK, BLOCK
+        x + b * x_stride, filters + b * filters_stride, first, length, num_taps, NUM_FILTERS, TAPS_BLOCK, BLOCK, COLUMNS
     )
     n = first + tl.arange(0, BLOCK)
     own = n < length
@@ -612,7 +668,8 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     x, filters, lengths = _rows(x), _bank(filters, x), _dense(lengths)
     (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
     out, z = _result_and_scratch(x)
-    tiles, blocks = triton.cdiv(num_samples, FIR_BLOCK), triton.cdiv(num_samples, BLOCK)
+    tile = _tile(x)
+    tiles, blocks = triton.cdiv(num_samples, tile["BLOCK"]), triton.cdiv(num_samples, BLOCK)
     sums = torch.empty(batch, tiles, dtype=torch.float64, device=x.device)
     extrema = torch.empty(2, batch, tiles, dtype=z.dtype, device=x.device)
     launch(
@@ -633,8 +690,7 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
         filters.stride(0),
         NUM_FILTERS=num_filters,
         TAPS_BLOCK=triton.next_power_of_2(num_taps),
-        BLOCK=FIR_BLOCK,
-        num_warps=4,
+        **tile,
     )
     launch(
         lnl_finish_kernel,
@@ -814,6 +870,7 @@ def ssi_kernel(
     filters_stride,
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One program per (utterance, tile): v = FIR(noise), and the tile's sums of squares of x and v.
 
@@ -825,7 +882,7 @@ def ssi_kernel(
     first = (program % num_tiles) * BLOCK
     length = _length(lengths, b, num_samples)
     row = noise + b * noise_stride
-    value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK)
+    value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK, COLUMNS)
     n = first + tl.arange(0, BLOCK)
     own = n < length
     tl.store(colored + b * num_samples + n, value, mask=own)
@@ -901,7 +958,8 @@ def ssi(
     batch, num_samples = x.shape
     num_taps = filters.shape[-1]
     out, colored = _result_and_scratch(x)
-    tiles, blocks = triton.cdiv(num_samples, FIR_BLOCK), triton.cdiv(num_samples, BLOCK)
+    tile = _tile(x)
+    tiles, blocks = triton.cdiv(num_samples, tile["BLOCK"]), triton.cdiv(num_samples, BLOCK)
     if noise is None:
         seeds, snr_db = _dense(seeds), None
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -927,8 +985,7 @@ def ssi(
         noise.stride(0),
         filters.stride(0),
         TAPS_BLOCK=triton.next_power_of_2(num_taps),
-        BLOCK=FIR_BLOCK,
-        num_warps=4,
+        **tile,
     )
     launch(
         ssi_finish_kernel,

@@ -105,11 +105,12 @@ def _short_bank(num_filters, dtype=torch.float32):
 
 
 @kernels
-def test_utterances_of_several_tiles():
-    # Inner tiles, which need no masks, the edge tiles around them, and tiles beyond an utterance's own length.
-    num_samples = 4500
-    x, lengths = inputs.wave(num_samples, torch.float32, DEVICE), inputs.lengths(num_samples, DEVICE)
-    seeds, bank = inputs.seeds(DEVICE), _short_bank(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_utterances_of_several_tiles(dtype):
+    # Inner tiles, the edge tiles around them, and tiles beyond an utterance's own length.
+    num_samples = 9000 if dtype == torch.float32 else 3500
+    x, lengths = inputs.wave(num_samples, dtype, DEVICE), inputs.lengths(num_samples, DEVICE)
+    seeds, bank = inputs.seeds(DEVICE), _short_bank(3, dtype)
     for own in (None, lengths):
         for op, args in (
             ("lnl", (x, bank, own)),
@@ -118,7 +119,7 @@ def test_utterances_of_several_tiles():
         ):
             found = inputs.run(op, "triton", args)[0]
             expected = inputs.run(op, "reference", inputs.widen(args))[0]
-            assert max_norm_error(found, expected) <= RELATIVE[torch.float32], op
+            assert max_norm_error(found, expected) <= _tolerance(op, args, dtype), op
             if own is not None:
                 assert not bool(found[1, num_samples // 2 :].any()), op
                 assert not bool(found[2].any()), op
