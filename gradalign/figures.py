@@ -259,7 +259,10 @@ def draw_attacks(axes: Axes, values: Mapping[str, Mapping[str, Mapping[str, floa
 
 
 def draw_cosines(axes: Axes, cosines: Sequence[np.ndarray], method: str, bins: int = 40) -> None:
-    """The cosine between the two views' gradients against steps, over all seeds: median and the middle 80% per bin."""
+    """The cosine between the two views' gradients against steps, over all seeds: median and the middle 80% per bin.
+
+    Few steps are drawn as dots too, those in conflict in orange.
+    """
     length = max((len(c) for c in cosines), default=0)
     edges = np.unique(np.linspace(0, length, min(bins, max(length, 1)) + 1).astype(int))
     bands, centers = [], []
@@ -274,6 +277,12 @@ def draw_cosines(axes: Axes, cosines: Sequence[np.ndarray], method: str, bins: i
     low, middle, high = np.array(bands).reshape(-1, 3).T
     axes.fill_between(centers, low, high, color=color(method), alpha=0.2, linewidth=0)
     axes.plot(centers, middle, color=color(method), linewidth=2)
+    if sum(len(c) for c in cosines) <= 600:
+        for curve in cosines:
+            steps = np.arange(len(curve)) + 0.5
+            below = curve < 0
+            axes.plot(steps[~below], curve[~below], ".", color=color(method), markersize=3, alpha=0.5)
+            axes.plot(steps[below], curve[below], ".", color="#D55E00", markersize=5)
     axes.set_xlabel("step")
     axes.set_xlim(0, max(length, 1))
     axes.set_ylim(-1, 1)
