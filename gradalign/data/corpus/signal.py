@@ -64,17 +64,42 @@ def unit_level(wave: np.ndarray) -> np.ndarray:
     return wave / (active_rms(wave) + 1e-9)
 
 
-def noise_like(wave: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Stationary noise with the spectrum and level of the quietest tenth of ``wave``: a recording's background."""
+def _average_spectrum(wave: np.ndarray, share: slice) -> np.ndarray:
+    """Power spectrum [257] over a share of the 32 ms frames, ordered from the quietest to the loudest."""
     size = 512
-    if len(wave) < 12 * size:
-        wave = np.tile(wave, -(-12 * size // max(len(wave), 1)))
+    if len(wave) < 4 * size:
+        wave = np.tile(wave, -(-4 * size // max(len(wave), 1)))
     frames = np.lib.stride_tricks.sliding_window_view(wave, size)[:: size // 4]
-    quiet = frames[np.argsort((frames**2).mean(1))[: max(4, len(frames) // 10)]]
+    order = np.argsort((frames**2).mean(1))
+    chosen = frames[order[int(share.start * len(order)) : max(int(share.stop * len(order)), 4)]]
     window = np.hanning(size)
-    power = (np.abs(np.fft.rfft(quiet * window, axis=1)) ** 2).mean(0) / (window**2).sum()
-    response = np.roll(np.fft.irfft(np.sqrt(power)), size // 2) * window
-    return fftconvolve(rng.standard_normal(num_samples + size), response, "same")[size // 2 : size // 2 + num_samples]
+    return (np.abs(np.fft.rfft(chosen * window, axis=1)) ** 2).mean(0) / (window**2).sum()
+
+
+def _shape(wave: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Filter by the amplitude response ``gain`` [257], with linear phase taken out."""
+    size = 2 * (len(gain) - 1)
+    return fftconvolve(wave, np.roll(np.fft.irfft(gain), size // 2) * np.hanning(size), "full")[size // 2 :][
+        : len(wave)
+    ]
+
+
+def background_noise(wave: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Stationary noise of unit power with the spectrum of the quietest tenth of ``wave``: a recording's background."""
+    gain = np.sqrt(_average_spectrum(wave, slice(0.0, 0.1)))
+    noise = _shape(rng.standard_normal(num_samples), gain)
+    return noise / (np.sqrt((noise**2).mean()) + 1e-12)
+
+
+def match_spectrum(wave: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Give a clip the smoothed long-term spectrum of another, within 15 dB: the same voice colour and microphone."""
+    smooth = np.hanning(7) / np.hanning(7).sum()
+    own, wanted = (
+        np.convolve(np.pad(np.log(_average_spectrum(v, slice(0.3, 1.0)) + 1e-12), 3, mode="edge"), smooth, "valid")
+        for v in (unit_level(wave), unit_level(model))
+    )
+    limit = 15 / 20 * np.log(10)
+    return _shape(wave, np.exp(np.clip((wanted - own) / 2, -limit, limit)))
 
 
 # ------------------------------------------------------------------------------------------------------- codec passes
@@ -109,27 +134,35 @@ CHANNELS = {
 }
 
 
-def equalise(wave: np.ndarray, channel: str, background: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+def equalise(
+    wave: np.ndarray, channel: str, model: np.ndarray | None, noise: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Give a clip, human or spoofed, the common treatment of its channel.
 
     Args:
         wave: the clip [T].
         channel: name of the codec pass.
-        background: a human clip of that channel whose noise floor a synthetic clip gets; None for clips made of
-            recordings.
-        rng: source of the level, the edges and the dither.
+        model: for spoofed clips, the human clip of the channel whose long-term spectrum they get; None for human ones.
+        noise: a human clip of the channel that lends its background.
+        rng: source of levels, edges, noise and dither.
 
     Returns:
         float64 [T'], T' <= T.
     """
-    wave = unit_level(wave)
-    if background is not None:
-        wave = wave + noise_like(unit_level(background), len(wave), rng)
+    wave = trim(high_pass(wave), 30)
+    # A random window of the speech: how a system begins and ends an utterance must not show, nor how long it speaks.
+    size = int(len(wave) * rng.uniform(0.7, 0.95))
+    start = int(rng.integers(0, len(wave) - size + 1))
+    wave = unit_level(wave[start : start + size])
+    if model is not None:
+        # Twice, since the filter's own smoothing leaves a rest.
+        wave = unit_level(match_spectrum(match_spectrum(wave, model), model))
+    # A soft limiter: vocoders change the crest factor, and peaks must not tell the classes apart.
+    wave = 3.0 * np.tanh(wave / 3.0)
+    # The same background for all, above what the sources brought along.
+    wave = wave + background_noise(noise, len(wave), rng) * 10 ** (rng.uniform(-26, -20) / 20)
     wave = CHANNELS[channel](wave * 10 ** (rng.uniform(-29, -23) / 20))
-    wave = trim(low_pass(high_pass(wave)), 30)
-    # Up to 60 ms off either edge hides the trimming habits of each source.
-    start, end = rng.integers(0, int(0.06 * RATE), 2)
-    wave = wave[start : len(wave) - end]
+    wave = low_pass(high_pass(wave))
     wave = unit_level(wave) * 10 ** (rng.uniform(-32, -26) / 20)
     wave = wave / max(1.0, np.abs(wave).max(initial=0) / 0.99)
     ramp = np.minimum(1, np.minimum(np.arange(len(wave)), np.arange(len(wave))[::-1]) / 80)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import re
@@ -23,7 +24,7 @@ _ASTERISK = Path("usr/share/asterisk/sounds")
 _FILLETS = Path("usr/share/games/fillets-ng/sound")
 _TUXPAINT = Path("usr/share/tuxpaint/stamps")
 # A human clip: at least this long after trimming, and cut at this length, seconds.
-MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
+MIN_SECONDS, MAX_SECONDS = 1.4, 4.5
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
@@ -120,6 +121,7 @@ def _unique(paths: list[Path]) -> list[Path]:
     return kept
 
 
+@functools.cache
 def asterisk_texts(folder: Path, language: str) -> dict[str, str]:
     """Prompt name -> text, of the prompts that are speech."""
     name = f"asterisk-core-sounds-{language}"
@@ -131,6 +133,12 @@ def asterisk_texts(folder: Path, language: str) -> dict[str, str]:
             if found and not re.search(r"[\[\]]|tone", found[2]):
                 texts[found[1]] = found[2]
     return texts
+
+
+def asterisk_text(folder: Path, language: str, recording: Path) -> str:
+    """The text of one prompt; ``recording`` is relative to ``folder``."""
+    name = recording.relative_to(_ASTERISK).with_suffix("")
+    return asterisk_texts(folder, language)["/".join(name.parts[1:])]
 
 
 def recordings(folder: Path, speaker: Speaker) -> list[Path]:
