@@ -213,17 +213,21 @@ class Bench:
         sets = measure.num_sets(8.0 * count, device)
         model, contenders, errors, memory, calls = Model(name, device, sets), [], {}, {}, {}
         for who, make in self.makers(sets).items():
-            run = make(model)
-            model.restore(0)
-            run(0)
-            error = _error(model, who)
+            try:
+                run = make(model)
+                model.restore(0)
+                run(0)
+                error = _error(model, who)
+                model.restore(0)
+                memory[who] = measure.peak_bytes(functools.partial(run, 0), device)
+            except torch.OutOfMemoryError:
+                self.skip(f"{who} on {name}: not enough memory")
+                continue
             if error is not None and error > (measure.TOLERANCE if who.startswith(OURS) else _PEER_TOLERANCE):
                 self.failed.append(f"{who} on {name}: relative error {error:.2g}")
                 print(f"WRONG, not timed: {self.failed[-1]}")
                 continue
             errors[who] = error
-            model.restore(0)
-            memory[who] = measure.peak_bytes(functools.partial(run, 0), device)
             model.restore(0)
             calls[who] = measure.launches_and_syncs(functools.partial(run, 0), device)
             ours_on_gpu = device.type == "cuda" and who in (f"{OURS} triton", f"{OURS} cuda", "foreach")
@@ -297,12 +301,21 @@ def _error(model: Model, who: str) -> float | None:
     """
     if "gradvac" in who or "cagrad" in who:
         return None
-    one, two = (torch.cat([g.double().flatten() for g in path]) for path in model.fresh[0])
-    q = min(0.0, float(one @ two))
-    expected = 0.5 * (1 - q / float(one @ one)) * one + 0.5 * (1 - q / float(two @ two)) * two
-    found = torch.cat([g.double().flatten() for g in model.merged()])
+    one, two = model.fresh[0]
+
+    def inner(a: list[Tensor], b: list[Tensor]) -> float:
+        return sum(float(x.double().flatten() @ y.double().flatten()) for x, y in zip(a, b, strict=True))
+
+    q = min(0.0, inner(one, two))
     scale = 2.0 if who == "torchjd" else 1.0
-    return measure.worst_error(found, scale * expected)
+    w1, w2 = (scale * 0.5 * (1 - q / inner(g, g)) for g in (one, two))
+    difference = largest = 0.0
+    # Tensor by tensor: a billion parameters in float64 would not fit beside the contenders.
+    for found, a, b in zip(model.merged(), one, two, strict=True):
+        expected = w1 * a.double() + w2 * b.double()
+        difference = max(difference, float((found.double() - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    return difference / largest
 
 
 def main(arguments: list[str] | None = None) -> int:
