@@ -33,9 +33,10 @@ _RESPONSE_POINTS = tl.constexpr(512)
 
 # Samples of one elementwise program.
 BLOCK = 2048
-# Arguments that vary with the batch are not specialised: each property of theirs would compile the kernel once more.
 # Tiles added at a time by the finishing kernels.
 TILE_BLOCK = 64
+# Integers that vary from batch to batch are not specialised (`do_not_specialize`): being 1 or a multiple of 16 would
+# compile a kernel once more.
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
@@ -512,6 +513,7 @@ def _fir_tile(
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """The BLOCK outputs from ``first``: on tensor cores in rows of COLUMNS, where that is 0 with multiply-adds."""
     reach = _reach(filters, num_taps, NUM_FILTERS, TAPS_BLOCK)
@@ -520,7 +522,7 @@ def _fir_tile(
     if first < length:
         if COLUMNS:
             product = _toeplitz(
-                row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK // COLUMNS, COLUMNS, 32
+                row, filters, first, length, num_taps, reach, NUM_FILTERS, BLOCK // COLUMNS, COLUMNS, DEPTH
             )
             z = tl.reshape(product, [BLOCK])
         elif (first >= reach) & (first + BLOCK + reach < length):
@@ -576,8 +578,9 @@ def _tile(x: Tensor) -> dict[str, int]:
     Multiply-adds, 8 outputs per thread, for float64 and for devices whose tensor cores do not take tf32.
     """
     if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return {"BLOCK": 1024, "COLUMNS": 0, "num_warps": 4}
-    return {"BLOCK": 4096, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK": 1024, "COLUMNS": 0, "DEPTH": 0, "num_warps": 4}
+    # 139 registers on sm_90: three programs share a multiprocessor, so that one's products run while another splits.
+    return {"BLOCK": 2048, "COLUMNS": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 2}
 
 
 def _supports_wave(x: Tensor, *others: Tensor | None) -> str:
@@ -608,6 +611,7 @@ def lnl_kernel(
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """One program per (utterance, tile): z = sum over i of FIR_i(x**i), and the tile's sum and extrema.
 
@@ -618,7 +622,16 @@ def lnl_kernel(
     first = (program % num_tiles) * BLOCK
     length = _length(lengths, b, num_samples)
     value = _fir_tile(
-        x + b * x_stride, filters + b * filters_stride, first, length, num_taps, NUM_FILTERS, TAPS_BLOCK, BLOCK, COLUMNS
+        x + b * x_stride,
+        filters + b * filters_stride,
+        first,
+        length,
+        num_taps,
+        NUM_FILTERS,
+        TAPS_BLOCK,
+        BLOCK,
+        COLUMNS,
+        DEPTH,
     )
     n = first + tl.arange(0, BLOCK)
     own = n < length
@@ -871,6 +884,7 @@ def ssi_kernel(
     TAPS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """One program per (utterance, tile): v = FIR(noise), and the tile's sums of squares of x and v.
 
@@ -882,7 +896,7 @@ def ssi_kernel(
     first = (program % num_tiles) * BLOCK
     length = _length(lengths, b, num_samples)
     row = noise + b * noise_stride
-    value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK, COLUMNS)
+    value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK, COLUMNS, DEPTH)
     n = first + tl.arange(0, BLOCK)
     own = n < length
     tl.store(colored + b * num_samples + n, value, mask=own)

@@ -108,7 +108,7 @@ def _short_bank(num_filters, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_utterances_of_several_tiles(dtype):
     # Inner tiles, the edge tiles around them, and tiles beyond an utterance's own length.
-    num_samples = 9000 if dtype == torch.float32 else 3500
+    num_samples = 5000 if dtype == torch.float32 else 3500
     x, lengths = inputs.wave(num_samples, dtype, DEVICE), inputs.lengths(num_samples, DEVICE)
     seeds, bank = inputs.seeds(DEVICE), _short_bank(3, dtype)
     for own in (None, lengths):
