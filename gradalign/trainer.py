@@ -409,6 +409,8 @@ class _Training:
         self.device = choose_device(config.device)
         self.train_data, self.dev_data = _train_and_dev(config)
         self.test_data = open_split(config, "test")
+        if self.test_data is not None:
+            _expect_disjoint(train=self.train_data, dev=self.dev_data, test=self.test_data)
         self.boost = make_boost(config)
         torch.manual_seed(config.seed)
         try:
@@ -757,7 +759,22 @@ def _train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
     train_data, dev_data = open_split(config, "train"), open_split(config, "dev")
     assert train_data is not None
     assert dev_data is not None
+    _expect_disjoint(train=train_data, dev=dev_data)
     return train_data, dev_data
+
+
+def _expect_disjoint(**splits: SpeechDataset) -> None:
+    """Raise DataError where a split names a file of an earlier one: its errors would be those of training."""
+    files: dict[tuple[Path, str], str] = {}
+    for split, data in splits.items():
+        folder = data.audio_dir.resolve()
+        shared = [u.name for u in data.utterances if (folder, u.name) in files]
+        if shared:
+            raise DataError(
+                f"{folder}: expected other files in {split} than in {files[folder, shared[0]]}; found {len(shared)} in "
+                f"both, such as {shared[0]!r}"
+            )
+        files |= {(folder, u.name): split for u in data.utterances}
 
 
 def _digest(*splits: SpeechDataset) -> str:

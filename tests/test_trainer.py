@@ -440,6 +440,18 @@ def test_a_wrong_protocol_stops_training_by_name(own_corpus, config, split, cont
         train(replace(config, data=str(own_corpus)), progress=False)
 
 
+@pytest.mark.parametrize(("split", "other"), [("dev", "train"), ("test", "train"), ("test", "dev")])
+def test_splits_that_share_audio_stop_training(own_corpus, config, split, other):
+    protocols = own_corpus / "protocols"
+    line = (protocols / f"{other}.txt").read_text().splitlines()[3]
+    with (protocols / f"{split}.txt").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(
+        DataError, match=rf"flac: expected other files in {split} than in {other}; found 1 in both, .*03'"
+    ):
+        train(replace(config, data=str(own_corpus)), progress=False)
+
+
 def test_splits_can_be_given_one_by_one_and_without_a_test_set(corpus, config):
     named = {f"{s}_protocol": str(corpus / "protocols" / f"{s}.txt") for s in ("train", "dev")}
     named |= {f"{s}_audio": str(corpus / "flac") for s in ("train", "dev")}
