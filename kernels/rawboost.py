@@ -579,7 +579,7 @@ def _tile(x: Tensor) -> dict[str, int]:
     """
     if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
         return {"BLOCK": 1024, "COLUMNS": 0, "DEPTH": 0, "num_warps": 4}
-    # 139 registers on sm_90: three programs share a multiprocessor, so that one's products run while another splits.
+    # At about 140 registers on sm_90, three programs share a multiprocessor: one multiplies while another splits.
     return {"BLOCK": 2048, "COLUMNS": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 2}
 
 
