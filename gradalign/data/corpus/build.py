@@ -184,7 +184,7 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
     for clip in clips:
         counters[clip.split] += 1
         noise = rng.choice([c.source for c in human if (c.split, c.channel) == (clip.split, clip.channel)])
-        name = f"GA_{clip.split[0].upper()}_{counters[clip.split]:05d}"
+        name = f"GA_{clip.split.upper()}_{counters[clip.split]:04d}"
         named.append(replace(clip, utterance=name, noise=noise))
     return named
 
