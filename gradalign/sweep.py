@@ -145,7 +145,8 @@ class _Sweep:
             with self.lock:
                 self.processes.discard(process)
         # An early stop, or a run that was finished before.
-        self._advance(run.epochs - done)
+        if not self.stopped:
+            self._advance(run.epochs - done)
         if code != 0 and not self.stopped:
             if not problem and code < 0:
                 problem = f"ended by {signal.Signals(-code).name}; the same command goes on from its last checkpoint"

@@ -285,6 +285,17 @@ def test_every_method_and_path_runs(config, method, path):
     assert math.isfinite(row["dev_loss"])
 
 
+def test_training_on_real_clips(config):
+    clips = Path(__file__).parent / "data" / "clips"
+    run = train(replace(config, data=str(clips), num_samples=16000), progress=False)
+    results = json.loads((run / "results.json").read_text())
+    assert results["bad_files"] == results["skipped_steps"] == 0
+    assert set(results["test_eer_by_attack"]) == {"hifigan", "flite"}
+    protocol = read_protocol(clips / "protocols" / "test.txt")
+    lines = [line.split() for line in (run / "scores_test.txt").read_text().splitlines()]
+    assert [line[0] for line in lines] == [u.name for u in protocol]
+
+
 def test_none_is_mean(config):
     none = train(replace(config, align="none"), progress=False)
     mean = train(replace(config, align="mean"), progress=False)
