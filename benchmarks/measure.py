@@ -99,7 +99,8 @@ def interleave(
     for done in range(rounds):
         if done >= _FEWEST_ROUNDS and (time.perf_counter() - start) * (done + 1) / done > seconds:
             break
-        for contender in contenders:
+        # There and back: nobody always runs after the same neighbour, whose caches and freed memory it finds.
+        for contender in contenders if done % 2 == 0 else reversed(contenders):
             wall, cpu = timers[contender.name]()
             times[contender.name].wall.append(wall / contender.share)
             times[contender.name].cpu.append(cpu / contender.share)
