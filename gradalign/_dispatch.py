@@ -77,6 +77,8 @@ class Op:
     reference: Callable[..., Any]
     mutates: tuple[str, ...] = ()
     fake: Callable[..., Any] | None = None
+    # Raises for arguments that no backend may see: kernels do not check what the Python edge can.
+    check: Callable[..., None] | None = None
     order: tuple[str, ...] = BACKENDS
     backends: dict[str, Backend] = field(default_factory=dict)
 
@@ -94,6 +96,8 @@ class Op:
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.check(*args)
         return self.public(*args)
 
     def differentiate(self, backward: Op) -> None:

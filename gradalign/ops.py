@@ -19,6 +19,32 @@ def _like_first(x, *_):
     return torch.empty_like(x)
 
 
+def _check_gram(grads, num_paths, segments, num_segments):
+    if num_paths < 1 or not segments or len(grads) != num_paths * len(segments):
+        raise ValueError(
+            f"`grads` must hold num_paths * len(segments) = {num_paths} * {len(segments)} tensors, at least one; "
+            f"found {len(grads)}"
+        )
+    _check_segments(segments, num_segments)
+
+
+def _check_combine(out, others, weights, segments):
+    if weights.dim() != 2 or weights.dtype != torch.float64 or weights.shape[1] < 1:
+        raise ValueError(f"`weights` must be float64 [S, K]; found {weights.dtype} {list(weights.shape)}")
+    if not out or len(out) != len(segments):
+        raise ValueError(f"`out` must hold len(segments) = {len(segments)} tensors, at least one; found {len(out)}")
+    if len(others) != (weights.shape[1] - 1) * len(out):
+        raise ValueError(
+            f"`others` must hold (K - 1) * len(out) = {weights.shape[1] - 1} * {len(out)} tensors; found {len(others)}"
+        )
+    _check_segments(segments, weights.shape[0])
+
+
+def _check_segments(segments, num_segments):
+    if min(segments) < 0 or max(segments) >= num_segments:
+        raise ValueError(f"`segments` must lie in [0, {num_segments}); found [{min(segments)}, {max(segments)}]")
+
+
 notch_draws = Op(reference.notch_draws)
 notch_bank = Op(reference.notch_bank)
 lnl = Op(reference.lnl, fake=_like_first)
@@ -30,8 +56,8 @@ ssi_backward = Op(reference.ssi_backward, fake=_like_first)
 lnl.differentiate(lnl_backward)
 isd.differentiate(isd_backward)
 ssi.differentiate(ssi_backward)
-gram = Op(reference.gram)
-combine_ = Op(reference.combine_, mutates=("out",))
+gram = Op(reference.gram, check=_check_gram)
+combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
 
 for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, combine_):
     _extension.register(_op)

@@ -130,6 +130,25 @@ def test_declaring_another_signature_raises():
         ops.gram.backend("triton", available=lambda: "", supports=lambda *_: "")(gram)
 
 
+def test_lists_of_wrong_length_never_reach_a_kernel():
+    g = [torch.ones(3), torch.ones(3)]
+    weights = torch.ones(1, 2, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"`grads` must hold num_paths \* len\(segments\) = 2 \* 2 tensors, .* found 2"
+    ):
+        ops.gram(g, 2, [0, 0], 1)
+    with pytest.raises(ValueError, match=r"`grads` must hold .* = 2 \* 0 tensors, at least one; found 0"):
+        ops.gram([], 2, [], 1)
+    with pytest.raises(ValueError, match=r"`segments` must lie in \[0, 1\); found \[0, 1\]"):
+        ops.gram(g, 1, [0, 1], 1)
+    with pytest.raises(ValueError, match=r"`others` must hold \(K - 1\) \* len\(out\) = 1 \* 2 tensors; found 1"):
+        ops.combine_(g, g[:1], weights, [0, 0])
+    with pytest.raises(ValueError, match=r"`out` must hold len\(segments\) = 1 tensors, at least one; found 2"):
+        ops.combine_(g, g, weights, [0])
+    with pytest.raises(ValueError, match=r"`weights` must be float64 \[S, K\]; found torch.float32 \[1, 2\]"):
+        ops.combine_(g, g, weights.float(), [0, 0])
+
+
 def test_use_backends_raises_when_it_cannot_serve():
     with ga.use_backends("cuda"), pytest.raises(RuntimeError, match="none of the allowed backends can serve this call"):
         ga.RawBoost(1)(torch.zeros(1, 100), seeds=torch.tensor([1]))

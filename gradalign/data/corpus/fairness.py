@@ -5,40 +5,41 @@ from __future__ import annotations
 import numpy as np
 
 from gradalign import metrics
-from gradalign.data.corpus.signal import RATE, active_rms, frame_energy
+from gradalign.data.corpus.signal import FRAME, RATE, active_rms, frame_energy
 
 CUES = (
     "level_db",
-    "peak_db",
     "duration_s",
     "rolloff_85_hz",
     "rolloff_95_hz",
     "noise_floor_db",
     "silent_share",
-    "lead_db",
-    "tail_db",
+    "lead_s",
+    "tail_s",
 )
 # Below this the cues give the classes away.
 MIN_EER = 0.40
 
 
 def cues(wave: np.ndarray) -> np.ndarray:
-    """Level, duration, spectral roll-off, noise floor and silence statistics of a clip [T] at 16 kHz: float64 [9]."""
+    """Level, duration, spectral roll-off, noise floor and silence statistics of a clip [T] at 16 kHz: float64 [8]."""
     energy_db = 10 * np.log10(frame_energy(wave) + 1e-12)
     level_db = 20 * np.log10(active_rms(wave) + 1e-9)
     spectrum = np.cumsum(np.abs(np.fft.rfft(wave)) ** 2)
     rolloff = [np.searchsorted(spectrum, share * spectrum[-1]) / len(spectrum) * RATE / 2 for share in (0.85, 0.95)]
     floor_db = np.percentile(energy_db, 5)
+    silent = energy_db < level_db - 15
+    loud = np.flatnonzero(~silent)
+    lead, tail = (loud[0], len(silent) - 1 - loud[-1]) if len(loud) else (len(silent), len(silent))
     return np.array(
         [
             level_db,
-            20 * np.log10(np.abs(wave).max() + 1e-9),
             len(wave) / RATE,
             *rolloff,
             floor_db - level_db,
-            np.mean(energy_db < level_db - 25),
-            energy_db[:5].mean() - level_db,
-            energy_db[-5:].mean() - level_db,
+            np.mean(silent),
+            lead * FRAME / RATE,
+            tail * FRAME / RATE,
         ]
     )
 
