@@ -19,7 +19,7 @@ help:
 # The stamp's prerequisites are what changes the installation: dependencies and compiled code.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip wheel -c constraints.txt setuptools
 	@echo "Installing PyTorch and the other dependencies into $(VENV) (about 5 GB, some minutes the first time)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton "pybind11>=2.13" ninja
 	@echo "Building the extension"
