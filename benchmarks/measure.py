@@ -170,6 +170,15 @@ def ratio(times: dict[str, Times], over: str, under: str, clock: str = "wall") -
     return spread([a / b for a, b in pairs])
 
 
+def clocks(device: torch.device) -> tuple[str, ...]:
+    """Name the clocks that goals are judged on: the wall's, and with one CPU thread the CPU's as well.
+
+    A time slice given to another process counts on the first only. With several threads, waiting for one another counts
+    on the second.
+    """
+    return ("wall", "cpu") if device.type == "cpu" and torch.get_num_threads() == 1 else ("wall",)
+
+
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Most device memory (on the CPU: PyTorch's allocator) in use during ``run`` beyond what was in use before.
 

@@ -359,13 +359,13 @@ class Bench:
         """Return the figures the project promises, as far as this run measured them."""
         if self.device.type != "cpu":
             return self.device_goals()
-        found = None
-        if torch.get_num_threads() == 1 and self.options.published_processes == 1:
-            found = self.times_faster("cpp", PUBLISHED)
-        text = (
-            "cpp RawBoost algorithm 4 against the published NumPy code, one core, T = 64600, wall clock, times faster"
-        )
-        return [measure.goal(text, found, 20, at_least=True)]
+        one_core = torch.get_num_threads() == 1 and self.options.published_processes == 1
+        text = "cpp RawBoost algorithm 4 against the published NumPy code, one core, T = 64600, times faster, {} clock"
+        goals = []
+        for clock in measure.clocks(self.device):
+            found = self.times_faster("cpp", PUBLISHED, clock=clock) if one_core else None
+            goals.append(measure.goal(text.format(clock), found, 20, at_least=True))
+        return goals
 
     def device_goals(self) -> list[dict[str, Any]]:
         """Return the goals for one H100 at B = 64, T = 64600, algorithm 4."""
@@ -383,11 +383,11 @@ class Bench:
             measure.goal("against the published code on all cores, times faster", all_cores, 500, at_least=True),
         ]
 
-    def times_faster(self, ours: str, against: str, batch: int | None = None) -> float | None:
+    def times_faster(self, ours: str, against: str, batch: int | None = None, clock: str = "wall") -> float | None:
         """Return the median ratio for algorithm 4 at T = 64600, at the largest batch or the given one."""
         at = {"op": "rawboost", "algo": 4, "samples": 64600, "ours": ours, "against": against}
         chosen = [c for c in self.comparisons if at.items() <= c.items() and batch in (None, c["batch"])]
-        return max(chosen, key=lambda c: c["batch"])["times_faster_wall"]["median"] if chosen else None
+        return max(chosen, key=lambda c: c["batch"])[f"times_faster_{clock}"]["median"] if chosen else None
 
 
 def _take(value: Any, rows: list[int]) -> Any:
