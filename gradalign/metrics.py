@@ -8,7 +8,6 @@ equal scores are always accepted or rejected together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +56,9 @@ def det_curve(bonafide: _Scores, spoof: _Scores) -> tuple[np.ndarray, np.ndarray
 def eer(bonafide: _Scores, spoof: _Scores) -> float:
     """Equal error rate in [0, 1]: the mean of P_miss and P_fa at the lowest threshold where they differ least.
 
-    The definition of the ASVspoof evaluation packages, with tied scores kept together.
+    The definition of the ASVspoof evaluation packages (2019, 2021 and 5: ``compute_eer``), bit for bit where no score
+    occurs in both classes. Where one does, they sort bona fide trials first and may so stop between tied trials, at a
+    point that no threshold reaches (a detector without information then has an EER of 1); here ties stay together.
 
     Args:
         bonafide: scores of bona fide trials [N].
@@ -70,14 +71,14 @@ def eer(bonafide: _Scores, spoof: _Scores) -> float:
     0.25
     """
     p_miss, p_fa, _ = det_curve(bonafide, spoof)
-    return _eer_of(p_miss, p_fa)
-
-
-def _eer_of(p_miss: np.ndarray, p_fa: np.ndarray) -> float:
-    # Rounding must not decide between two thresholds at which the rates differ equally.
-    difference = np.round(np.abs(p_miss - p_fa), 12)
-    at = int(np.argmin(difference))
+    at = _equal_error_index(p_miss, p_fa)
     return float(p_miss[at] + p_fa[at]) / 2
+
+
+def _equal_error_index(p_miss: np.ndarray, p_fa: np.ndarray) -> int:
+    # The float64 rates decide, unrounded: where two thresholds differ equally but for rounding, the official packages
+    # take the one that this takes.
+    return int(np.argmin(np.abs(p_miss - p_fa)))
 
 
 def eer_interval(
@@ -123,8 +124,8 @@ def min_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: fl
     """Minimum normalised detection cost over all thresholds; the defaults are those of ASVspoof 5.
 
     DCF(t) = c_miss (1 - p_spoof) P_miss(t) + c_fa p_spoof P_fa(t), divided by the cost of the better of accepting or
-    rejecting everything, min(c_miss (1 - p_spoof), c_fa p_spoof). Source: Wang et al., "ASVspoof 5", 2024, arXiv
-    2408.08739, section 5.
+    rejecting everything, min(c_miss (1 - p_spoof), c_fa p_spoof). Source: ASVspoof 5 (Wang et al., 2024, arXiv
+    2408.08739), ``compute_mindcf`` of its evaluation package.
 
     Args:
         bonafide: scores of bona fide trials [N].
@@ -145,11 +146,10 @@ def min_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: fl
 
 
 def act_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: float = 1, c_fa: float = 10) -> float:
-    """Actual normalised detection cost at the Bayes threshold ln(c_fa p_spoof / (c_miss (1 - p_spoof))) on
-    log-likelihood ratios.
+    """Actual normalised detection cost at the Bayes threshold, for scores that are log-likelihood ratios.
 
-    As `min_dcf`, at the one threshold that is right for scores that are natural-log likelihood ratios of bona fide to
-    spoof.
+    As `min_dcf`, at the one threshold ln(c_fa p_spoof / (c_miss (1 - p_spoof))), which is right for natural-log
+    likelihood ratios of bona fide to spoof. Source: ASVspoof 5, ``compute_actDCF`` of its evaluation package.
 
     Args:
         bonafide: scores of bona fide trials [N].
@@ -174,9 +174,9 @@ def act_dcf(bonafide: _Scores, spoof: _Scores, p_spoof: float = 0.05, c_miss: fl
 def cllr(bonafide: _Scores, spoof: _Scores) -> float:
     """Cost of log-likelihood ratios in bits: 0 for a perfect, 1 for a useless but calibrated detector.
 
-    Cllr = (mean log2(1 + exp(-s)) over bona fide + mean log2(1 + exp(s)) over spoof) / 2, s natural-log likelihood
-    ratios.
-    Source: Brümmer and du Preez, "Application-independent evaluation of speaker detection", 2006.
+    Cllr = (mean log2(1 + exp(-s)) over bona fide + mean log2(1 + exp(s)) over spoof) / 2, with s natural-log
+    likelihood ratios. Source: Brümmer and du Preez, "Application-independent evaluation of speaker detection", 2006;
+    ``calculate_CLLR`` of the ASVspoof 5 evaluation package.
 
     Args:
         bonafide: scores of bona fide trials [N].
@@ -219,6 +219,10 @@ class AsvRates:
     def from_scores(cls, target: _Scores, nontarget: _Scores, spoof: _Scores) -> AsvRates:
         """Return the rates at the verification system's EER threshold, as the ASVspoof packages fix it.
 
+        Source: ``compute_eer`` and ``obtain_asv_error_rates`` of their evaluation packages. The threshold is the
+        highest score rejected at the EER, and that score is then accepted: one trial apart from the EER's own rates,
+        and kept because published tandem costs depend on it.
+
         Args:
             target: verification scores of target trials [N].
             nontarget: of zero-effort impostors [M].
@@ -227,23 +231,28 @@ class AsvRates:
         Raises:
             TypeError, ValueError: for scores that are no finite one-dimensional arrays.
 
-        >>> AsvRates.from_scores([1.0, 2.0], [-1.0, 0.0], [0.5, 1.5])
-        AsvRates(p_fa=0.0, p_miss=0.0, p_fa_spoof=0.5)
+        >>> AsvRates.from_scores([1.0, 2.0], [-1.0, 0.0], [0.5, -1.5])
+        AsvRates(p_fa=0.5, p_miss=0.0, p_fa_spoof=0.5)
         """
-        p_miss, p_fa, thresholds = det_curve(target, nontarget)
-        at = int(np.argmin(np.round(np.abs(p_miss - p_fa), 12)))
-        p_fa_spoof = float(np.mean(_check("spoof", spoof) >= thresholds[at]))
-        return cls(float(p_fa[at]), float(p_miss[at]), p_fa_spoof)
+        tested, impostors, attacks = _check("target", target), _check("nontarget", nontarget), _check("spoof", spoof)
+        p_miss, p_fa, thresholds = det_curve(tested, impostors)
+        # Where nothing is rejected at the EER, the lowest score keeps it so.
+        threshold = thresholds[max(_equal_error_index(p_miss, p_fa) - 1, 0)]
+        return cls(
+            p_fa=float(np.mean(impostors >= threshold)),
+            p_miss=float(np.mean(tested < threshold)),
+            p_fa_spoof=float(np.mean(attacks >= threshold)),
+        )
 
 
-def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: Any = "2021") -> float:
+def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2021") -> float:
     """Minimum normalised tandem detection cost of a detector in front of a fixed speaker verification system.
 
     t-DCF(t) = C0 + C1 P_miss(t) + C2 P_fa(t), with spoofing prior 0.05, target and non-target priors 0.9405 and
     0.0095, unit cost of misses and cost 10 of false acceptances. ``"2019"``: C0 is left out, and the minimum is
     divided by min(C1, C2) (ASVspoof 2019 evaluation plan). ``"2021"``: divided by C0 + min(C1, C2) (Kinnunen et al.,
-    "Tandem assessment of spoofing
-    countermeasures and automatic speaker verification: fundamentals", 2020, as in ASVspoof 2021).
+    "Tandem assessment of spoofing countermeasures and automatic speaker verification: fundamentals", 2020, as in
+    ASVspoof 2021).
 
     Args:
         bonafide: detector's scores of bona fide trials [N].

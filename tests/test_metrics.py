@@ -41,8 +41,22 @@ def test_det_curve(bonafide, spoof):
 
 @every_set
 def test_eer(bonafide, spoof):
-    best = min(rates(bonafide, spoof), key=lambda r: round(abs(r[0] - r[1]), 12))
+    best = min(rates(bonafide, spoof), key=lambda r: abs(r[0] - r[1]))
     assert metrics.eer(bonafide, spoof) == pytest.approx(sum(best) / 2, abs=1e-12)
+
+
+def small_sets(count=300):
+    """Untied sets so small that two thresholds often differ equally but for rounding."""
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        sizes = rng.integers(1, 60, 2)
+        yield rng.normal(0.5, 1, sizes[0]), rng.normal(-0.5, 1, sizes[1])
+
+
+def test_eer_of_small_sets():
+    for bonafide, spoof in small_sets():
+        best = min(rates(bonafide, spoof), key=lambda r: abs(r[0] - r[1]))
+        assert metrics.eer(bonafide, spoof) == sum(best) / 2
 
 
 def test_eer_of_known_sets():
@@ -103,10 +117,13 @@ def test_tandem_dcf(bonafide, spoof):
 def test_asv_rates_from_scores():
     target, nontarget, spoof = RNG.normal(2, 1, 400), RNG.normal(-1, 1, 500), RNG.normal(1, 1, 300)
     found = AsvRates.from_scores(target, nontarget, spoof)
+    # A trial is rejected up to and including the threshold where the error rates are equal, accepted from it on after.
     thresholds = sorted({*target, *nontarget})
-    best = min(thresholds, key=lambda t: round(abs(np.mean(target < t) - np.mean(nontarget >= t)), 12))
+    best = min(thresholds, key=lambda t: abs(np.mean(target <= t) - np.mean(nontarget > t)))
     expected = (np.mean(nontarget >= best), np.mean(target < best), np.mean(spoof >= best))
     assert (found.p_fa, found.p_miss, found.p_fa_spoof) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"`nontarget` must be finite; found nan at index 0"):
+        AsvRates.from_scores([1.0], [math.nan], [0.0])
 
 
 def test_eer_interval_covers_and_is_reproducible():
@@ -179,22 +196,52 @@ def official(variable, file):
 
 
 COSTS = {"Ptar": 0.95 * 0.99, "Pnon": 0.95 * 0.01, "Pspoof": 0.05}
+UNTIED = ["random", "separable", "inverted", "one against one", "tiny", "large scores"]
 
 
-@pytest.mark.parametrize("name", ["random", "large scores"])
+def assert_equal_eer(compute_eer):
+    for bonafide, spoof in [*(SETS[name] for name in UNTIED), *small_sets()]:
+        assert metrics.eer(bonafide, spoof) == pytest.approx(compute_eer(bonafide, spoof)[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["random", "tied", "large scores"])
 def test_equals_official_2019_package(name):
     package = official("GRADALIGN_OFFICIAL_AASIST", "evaluation.py")
+    assert_equal_eer(package.compute_eer)
     bonafide, spoof = SETS[name]
-    assert metrics.eer(bonafide, spoof) == pytest.approx(package.compute_eer(bonafide, spoof)[0], abs=1e-9)
     costs = COSTS | {"Cmiss_asv": 1, "Cfa_asv": 10, "Cmiss_cm": 1, "Cfa_cm": 10}
     curve, _ = package.compute_tDCF(bonafide, spoof, ASV.p_fa, ASV.p_miss, 1 - ASV.p_fa_spoof, costs, print_cost=False)
     assert metrics.min_tdcf(bonafide, spoof, asv=ASV, version="2019") == pytest.approx(curve.min(), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["random", "large scores"])
+@pytest.mark.parametrize("name", ["random", "tied", "large scores"])
 def test_equals_official_2021_package(name):
     package = official("GRADALIGN_PUBLISHED_DPDA", "eval_metrics.py")
+    assert_equal_eer(package.compute_eer)
     bonafide, spoof = SETS[name]
     costs = COSTS | {"Cmiss": 1, "Cfa": 10, "Cfa_spoof": 10}
     curve, _ = package.compute_tDCF(bonafide, spoof, ASV.p_fa, ASV.p_miss, ASV.p_fa_spoof, costs, print_cost=False)
     assert metrics.min_tdcf(bonafide, spoof, asv=ASV) == pytest.approx(curve.min(), abs=1e-9)
+
+
+def test_asv_rates_equal_the_official_packages():
+    package = official("GRADALIGN_PUBLISHED_DPDA", "eval_metrics.py")
+    target, nontarget, spoof = RNG.normal(2, 1, 400), RNG.normal(-1, 1, 500), RNG.normal(1, 1, 300)
+    _, threshold = package.compute_eer(target, nontarget)
+    p_fa, p_miss, _, p_fa_spoof = package.obtain_asv_error_rates(target, nontarget, spoof, threshold)
+    found = AsvRates.from_scores(target, nontarget, spoof)
+    assert (found.p_fa, found.p_miss, found.p_fa_spoof) == pytest.approx((p_fa, p_miss, p_fa_spoof), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["random", "tied", "separable", "inverted", "one against one", "tiny"])
+def test_equals_official_asvspoof_5_package(name):
+    package = official("GRADALIGN_OFFICIAL_ASVSPOOF5", "calculate_modules.py")
+    assert_equal_eer(package.compute_eer)
+    bonafide, spoof = SETS[name]
+    p_miss, p_fa, thresholds = package.compute_det_curve(bonafide, spoof)
+    expected = package.compute_mindcf(p_miss, p_fa, thresholds, 0.05, 1, 10)[0]
+    assert metrics.min_dcf(bonafide, spoof) == pytest.approx(expected, abs=1e-9)
+    assert metrics.act_dcf(bonafide, spoof) == pytest.approx(
+        package.compute_actDCF(bonafide, spoof, 0.05, 1, 10)[0], abs=1e-9
+    )
+    assert metrics.cllr(bonafide, spoof) == pytest.approx(package.calculate_CLLR(bonafide, spoof), abs=1e-9)
