@@ -153,6 +153,8 @@ def test_shape_and_misuse(name):
     for bad in (torch.zeros(6000), torch.zeros(1, 2, 6000), torch.zeros(1, 0)):
         with pytest.raises(ValueError, match=r"`wave` must be \[B, T\] with T >= \d+; found \["):
             model(bad)
+    with pytest.raises(TypeError, match=r"`wave` must be floating; found torch.int16"):
+        model(torch.zeros(1, 6000, dtype=torch.int16))
 
 
 def test_aasist_needs_as_many_samples_as_it_says():
@@ -161,6 +163,20 @@ def test_aasist_needs_as_many_samples_as_it_says():
         assert bool(torch.isfinite(model(torch.randn(1, model.min_samples))).all())
     with pytest.raises(ValueError, match=f"T >= {model.min_samples}; found"):
         model(torch.randn(1, model.min_samples - 1))
+
+
+def test_aasist_keeps_the_layout_of_its_gradients():
+    # The gradient kernels read contiguous tensors fastest, whatever the layout of the activations.
+    torch.manual_seed(0)
+    model = ga.detectors.create("aasist-l")
+    model(recipe_wave(3000)).square().sum().backward()
+    assert all(p.grad.is_contiguous() for p in model.parameters() if p.grad is not None)
+
+
+def test_light_takes_widths_it_can_divide():
+    assert ga.detectors.create("light", width=48)(recipe_wave(6000)).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"`width` must be a positive multiple of 24; found 32"):
+        ga.detectors.create("light", width=32)
 
 
 def test_light_is_independent_of_level_batch_and_silence():

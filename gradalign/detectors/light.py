@@ -28,12 +28,14 @@ class LightDetector(nn.Module):
     """About 66,000 parameters; independent of level and of a fixed channel, since spectra are centred over time.
 
     Group rather than batch normalisation: an utterance's score does not depend on the batch around it, so that the
-        clean
-    and the augmented view never meet in a statistic, in joint and in split mode alike.
+    clean and the augmented view never meet in a statistic, in joint and in split mode alike.
 
     Args:
-        width: channels of the first convolution; the others scale with it.
+        width: channels of the first convolution, a multiple of 24; the others scale with it.
         dropout: probability before the last layer.
+
+    Raises:
+        ValueError: for another width.
     """
 
     window: Tensor
@@ -41,6 +43,9 @@ class LightDetector(nn.Module):
 
     def __init__(self, width: int = 24, dropout: float = 0.2) -> None:
         super().__init__()
+        # Every layer's channels are whole and fall into eight groups.
+        if width <= 0 or width % 24:
+            raise ValueError(f"`width` must be a positive multiple of 24; found {width}")
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("filterbank", linear_filterbank(BANDS, FFT_SIZE), persistent=False)
         sizes = (1, width, 4 * width // 3, 2 * width, 8 * width // 3)
@@ -72,12 +77,13 @@ class LightDetector(nn.Module):
         """Score a batch.
 
         Args:
-            wave: [B, T] at 16 kHz, T at least 1.
+            wave: [B, T] at 16 kHz, floating, T at least 1.
 
         Returns:
             Logits [B, 2], index 1 bona fide.
 
         Raises:
+            TypeError: for integer samples.
             ValueError: for another shape.
         """
         return self.head(self.dropout(self.embed(wave)))
@@ -86,6 +92,8 @@ class LightDetector(nn.Module):
         """Return the attention-weighted mean and standard deviation of the frames: [B, T] -> [B, D]."""
         if wave.dim() != 2 or wave.shape[1] == 0:
             raise ValueError(f"`wave` must be [B, T] with T >= 1; found {list(wave.shape)}")
+        if not wave.is_floating_point():
+            raise TypeError(f"`wave` must be floating; found {wave.dtype}")
         # float32 under autocast too: the spectrum of a float16 power overflows.
         with torch.autocast(wave.device.type, enabled=False):
             bands = self.features(wave if wave.dtype == torch.float64 else wave.float())
