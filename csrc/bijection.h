@@ -15,8 +15,10 @@ struct Bijection {
 
 GRADALIGN_HD Bijection make_bijection(uint64_t seed, uint32_t size) {
   Bijection b;
+  GRADALIGN_UNROLL
   for (int block = 0; block < kBijectionRounds / 4; ++block) {
     Words words = philox(seed, kStreamIsdKeys, block);
+    GRADALIGN_UNROLL
     for (int i = 0; i < 4; ++i) b.keys[4 * block + i] = words.w[i];
   }
   uint32_t bits = 4;
@@ -37,6 +39,7 @@ GRADALIGN_HD uint32_t mix(uint32_t v) {
 
 GRADALIGN_HD uint32_t permute_once(const Bijection& b, uint32_t value) {
   uint32_t low = value & b.low_mask, high = value >> b.low_bits;
+  GRADALIGN_UNROLL
   for (int r = 0; r < kBijectionRounds; r += 2) {
     low ^= mix(high + b.keys[r]) & b.low_mask;
     high ^= mix(low + b.keys[r + 1]) & b.high_mask;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "layout.h"
 #include "philox.h"
 
 namespace gradalign {
@@ -19,29 +20,6 @@ std::vector<Chunk> chunks_of(const std::vector<Tensor>& params, int64_t num_para
   for (int64_t n = 0; n < num_params; ++n)
     for (int64_t begin = 0, size = params[n].numel(); begin < size; begin += kChunk) chunks.push_back({n, begin, std::min(begin + kChunk, size)});
   return chunks;
-}
-
-// True when the tensor's elements fill its span of memory, in whatever order.
-bool is_dense(const Tensor& tensor) {
-  int64_t span = 1;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) span += (tensor.size(axis) - 1) * tensor.stride(axis);
-  return tensor.numel() == 0 || span == tensor.numel();
-}
-
-bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t axis = 0; axis < a.dim(); ++axis)
-    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
-  return true;
-}
-
-// Check the paths' tensors of parameter n against each other; return whether all can be walked in memory order.
-bool check_paths(const Tensor& first, const Tensor& other) {
-  STD_TORCH_CHECK(first.scalar_type() == other.scalar_type(), "the paths' gradients of one parameter must share a dtype; found ",
-                  toString(first.scalar_type()), " and ", toString(other.scalar_type()));
-  bool same_shape = first.dim() == other.dim();
-  for (int64_t axis = 0; same_shape && axis < first.dim(); ++axis) same_shape = first.size(axis) == other.size(axis);
-  STD_TORCH_CHECK(same_shape, "the paths' gradients of one parameter must share a shape");
-  return is_dense(first) && same_layout(first, other);
 }
 
 template <typename T>

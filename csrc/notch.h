@@ -41,11 +41,29 @@ GRADALIGN_HD NotchBand notch_band(double center_hz, double width_hz, int64_t tap
   return {2 / sample_rate * low, 2 / sample_rate * high, int(taps - 1) / 2};
 }
 
+// sin(pi v) and cos(pi v). The device's functions reduce their argument exactly; those of v * pi keep a slow path for huge arguments, with a
+// table in local memory.
+GRADALIGN_HD double sin_pi(double v) {
+#if defined(__CUDA_ARCH__)
+  return sinpi(v);
+#else
+  return sin(kPi * v);
+#endif
+}
+
+GRADALIGN_HD double cos_pi(double v) {
+#if defined(__CUDA_ARCH__)
+  return cospi(v);
+#else
+  return cos(kPi * v);
+#endif
+}
+
 // Tap m >= 0 (= tap -m) before the band is scaled to gain 1 at 0 Hz.
 GRADALIGN_HD double notch_tap(const NotchBand& band, int m) {
   if (m == 0) return band.left + 1 - band.right;
-  double window = 0.54 + 0.46 * cos(kPi * m / band.reach);
-  return (sin(kPi * band.left * m) - sin(kPi * band.right * m)) / (kPi * m) * window;
+  double window = 0.54 + 0.46 * cos_pi(double(m) / band.reach);
+  return (sin_pi(band.left * m) - sin_pi(band.right * m)) / (kPi * m) * window;
 }
 
 // response[j] = taps[0] + 2 * sum over m of taps[m] * cos(m w_j) by Clenshaw's recurrence, without a table of cosines of multiples; N frequencies
@@ -54,12 +72,14 @@ template <int N>
 GRADALIGN_HD void symmetric_response(const double* taps, int reach, const double* cos_w, double* response) {
   double last[N] = {}, before[N] = {};
   for (int m = reach; m > 0; --m) {
+    GRADALIGN_UNROLL
     for (int j = 0; j < N; ++j) {
       double current = taps[m] + 2 * cos_w[j] * last[j] - before[j];
       before[j] = last[j];
       last[j] = current;
     }
   }
+  GRADALIGN_UNROLL
   for (int j = 0; j < N; ++j) response[j] = taps[0] + 2 * (cos_w[j] * last[j] - before[j]);
 }
 

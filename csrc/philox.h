@@ -8,7 +8,10 @@
 
 #if defined(__CUDACC__)
 #define GRADALIGN_HD __host__ __device__ __forceinline__
+// An array indexed in a loop stays in registers only where the loop is unrolled.
+#define GRADALIGN_UNROLL _Pragma("unroll")
 #else
+#define GRADALIGN_UNROLL
 // Always inlined, so that a body takes the instruction set of the function around it (see GRADALIGN_CLONES in common.h).
 #define GRADALIGN_HD inline __attribute__((always_inline))
 #endif
@@ -33,9 +36,7 @@ struct Words {
 GRADALIGN_HD Words philox(uint64_t seed, uint32_t stream, uint64_t index, uint32_t filter = 0) {
   uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = filter, c3 = stream;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  GRADALIGN_UNROLL
   for (int round = 0; round < 10; ++round) {
     uint64_t product0 = uint64_t(c0) * 0xD2511F53u, product1 = uint64_t(c2) * 0xCD9E8D57u;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ key0;

@@ -12,6 +12,8 @@ import torch
 
 from gradalign._dispatch import Op, first_tensor
 
+# csrc/cuda/gradients.cu builds its kernels for up to this many paths.
+CUDA_MAX_PATHS = 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,6 +49,14 @@ def _supports(device: str, args: tuple[Any, ...]) -> str:
     return ""
 
 
+def _cuda_supports(op: str, args: tuple[Any, ...]) -> str:
+    paths = args[1] if op == "gram" else args[2].shape[1] if op == "combine_" else 1
+    if paths > CUDA_MAX_PATHS:
+        return f"takes up to {CUDA_MAX_PATHS} paths, found {paths}"
+    return _supports("cuda", args)
+
+
 def register(op: Op) -> None:
     """Offer csrc's kernels of ``op`` as the backends "cpp" and "cuda"."""
     op.native_backend("cpp", _cpp_available, lambda *args: _supports("cpu", args))
+    op.native_backend("cuda", _cuda_available, lambda *args: _cuda_supports(op.name, args))

@@ -1,0 +1,298 @@
+// gram and combine_ on CUDA. Equivalent to the functions of these names in gradalign/reference.py.
+// Both are bound by memory: each gradient is read once, in 16-byte accesses where its address allows.
+#include <algorithm>
+#include <numeric>
+
+#include "../layout.h"
+#include "tensor_list.cuh"
+
+namespace gradalign::cuda {
+
+constexpr int kThreads = 256;
+// Kernels are built for 2, 4 and 8 paths; other numbers take the next one.
+constexpr int kMaxPaths = 8;
+
+constexpr int pairs_of(int num_paths) { return num_paths * (num_paths + 1) / 2; }
+
+// Pair (i, j), i <= j, counted by j first: the pairs of fewer paths come first.
+__host__ __device__ constexpr int pair_of(int i, int j) { return j * (j + 1) / 2 + i; }
+
+// V neighbours of a gradient, read and written in one access.
+template <typename S, int V>
+struct alignas(V * sizeof(S)) Vector {
+  S v[V];
+};
+
+// Independent loads in flight per thread: about 8 of 16 bytes hide the memory's latency at the occupancy that their registers leave.
+template <int K>
+constexpr int kInFlight = K == 2 ? 4 : K == 4 ? 2 : 1;
+
+// Call body(i, vector width, how many vectors, `stride` apart) until the thread has seen its share of `count` elements. `aligned` says that
+// 16-byte accesses are allowed.
+template <typename S, int K, typename Body>
+__device__ void walk(int count, bool aligned, Body&& body) {
+  constexpr int kVector = 16 / sizeof(S);
+  auto run = [&](auto width, int begin, int end) {
+    constexpr int V = decltype(width)::value, kStride = kThreads * V, U = kInFlight<K>;
+    int i = begin + int(threadIdx.x) * V;
+    for (; i + (U - 1) * kStride + V <= end; i += U * kStride) body(i, width, std::integral_constant<int, U>{});
+    for (; i + V <= end; i += kStride) body(i, width, std::integral_constant<int, 1>{});
+  };
+  const int whole = aligned ? count / kVector * kVector : 0;
+  run(std::integral_constant<int, kVector>{}, 0, whole);
+  run(std::integral_constant<int, 1>{}, whole, count);
+}
+
+// True when every path's gradient of a tensor allows 16-byte accesses; chunks begin at multiples of 16 bytes.
+template <int K>
+__device__ bool aligned(const TensorList<K>& list, int tensor, int num_paths) {
+  uintptr_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (k < num_paths) bits |= reinterpret_cast<uintptr_t>(list.data[k][tensor]);
+  return bits % 16 == 0;
+}
+
+// ----------------------------------------------------------------------------------------------------------------------------------- gram
+
+// One block per chunk: the inner products of its paths' pieces -> partials [pairs, slots]. A thread adds at most kChunk / kThreads products per
+// sum in float32 (float64 for float64 gradients); from there on everything is float64, added in a fixed order. Paths above num_paths repeat
+// path 0, which the cache serves, and their sums are left out.
+template <typename S, int K>
+__global__ __launch_bounds__(kThreads) void gram_kernel(const __grid_constant__ TensorList<K> list, int num_paths, int64_t num_slots,
+                                                        double* partials) {
+  using T = Wide<S>;
+  constexpr int kPairs = pairs_of(K), kWarps = kThreads / kWarp;
+  __shared__ double of_warp[kPairs][kWarps];
+  const Piece piece = piece_of(list, blockIdx.x);
+  const S* data[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) data[k] = static_cast<const S*>(list.data[k][piece.tensor]) + piece.begin;
+  T sums[kPairs] = {};
+  walk<S, K>(piece.count, aligned(list, piece.tensor, num_paths), [&](int i, auto width, auto times) {
+    constexpr int V = decltype(width)::value, U = decltype(times)::value;
+    Vector<S, V> g[U][K];
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int k = 0; k < K; ++k) g[u][k] = *reinterpret_cast<const Vector<S, V>*>(data[k] + i + u * kThreads * V);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+#pragma unroll
+        for (int b = 0; b < K; ++b)
+#pragma unroll
+          for (int a = 0; a <= b; ++a) sums[pair_of(a, b)] += T(g[u][a].v[v]) * T(g[u][b].v[v]);
+  });
+  const int warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const double sum = warp_reduce(double(sums[pair]), Add{});
+    if (threadIdx.x % kWarp == 0) of_warp[pair][warp] = sum;
+  }
+  __syncthreads();
+  if (int(threadIdx.x) < pairs_of(num_paths)) {
+    double total = 0;
+    for (int w = 0; w < kWarps; ++w) total += of_warp[threadIdx.x][w];
+    partials[threadIdx.x * num_slots + piece.slot] = total;
+  }
+}
+
+// Segments per launch of gram_sum_kernel, whose bounds are a kernel argument.
+constexpr int kSegments = 960;
+
+struct Bounds {
+  // Segment `first` + s has the slots bound[s] .. bound[s + 1] - 1.
+  int first, count;
+  int bound[kSegments + 1];
+};
+
+// One block per (segment, pair): partials [pairs, slots] -> gram [S, K, K], always in the same order.
+__global__ __launch_bounds__(kThreads) void gram_sum_kernel(const double* partials, const __grid_constant__ Bounds bounds, int num_paths,
+                                                            int64_t num_slots, double* gram) {
+  const int s = blockIdx.x % bounds.count, pair = blockIdx.x / bounds.count;
+  double sum = 0;
+  for (int slot = bounds.bound[s] + int(threadIdx.x); slot < bounds.bound[s + 1]; slot += kThreads) sum += partials[pair * num_slots + slot];
+  sum = block_reduce<kThreads>(sum, Add{});
+  if (threadIdx.x > 0) return;
+  int j = 0;
+  while (pair_of(0, j + 1) <= pair) ++j;
+  const int i = pair - pair_of(0, j);
+  double* matrix = gram + int64_t(bounds.first + s) * num_paths * num_paths;
+  matrix[i * num_paths + j] = sum;
+  matrix[j * num_paths + i] = sum;
+}
+
+// --------------------------------------------------------------------------------------------------------------------------------- combine_
+
+// One block per chunk: out = w[s, 0] * out + sum over k > 0 of w[s, k] * g_k in place; weights [S, num_paths] are read on the device.
+// Equivalent to `reference.combine_`.
+template <typename S, int K>
+__global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ TensorList<K> list, int num_paths, const double* weights) {
+  using T = Wide<S>;
+  const Piece piece = piece_of(list, blockIdx.x);
+  S* data[K];
+  T w[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    data[k] = static_cast<S*>(list.data[k][piece.tensor]) + piece.begin;
+    w[k] = k < num_paths ? T(weights[int64_t(list.segment[piece.tensor]) * num_paths + k]) : T(0);
+  }
+  walk<S, K>(piece.count, aligned(list, piece.tensor, num_paths), [&](int i, auto width, auto times) {
+    constexpr int V = decltype(width)::value, U = decltype(times)::value;
+    Vector<S, V> g[U][K];
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (k < num_paths) g[u][k] = *reinterpret_cast<const Vector<S, V>*>(data[k] + i + u * kThreads * V);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        T total = w[0] * T(g[u][0].v[v]);
+#pragma unroll
+        for (int k = 1; k < K; ++k)
+          if (k < num_paths) total += w[k] * T(g[u][k].v[v]);
+        g[u][0].v[v] = S(total);
+      }
+      *reinterpret_cast<Vector<S, V>*>(data[0] + i + u * kThreads * V) = g[u][0];
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------- launchers
+
+void check_paths_and_segments(const Tensor& first, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
+  STD_TORCH_CHECK(first.is_cuda(), "gradients must be on a CUDA device");
+  STD_TORCH_CHECK(num_paths >= 1 && num_paths <= kMaxPaths, "the number of paths must be 1 to ", kMaxPaths, "; found ", num_paths);
+  for (int64_t s : segments) STD_TORCH_CHECK(s >= 0 && s < num_segments, "segments must be in [0, ", num_segments, "); found ", s);
+}
+
+// What both ops walk: parameter n's gradient of path k is tensors[k * num_params + n], and all paths lie alike in memory.
+struct Paths {
+  std::vector<Tensor> tensors;
+  int64_t num_paths, num_params;
+
+  const Tensor& at(int64_t k, int64_t n) const { return tensors[k * num_params + n]; }
+
+  // Copy the paths of the parameters that cannot be walked in memory order.
+  void make_walkable() {
+    for (int64_t n = 0; n < num_params; ++n) {
+      bool in_memory_order = true;
+      for (int64_t k = 0; k < num_paths; ++k) {
+        check_same_device(at(k, n), tensors[0], "a gradient");
+        in_memory_order = check_paths(at(0, n), at(k, n)) && in_memory_order;
+      }
+      for (int64_t k = 0; !in_memory_order && k < num_paths; ++k) tensors[k * num_params + n] = torch::stable::contiguous(at(k, n));
+    }
+  }
+
+  // Call body(list) for the parameters of one dtype, in the given order, a kernel argument's worth at a time. slots[n] is the number of
+  // parameter n's first chunk.
+  template <int K, typename Body>
+  void for_each_list(ScalarType dtype, const std::vector<int64_t>& order, const std::vector<int64_t>& slots, const std::vector<int64_t>& segments,
+                     Body&& body) const {
+    TensorList<K> list;
+    auto flush = [&] {
+      if (list.num_tensors > 0) body(list);
+      list.num_tensors = list.num_blocks = 0;
+    };
+    for (int64_t n : order) {
+      const int64_t size = at(0, n).numel();
+      if (size == 0 || at(0, n).scalar_type() != dtype) continue;
+      // A launch takes fewer than 2^31 blocks; a single tensor of so many chunks would not fit into any memory.
+      if (list.num_tensors == TensorList<K>::kTensors || list.num_blocks + divide_up<int64_t>(size, kChunk) > INT_MAX) flush();
+      const int place = list.add(size, slots[n], segments[n]);
+      for (int64_t k = 0; k < K; ++k) list.data[k][place] = const_cast<void*>(at(k < num_paths ? k : 0, n).const_data_ptr());
+    }
+    flush();
+  }
+
+  // Call body(S{}, K) for every dtype that occurs, with K the number of paths that kernels are built for.
+  template <typename Body>
+  void for_each_dtype(Body&& body) const {
+    for (ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) {
+      if (std::none_of(tensors.begin(), tensors.begin() + num_params, [&](const Tensor& g) { return g.scalar_type() == dtype; })) continue;
+      dispatch_floating(dtype, "a gradient", [&](auto type) {
+        if (num_paths <= 2) return body(type, std::integral_constant<int, 2>{}, dtype);
+        if (num_paths <= 4) return body(type, std::integral_constant<int, 4>{}, dtype);
+        return body(type, std::integral_constant<int, 8>{}, dtype);
+      });
+    }
+    for (int64_t n = 0; n < num_params; ++n) dispatch_floating(at(0, n).scalar_type(), "a gradient", [](auto) {});
+  }
+};
+
+Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
+  check_paths_and_segments(grads[0], num_paths, segments, num_segments);
+  const OnDevice device(grads[0]);
+  const int64_t num_params = int64_t(segments.size());
+  Paths paths{grads, num_paths, num_params};
+  paths.make_walkable();
+
+  // Slots are counted in segment order, so that a segment's partial sums are neighbours.
+  std::vector<int64_t> order(num_params), slots(num_params), bounds(num_segments + 1);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return segments[a] < segments[b]; });
+  int64_t num_slots = 0;
+  for (int64_t n : order) {
+    slots[n] = num_slots;
+    num_slots += divide_up<int64_t>(paths.at(0, n).numel(), kChunk);
+    bounds[segments[n] + 1] = num_slots;
+  }
+  STD_TORCH_CHECK(num_slots <= INT_MAX, "gradients of at most 2^46 elements are taken");
+  for (int64_t s = 0; s < num_segments; ++s) bounds[s + 1] = std::max(bounds[s], bounds[s + 1]);
+
+  Tensor out = torch::stable::new_empty(grads[0], {num_segments, num_paths, num_paths}, ScalarType::Double);
+  Tensor partials = torch::stable::new_empty(grads[0], {pairs_of(int(num_paths)), num_slots}, ScalarType::Double);
+  double* partial = partials.mutable_data_ptr<double>();
+  paths.for_each_dtype([&](auto type, auto built, ScalarType dtype) {
+    using S = decltype(type);
+    constexpr int K = decltype(built)::value;
+    paths.for_each_list<K>(dtype, order, slots, segments, [&](const TensorList<K>& list) {
+      device.launch(gram_kernel<S, K>, list.num_blocks, kThreads, list, int(num_paths), num_slots, partial);
+    });
+  });
+  for (int64_t first = 0; first < num_segments; first += kSegments) {
+    Bounds some{int(first), int(std::min<int64_t>(kSegments, num_segments - first)), {}};
+    for (int s = 0; s <= some.count; ++s) some.bound[s] = int(bounds[first + s]);
+    device.launch(gram_sum_kernel, int64_t(some.count) * pairs_of(int(num_paths)), kThreads, static_cast<const double*>(partial), some, int(num_paths),
+                  num_slots, out.mutable_data_ptr<double>());
+  }
+  return out;
+}
+
+void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
+  const int64_t num_params = int64_t(segments.size()), num_paths = weights.size(1);
+  if (num_params == 0) return;
+  check_paths_and_segments(out[0], num_paths, segments, weights.size(0));
+  check_same_device(weights, out[0], "`weights`");
+  const OnDevice device(out[0]);
+  Paths paths{out, num_paths, num_params};
+  paths.tensors.insert(paths.tensors.end(), others.begin(), others.end());
+  paths.make_walkable();
+  const Tensor w = torch::stable::contiguous(weights);
+  std::vector<int64_t> order(num_params), slots(num_params);
+  std::iota(order.begin(), order.end(), 0);
+  paths.for_each_dtype([&](auto type, auto built, ScalarType dtype) {
+    using S = decltype(type);
+    constexpr int K = decltype(built)::value;
+    paths.for_each_list<K>(dtype, order, slots, segments, [&](const TensorList<K>& list) {
+      device.launch(combine_kernel<S, K>, list.num_blocks, kThreads, list, int(num_paths), w.const_data_ptr<double>());
+    });
+  });
+  for (int64_t n = 0; n < num_params; ++n) {
+    if (paths.at(0, n).const_data_ptr() == out[n].const_data_ptr()) continue;
+    Tensor destination = out[n];
+    torch::stable::copy_(destination, paths.at(0, n));
+  }
+}
+
+}  // namespace gradalign::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&gradalign::cuda::gram));
+  m.impl("combine_", TORCH_BOX(&gradalign::cuda::combine_));
+}

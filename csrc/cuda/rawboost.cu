@@ -1,0 +1,688 @@
+// RawBoost on CUDA: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to the functions of these names in gradalign/reference.py.
+// B utterances of T samples, N_f filters of N_b bands and P taps. An utterance is cut into tiles, one per block; what a tile knows about its
+// utterance (sums, extrema) is stored per tile, and a second kernel adds the tiles in order and finishes the samples.
+#include <algorithm>
+
+#include "common.cuh"
+
+#include "../bijection.h"
+#include "../notch.h"
+
+namespace gradalign::cuda {
+
+// ---------------------------------------------------------------------------------------------------------------------------- notch_draws
+
+// Filters per launch: their table is a kernel argument, which reaches the device without a copy of its own.
+constexpr int kFilterTable = 64;
+
+struct FilterTable {
+  uint32_t number[kFilterTable];
+  double min_gain_db[kFilterTable], max_gain_db[kFilterTable];
+};
+
+// One thread per band: seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f], of the `count` filters from `first`.
+// Equivalent to `reference.notch_draws`.
+__global__ void notch_draws_kernel(const int64_t* seeds, const __grid_constant__ FilterTable table, NotchRanges ranges, int first, int count,
+                                   int num_filters, int num_bands, int64_t total, double* center_hz, double* width_hz, int64_t* taps, double* gain_db) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (thread >= total) return;
+  const int band = int(thread % num_bands), f = int(thread / num_bands % count);
+  const int64_t b = thread / num_bands / count, row = b * num_filters + first + f;
+  const NotchDraw draw = draw_notch(uint64_t(seeds[b]), table.number[f], uint32_t(band), ranges);
+  center_hz[row * num_bands + band] = draw.center_hz;
+  width_hz[row * num_bands + band] = draw.width_hz;
+  taps[row * num_bands + band] = draw.taps;
+  if (band == 0) gain_db[row] = draw.gain * (table.max_gain_db[f] - table.min_gain_db[f]) + table.min_gain_db[f];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> notch_draws(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
+                                                       const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz,
+                                                       double max_center_hz, double min_width_hz, double max_width_hz, double min_taps,
+                                                       double max_taps) {
+  constexpr int kThreads = 128;
+  const OnDevice device(seeds);
+  const int64_t batch = seeds.size(0), num_filters = int64_t(filters.size());
+  const Tensor keys = torch::stable::contiguous(seeds);
+  Tensor center_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double);
+  Tensor width_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double);
+  Tensor taps = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Long);
+  Tensor gain_db = torch::stable::new_empty(seeds, {batch, num_filters}, ScalarType::Double);
+  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
+  for (int64_t first = 0; first < num_filters; first += kFilterTable) {
+    const int64_t count = std::min<int64_t>(kFilterTable, num_filters - first), total = batch * count * num_bands;
+    FilterTable table{};
+    for (int64_t f = 0; f < count; ++f) {
+      table.number[f] = uint32_t(filters[first + f]);
+      table.min_gain_db[f] = min_gain_db[first + f];
+      table.max_gain_db[f] = max_gain_db[first + f];
+    }
+    device.launch(notch_draws_kernel, divide_up<int64_t>(total, kThreads), kThreads, keys.const_data_ptr<int64_t>(), table, ranges, int(first), int(count),
+                  int(num_filters), int(num_bands), total, center_hz.mutable_data_ptr<double>(), width_hz.mutable_data_ptr<double>(),
+                  taps.mutable_data_ptr<int64_t>(), gain_db.mutable_data_ptr<double>());
+  }
+  return {center_hz, width_hz, taps, gain_db};
+}
+
+// ----------------------------------------------------------------------------------------------------------------------------- notch_bank
+
+constexpr int kBankThreads = 256;
+// The bands' half taps and two halves of the bank, 751 numbers with the published ranges, stay in shared memory up to here (16 KiB).
+constexpr int kBankShared = 2048;
+
+// One block per bank: center_hz, width_hz, taps [B*N_f, N_b], gain_db [B*N_f] -> out [B*N_f, P]. Equivalent to `reference.notch_bank`.
+// Everything is symmetric about the middle tap, so only taps m >= 0 are kept. `workspace` [B*N_f, N_b * (most_reach + 1) + 2 * (P/2 + 1)] is
+// there only for what is too large for shared memory.
+template <typename S>
+__global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* center_hz, const double* width_hz, const int64_t* taps,
+                                                                  const double* gain_db, double sample_rate, int num_bands, int num_taps,
+                                                                  int most_reach, double* workspace, S* out) {
+  __shared__ double shared[kBankShared];
+  const int64_t row = blockIdx.x;
+  const int middle = num_taps / 2, stride = most_reach + 1;
+  double* half_taps = workspace == nullptr ? shared : workspace + row * (int64_t(num_bands) * stride + 2 * (middle + 1));
+  double* bank = half_taps + num_bands * stride;
+  double* next = bank + middle + 1;
+
+  auto band_of = [&](int i) {
+    const int64_t at = row * num_bands + i;
+    NotchBand band = notch_band(center_hz[at], width_hz[at], taps[at], sample_rate);
+    // No tap beyond the row, whatever the counts say.
+    band.reach = min(max(band.reach, 0), most_reach);
+    return band;
+  };
+
+  // Every thread designs the same frequencies of the response: |H| is the product of the bands' amplitude responses.
+  constexpr int kEach = kResponsePoints / kBankThreads;
+  double cos_w[kEach], response[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    cos_w[j] = cos_pi(double(threadIdx.x + j * kBankThreads) / kResponsePoints);
+    response[j] = 1;
+  }
+  int reach = 0;
+  for (int n = threadIdx.x; n <= middle; n += kBankThreads) bank[n] = n == 0 ? 1 : 0;
+  for (int i = 0; i < num_bands; ++i) {
+    const NotchBand band = band_of(i);
+    double* tap = half_taps + i * stride;
+    double sum = 0;
+    for (int m = threadIdx.x; m <= band.reach; m += kBankThreads) {
+      tap[m] = notch_tap(band, m);
+      sum += m == 0 ? tap[m] : 2 * tap[m];
+    }
+    sum = block_reduce<kBankThreads>(sum, Add{});
+    for (int m = threadIdx.x; m <= band.reach; m += kBankThreads) tap[m] /= sum;
+    __syncthreads();
+    double band_response[kEach];
+    symmetric_response<kEach>(tap, band.reach, cos_w, band_response);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) response[j] *= band_response[j];
+    // bank holds taps 0..reach and zeros above; next becomes its convolution with the band.
+    for (int n = threadIdx.x; n <= middle; n += kBankThreads) {
+      double total = tap[0] * bank[n];
+      for (int m = 1; m <= band.reach; ++m) total += tap[m] * (bank[abs(n - m)] + (n + m <= reach ? bank[n + m] : 0));
+      next[n] = total;
+    }
+    reach += band.reach;
+    __syncthreads();
+    double* last = bank;
+    bank = next;
+    next = last;
+  }
+
+  double peak = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) peak = Larger{}(peak, fabs(response[j]));
+  const double scale = exp10(gain_db[row] / 20) / block_reduce<kBankThreads>(peak, Larger{});
+  for (int n = threadIdx.x; n < num_taps; n += kBankThreads) {
+    const int m = abs(n - middle);
+    out[row * num_taps + n] = S(Wide<S>(m <= reach ? scale * bank[m] : 0));
+  }
+}
+
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
+
+Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
+                  ScalarType dtype) {
+  const OnDevice device(center_hz);
+  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2), rows = batch * num_filters;
+  Tensor out = torch::stable::new_empty(center_hz, {batch, num_filters, num_taps}, dtype);
+  if (center_hz.numel() == 0) return torch::stable::zero_(out);
+  check_same_device(width_hz, center_hz, "`width_hz`");
+  check_same_device(taps, center_hz, "`taps`");
+  check_same_device(gain_db, center_hz, "`gain_db`");
+  const Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
+  const Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
+  const int64_t most_reach = (num_taps - 1) / (2 * num_bands), numbers = num_bands * (most_reach + 1) + 2 * (num_taps / 2 + 1);
+  std::optional<Tensor> workspace;
+  if (numbers > kBankShared) workspace = torch::stable::new_empty(center_hz, {rows, numbers}, ScalarType::Double);
+  dispatch_floating(dtype, "dtype", [&](auto type) {
+    using S = decltype(type);
+    device.launch(notch_bank_kernel<S>, rows, kBankThreads, centers.const_data_ptr<double>(), widths.const_data_ptr<double>(),
+                  counts.const_data_ptr<int64_t>(), gains.const_data_ptr<double>(), sample_rate, int(num_bands), int(num_taps), int(most_reach),
+                  workspace ? workspace->mutable_data_ptr<double>() : nullptr, static_cast<S*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------- the filters
+
+// A [B, T] tensor of any strides and floating dtype.
+struct Wave {
+  const void* data;
+  int64_t row_stride, stride;
+  ScalarType dtype;
+};
+
+Wave wave_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.scalar_type()}; }
+
+// Sample n of row b. The dtype is the same for a whole launch, so the branch costs less than a kernel per dtype costs to build.
+template <typename T>
+__device__ T sample(const Wave& wave, int64_t b, int n) {
+  const int64_t at = b * wave.row_stride + n * wave.stride;
+  switch (wave.dtype) {
+    case ScalarType::Double: return T(static_cast<const double*>(wave.data)[at]);
+    case ScalarType::Half: return T(float(static_cast<const Half*>(wave.data)[at]));
+    case ScalarType::BFloat16: return T(float(static_cast<const BFloat16*>(wave.data)[at]));
+    default: return T(static_cast<const float*>(wave.data)[at]);
+  }
+}
+
+// An utterance's own length.
+__device__ __forceinline__ int length_of(const int64_t* lengths, int64_t b, int num_samples) {
+  return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples)));
+}
+
+// How a block of 128 threads filters: each thread keeps kOutputs neighbouring outputs in registers and slides a window of the signal past them.
+// N is the number of branches: at 5 and 1 (float32) the taps lie in shared memory, at 0 any number of branches reads them through the cache.
+template <typename T, int N>
+struct Fir {
+  static constexpr int kThreads = 128;
+  // Per tap of 5 branches, 8 outputs cost 40 multiply-adds and about 2 shared-memory accesses; one branch needs 16 outputs to hide them.
+  static constexpr int kOutputs = N == 1 ? 16 : sizeof(T) == 4 ? 8 : 4;
+  static constexpr int kTile = kThreads * kOutputs;
+  // Taps per step of the window.
+  static constexpr int kStep = N == 0 ? 4 : 8;
+  // Taps per pass over shared memory: the published filters, at most 491 taps, take one.
+  static constexpr int kTaps = 512;
+  // Shared memory has 32 banks of 4 bytes. Threads read 16 bytes each, kOutputs apart; 4 words of padding per 32 put them in different banks.
+  static constexpr int kWindow = (kTile + kTaps) / 32 * 36;
+  __device__ static int place(int i) { return i + (i >> 5 << 2); }
+};
+
+// Four neighbours, read from shared memory in 16-byte accesses.
+template <typename T>
+struct alignas(16) Four {
+  T v[4];
+};
+
+template <typename T, int N>
+struct FirShared {
+  alignas(16) T window[Fir<T, N>::kWindow];
+  // Branches 1..4 of a tap are one 16-byte access, branch 5 of four taps another; one branch needs the latter alone.
+  Four<T> low[N == 5 ? Fir<T, N>::kTaps : 1];
+  alignas(16) T high[N == 0 ? 4 : Fir<T, N>::kTaps];
+};
+
+// z[r] = sum over branches i and taps k of b_i[k] * s[n + (P+1)/2 - k]^(i+1) for the outputs n = first + kOutputs * thread + r.
+// `filters` [N_f, P] of this utterance; fill(start, count) puts samples start .. start + count - 1 of the signal, 0 outside the utterance, into
+// shared.window. By Horner's rule a tap costs one multiply-add per branch and output, and no power is ever stored.
+template <typename T, int N, typename Fill>
+__device__ void fir(const T* filters, int num_filters, int num_taps, int first, FirShared<T, N>& shared, T (&z)[Fir<T, N>::kOutputs], Fill&& fill) {
+  using F = Fir<T, N>;
+  constexpr int kOutputs = F::kOutputs, kStep = F::kStep;
+  // Zeros around short filters cost nothing: the first and the last tap, in the order j = P - 1 - k, that any branch uses.
+  int lowest = num_taps, highest = -1;
+  for (int i = 0; i < num_filters; ++i)
+    for (int j = threadIdx.x; j < num_taps; j += F::kThreads)
+      if (filters[i * num_taps + num_taps - 1 - j] != 0) lowest = min(lowest, j), highest = max(highest, j);
+  lowest = -block_reduce<F::kThreads>(-lowest, Larger{});
+  highest = block_reduce<F::kThreads>(highest, Larger{});
+
+#pragma unroll
+  for (int r = 0; r < kOutputs; ++r) z[r] = 0;
+  for (int begin = lowest; begin <= highest; begin += F::kTaps) {
+    const int count = divide_up(min(F::kTaps, highest + 1 - begin), kStep) * kStep;
+    // The last pass has been read.
+    __syncthreads();
+    // Output n meets sample n + (P+1)/2 - k = n + j - (P-1) + (P+1)/2.
+    fill(first + begin - (num_taps - 1) + (num_taps + 1) / 2, F::kTile + count);
+    if constexpr (N > 0) {
+      for (int j = threadIdx.x; j < count; j += F::kThreads) {
+        const int k = num_taps - 1 - (begin + j);
+        auto tap = [&](int i) { return k >= 0 && i < num_filters ? filters[i * num_taps + k] : T(0); };
+        if constexpr (N == 5) {
+          shared.low[j] = {tap(0), tap(1), tap(2), tap(3)};
+          shared.high[j] = tap(4);
+        } else {
+          shared.high[j] = tap(0);
+        }
+      }
+    }
+    __syncthreads();
+
+    // Samples j .. j + kOutputs + kStep - 1 of the thread's window.
+    T w[kOutputs + kStep];
+    const int base = threadIdx.x * kOutputs;
+    auto load = [&](int at, int to) {
+      const Four<T> four = *reinterpret_cast<const Four<T>*>(&shared.window[F::place(base + at)]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[to + i] = four.v[i];
+    };
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 4) load(i, i);
+    for (int j = 0; j < count; j += kStep) {
+#pragma unroll
+      for (int i = 0; i < kStep; i += 4) load(j + kOutputs + i, kOutputs + i);
+      if constexpr (N == 0) {
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const int k = num_taps - 1 - (begin + j + u);
+          T h[kOutputs];
+#pragma unroll
+          for (int r = 0; r < kOutputs; ++r) h[r] = 0;
+          for (int i = num_filters - 1; i >= 0; --i) {
+            // The same address for all threads: one access.
+            const T b = k >= 0 ? filters[i * num_taps + k] : T(0);
+#pragma unroll
+            for (int r = 0; r < kOutputs; ++r) h[r] = (h[r] + b) * w[r + u];
+          }
+#pragma unroll
+          for (int r = 0; r < kOutputs; ++r) z[r] += h[r];
+        }
+      } else {
+#pragma unroll
+        for (int group = 0; group < kStep; group += 4) {
+          const Four<T> high = *reinterpret_cast<const Four<T>*>(&shared.high[j + group]);
+#pragma unroll
+          for (int u = 0; u < 4; ++u) {
+            if constexpr (N == 5) {
+              const Four<T> low = shared.low[j + group + u];
+#pragma unroll
+              for (int r = 0; r < kOutputs; ++r) {
+                const T s = w[r + group + u];
+                z[r] += s * (low.v[0] + s * (low.v[1] + s * (low.v[2] + s * (low.v[3] + s * high.v[u]))));
+              }
+            } else {
+#pragma unroll
+              for (int r = 0; r < kOutputs; ++r) z[r] += high.v[u] * w[r + group + u];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kOutputs; ++r) w[r] = w[r + kStep];
+    }
+  }
+}
+
+// Store the threads' outputs from `first` on to row [T] through shared memory: neighbouring threads then write neighbouring addresses.
+template <typename T, int N>
+__device__ void store_tile(const T (&z)[Fir<T, N>::kOutputs], FirShared<T, N>& shared, T* row, int first, int length) {
+  using F = Fir<T, N>;
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < F::kOutputs; r += 4)
+    *reinterpret_cast<Four<T>*>(&shared.window[F::place(threadIdx.x * F::kOutputs + r)]) = {z[r], z[r + 1], z[r + 2], z[r + 3]};
+  __syncthreads();
+  for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) row[first + i] = shared.window[F::place(i)];
+}
+
+// Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples.
+constexpr int kThreads = 256;
+constexpr int kBlock = 2048;
+
+bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float; }
+
+ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// Call body(T{}) with T the type that x is computed in.
+template <typename Body>
+void dispatch_wide(const Tensor& x, Body&& body) {
+  if (x.scalar_type() == ScalarType::Double) return body(double{});
+  return body(float{});
+}
+
+// What the ops on [B, T] share: the result like x, unfinished samples in the dtype of computation (in the result itself where that is its
+// dtype), and the lengths.
+struct Batch {
+  explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths_)
+      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})),
+        scratch(is_wide(x) || x.numel() == 0 ? out : torch::stable::new_empty(x, {size, num_samples}, ScalarType::Float)) {
+    STD_TORCH_CHECK(x.size(1) < INT_MAX - (1 << 16), "an utterance may have fewer than 2^31 - 2^16 samples; found ", x.size(1));
+    if (!lengths_) return;
+    check_same_device(*lengths_, x, "`lengths`");
+    own = torch::stable::contiguous(*lengths_);
+    lengths = own->const_data_ptr<int64_t>();
+  }
+  int64_t size;
+  int num_samples, num_blocks;
+  Tensor out, scratch;
+  std::optional<Tensor> own;
+  const int64_t* lengths = nullptr;
+};
+
+// ------------------------------------------------------------------------------------------------------------------------------------ lnl
+
+// One block per (utterance, tile): z [B, T] = sum over i of FIR_i(x**i), and the tile's sum and extrema [B, tiles].
+// Equivalent to `reference.lnl` before its mean and norm.
+template <typename T, int N>
+__global__ __launch_bounds__(Fir<T, N>::kThreads) void lnl_kernel(Wave x, const T* filters, const int64_t* lengths, int num_samples, int num_filters,
+                                                                  int num_taps, int num_tiles, T* z, double* sums, T* largest, T* smallest) {
+  using F = Fir<T, N>;
+  __shared__ FirShared<T, N> shared;
+  const int64_t b = blockIdx.x / num_tiles;
+  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = length_of(lengths, b, num_samples);
+  // Tiles beyond the utterance are never asked for.
+  if (first >= length) return;
+  T value[F::kOutputs];
+  fir<T, N>(filters + b * num_filters * num_taps, num_filters, num_taps, first, shared, value, [&](int start, int count) {
+    for (int i = threadIdx.x; i < count; i += F::kThreads) {
+      const int n = start + i;
+      shared.window[F::place(i)] = n >= 0 && n < length ? sample<T>(x, b, n) : T(0);
+    }
+  });
+  double sum = 0;
+  T high = -INFINITY, low = -INFINITY;
+#pragma unroll
+  for (int r = 0; r < F::kOutputs; ++r) {
+    if (first + int(threadIdx.x) * F::kOutputs + r >= length) continue;
+    sum += double(value[r]);
+    high = Larger{}(high, value[r]);
+    low = Larger{}(low, -value[r]);
+  }
+  sum = block_reduce<F::kThreads>(sum, Add{});
+  high = block_reduce<F::kThreads>(high, Larger{});
+  low = block_reduce<F::kThreads>(low, Larger{});
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = sum;
+    largest[blockIdx.x] = high;
+    smallest[blockIdx.x] = -low;
+  }
+  store_tile<T, N>(value, shared, z + b * num_samples, first, length);
+}
+
+// cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min. `z` may be `out`.
+template <typename S>
+__global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, const double* sums, const Wide<S>* largest, const Wide<S>* smallest,
+                                                              const int64_t* lengths, int num_samples, int num_tiles, int tile, int num_blocks,
+                                                              S* out) {
+  using T = Wide<S>;
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  double sum = 0;
+  T high = -INFINITY, low = -INFINITY;
+  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
+    sum += sums[b * num_tiles + i];
+    high = Larger{}(high, largest[b * num_tiles + i]);
+    low = Larger{}(low, -smallest[b * num_tiles + i]);
+  }
+  const T mean = T(block_reduce<kThreads>(sum, Add{}) / max(length, 1));
+  const T peak = Larger{}(block_reduce<kThreads>(high, Larger{}) - mean, block_reduce<kThreads>(low, Larger{}) + mean);
+  const T divisor = peak > 1 ? peak : T(1);
+#pragma unroll
+  for (int i = 0; i < kBlock; i += kThreads) {
+    const int n = first + i + threadIdx.x;
+    if (n < num_samples) out[b * num_samples + n] = n < length ? S((z[b * num_samples + n] - mean) / divisor) : S(T(0));
+  }
+}
+
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  const OnDevice device(x);
+  const Batch batch(x, lengths);
+  if (x.numel() == 0) return batch.out;
+  check_same_device(filters, x, "`filters`");
+  const int num_filters = int(filters.size(1)), num_taps = int(filters.size(2));
+  const Tensor bank = contiguous_as(filters, wide_dtype(x));
+  auto run = [&](auto type, auto branches) {
+    using T = decltype(type);
+    constexpr int N = decltype(branches)::value;
+    using F = Fir<T, N>;
+    const int tiles = divide_up(batch.num_samples, F::kTile);
+    Tensor sums = torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double);
+    Tensor extrema = torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x));
+    T* largest = static_cast<T*>(extrema.mutable_data_ptr());
+    T* smallest = largest + batch.size * tiles;
+    device.launch(lnl_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(bank.const_data_ptr()), batch.lengths,
+                  batch.num_samples, num_filters, num_taps, tiles, static_cast<T*>(batch.scratch.mutable_data_ptr()), sums.mutable_data_ptr<double>(),
+                  largest, smallest);
+    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+      using S = decltype(stored);
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
+                      sums.const_data_ptr<double>(), largest, smallest, batch.lengths, batch.num_samples, tiles, F::kTile, batch.num_blocks,
+                      static_cast<S*>(batch.out.mutable_data_ptr()));
+    });
+  };
+  if (x.scalar_type() == ScalarType::Double)
+    run(double{}, std::integral_constant<int, 0>{});
+  else if (num_filters > 5)
+    run(float{}, std::integral_constant<int, 0>{});
+  else
+    run(float{}, std::integral_constant<int, 5>{});
+  return batch.out;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------------------ isd
+
+// One block per (utterance, block of samples): y [B, T] = x + g_sd * x * f, and the block's peak [B, blocks]; f is `factor` [B, T] or, where its
+// data is null, drawn from seeds [B]. Equivalent to `reference.isd` before its norm.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void isd_kernel(Wave x, const int64_t* lengths, const int64_t* seeds, Wave factor, double p, T g_sd,
+                                                       int num_samples, int num_blocks, T* y, T* peaks) {
+  __shared__ Bijection shared_pi;
+  __shared__ uint32_t shared_wanted;
+  __shared__ int num_chosen;
+  __shared__ uint16_t chosen[kBlock];
+  __shared__ float f[kBlock];
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  const int own = min(kBlock, length - first);
+  const bool drawn = factor.data == nullptr;
+  if (drawn && own > 0) {
+    const uint64_t seed = uint64_t(seeds[b]);
+    if (threadIdx.x == 0) {
+      shared_pi = make_bijection(seed, uint32_t(length));
+      shared_wanted = uint32_t(floor(double(length) * (uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p) / 100)));
+      num_chosen = 0;
+    }
+    __syncthreads();
+    const Bijection pi = shared_pi;
+    const uint32_t wanted = shared_wanted;
+    for (int i = threadIdx.x; i < own; i += kThreads) {
+      f[i] = 0;
+      // The order of the list varies from run to run, what is computed for each of its entries does not.
+      if (permute(pi, uint32_t(first + i)) < wanted) chosen[atomicAdd(&num_chosen, 1)] = uint16_t(i);
+    }
+    __syncthreads();
+    // A few samples in a hundred are chosen: gathered first, so that no warp draws for one lane alone.
+    for (int i = threadIdx.x; i < num_chosen; i += kThreads) {
+      const Words words = philox(seed, kStreamIsdFactor, uint64_t(first + chosen[i]));
+      f[chosen[i]] = impulse_factor(words.w[0], words.w[1]);
+    }
+    __syncthreads();
+  }
+  T peak = 0;
+#pragma unroll
+  for (int i = threadIdx.x; i < kBlock; i += kThreads) {
+    if (i >= own) continue;
+    const T value = sample<T>(x, b, first + i);
+    const T distorted = value * (1 + g_sd * (drawn ? T(f[i]) : sample<T>(factor, b, first + i)));
+    y[b * num_samples + first + i] = distorted;
+    peak = Larger{}(peak, T(fabs(distorted)));
+  }
+  peak = block_reduce<kThreads>(peak, Larger{});
+  if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
+}
+
+// cond_norm(y) from the blocks' peaks. `y` may be `out`.
+template <typename S>
+__global__ __launch_bounds__(kThreads) void isd_finish_kernel(const Wide<S>* y, const Wide<S>* peaks, const int64_t* lengths, int num_samples,
+                                                              int num_blocks, S* out) {
+  using T = Wide<S>;
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  T peak = 0;
+  for (int i = threadIdx.x; i < num_blocks; i += kThreads) peak = Larger{}(peak, peaks[b * num_blocks + i]);
+  peak = block_reduce<kThreads>(peak, Larger{});
+  // Nothing to divide, and every sample is where it belongs.
+  if (std::is_same_v<S, T> && !(peak > 1) && first + kBlock <= length) return;
+  const T divisor = peak > 1 ? peak : T(1);
+#pragma unroll
+  for (int i = 0; i < kBlock; i += kThreads) {
+    const int n = first + i + threadIdx.x;
+    if (n < num_samples) out[b * num_samples + n] = n < length ? S(y[b * num_samples + n] / divisor) : S(T(0));
+  }
+}
+
+Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
+           double g_sd) {
+  const OnDevice device(x);
+  const Batch batch(x, lengths);
+  if (x.numel() == 0) return batch.out;
+  // A given factor goes before the seeds, as in the reference.
+  check_same_device(factor ? *factor : *seeds, x, factor ? "`factor`" : "`seeds`");
+  std::optional<Tensor> keys;
+  if (!factor) keys = torch::stable::contiguous(*seeds);
+  dispatch_wide(x, [&](auto type) {
+    using T = decltype(type);
+    Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
+    device.launch(isd_kernel<T>, batch.size * batch.num_blocks, kThreads, wave_of(x), batch.lengths, keys ? keys->const_data_ptr<int64_t>() : nullptr,
+                  factor ? wave_of(*factor) : Wave{}, p, T(g_sd), batch.num_samples, batch.num_blocks, static_cast<T*>(batch.scratch.mutable_data_ptr()),
+                  static_cast<T*>(peaks.mutable_data_ptr()));
+    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+      using S = decltype(stored);
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        device.launch(isd_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
+                      static_cast<const T*>(peaks.const_data_ptr()), batch.lengths, batch.num_samples, batch.num_blocks,
+                      static_cast<S*>(batch.out.mutable_data_ptr()));
+    });
+  });
+  return batch.out;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------------------ ssi
+
+// One block per (utterance, tile): v [B, T] = FIR(noise), and the tile's sums of squares of x and v [B, tiles]. The noise is `noise` [B, T] or,
+// where its data is null, drawn from seeds [B] inside the tile and never stored. Equivalent to the first half of `reference.ssi`. The squares are
+// float64: those of samples below 1e-23 would vanish in float32.
+template <typename T, int N>
+__global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave noise, const int64_t* seeds, const T* filters, const int64_t* lengths,
+                                                                  int num_samples, int num_taps, int num_tiles, T* colored, double* signal_squares,
+                                                                  double* noise_squares) {
+  using F = Fir<T, N>;
+  __shared__ FirShared<T, N> shared;
+  const int64_t b = blockIdx.x / num_tiles;
+  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = length_of(lengths, b, num_samples);
+  // Tiles beyond the utterance are never asked for.
+  if (first >= length) return;
+  T value[F::kOutputs];
+  fir<T, N>(filters + b * num_taps, 1, num_taps, first, shared, value, [&](int start, int count) {
+    auto put = [&](int n, T v) {
+      if (n >= start && n < start + count) shared.window[F::place(n - start)] = n >= 0 && n < length ? v : T(0);
+    };
+    if (noise.data != nullptr) {
+      for (int n = start + int(threadIdx.x); n < start + count; n += F::kThreads) put(n, n >= 0 && n < length ? sample<T>(noise, b, n) : T(0));
+      return;
+    }
+    // Philox gives four samples at a time; the shift rounds down, also below 0, where every sample is 0.
+    for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < start + count; quad += F::kThreads) {
+      float v[4] = {};
+      if (quad >= 0) {
+        const Words words = philox(uint64_t(seeds[b]), kStreamSsiNoise, uint64_t(quad));
+        box_muller(words.w[0], words.w[1], &v[0], &v[1]);
+        box_muller(words.w[2], words.w[3], &v[2], &v[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) put(4 * quad + i, T(v[i]));
+    }
+  });
+  double signal = 0, square = 0;
+  for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) {
+    const double v = double(sample<T>(x, b, first + i));
+    signal += v * v;
+  }
+#pragma unroll
+  for (int r = 0; r < F::kOutputs; ++r)
+    if (first + int(threadIdx.x) * F::kOutputs + r < length) square += double(value[r]) * double(value[r]);
+  signal = block_reduce<F::kThreads>(signal, Add{});
+  square = block_reduce<F::kThreads>(square, Add{});
+  if (threadIdx.x == 0) {
+    signal_squares[blockIdx.x] = signal;
+    noise_squares[blockIdx.x] = square;
+  }
+  store_tile<T, N>(value, shared, colored + b * num_samples, first, length);
+}
+
+// x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence. `colored` may be `out`.
+template <typename S>
+__global__ __launch_bounds__(kThreads) void ssi_finish_kernel(Wave x, const Wide<S>* colored, const double* signal_squares, const double* noise_squares,
+                                                              const int64_t* lengths, const int64_t* seeds, const double* snr_db, double snr_min,
+                                                              double snr_max, int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
+  using T = Wide<S>;
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  double signal = 0, square = 0;
+  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
+    signal += signal_squares[b * num_tiles + i];
+    square += noise_squares[b * num_tiles + i];
+  }
+  signal = block_reduce<kThreads>(signal, Add{});
+  square = block_reduce<kThreads>(square, Add{});
+  const double level = snr_db != nullptr ? snr_db[b] : uniform(philox(uint64_t(seeds[b]), kStreamSsiSnr, 0).w[0], snr_min, snr_max);
+  const T scale = square > 0 ? T(sqrt(signal) / sqrt(square) * exp10(-level / 20)) : T(0);
+#pragma unroll
+  for (int i = 0; i < kBlock; i += kThreads) {
+    const int n = first + i + threadIdx.x;
+    if (n < num_samples) out[b * num_samples + n] = n < length ? S(sample<T>(x, b, n) + scale * colored[b * num_samples + n]) : S(T(0));
+  }
+}
+
+Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+           const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+  const OnDevice device(x);
+  const Batch batch(x, lengths);
+  if (x.numel() == 0) return batch.out;
+  check_same_device(filters, x, "`filters`");
+  check_same_device(noise ? *noise : *seeds, x, noise ? "`noise`" : "`seeds`");
+  const int num_taps = int(filters.size(1));
+  const Tensor bank = contiguous_as(filters, wide_dtype(x));
+  // Given noise goes before the seeds, as in the reference.
+  std::optional<Tensor> keys, levels;
+  if (noise) {
+    check_same_device(*snr_db, x, "`snr_db`");
+    levels = contiguous_as(*snr_db, ScalarType::Double);
+  } else {
+    keys = torch::stable::contiguous(*seeds);
+  }
+  const int64_t* key = keys ? keys->const_data_ptr<int64_t>() : nullptr;
+  dispatch_wide(x, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = std::is_same_v<T, float> ? 1 : 0;
+    using F = Fir<T, N>;
+    const int tiles = divide_up(batch.num_samples, F::kTile);
+    Tensor squares = torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double);
+    double* signal_squares = squares.mutable_data_ptr<double>();
+    double* noise_squares = signal_squares + batch.size * tiles;
+    device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), noise ? wave_of(*noise) : Wave{}, key,
+                  static_cast<const T*>(bank.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
+                  static_cast<T*>(batch.scratch.mutable_data_ptr()), signal_squares, noise_squares);
+    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+      using S = decltype(stored);
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        device.launch(ssi_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, wave_of(x), static_cast<const T*>(batch.scratch.const_data_ptr()),
+                      signal_squares, noise_squares, batch.lengths, key, levels ? levels->const_data_ptr<double>() : nullptr, snr_min, snr_max,
+                      batch.num_samples, tiles, F::kTile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+    });
+  });
+  return batch.out;
+}
+
+}  // namespace gradalign::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CUDA, m) {
+  m.impl("notch_draws", TORCH_BOX(&gradalign::cuda::notch_draws));
+  m.impl("notch_bank", TORCH_BOX(&gradalign::cuda::notch_bank));
+  m.impl("lnl", TORCH_BOX(&gradalign::cuda::lnl));
+  m.impl("isd", TORCH_BOX(&gradalign::cuda::isd));
+  m.impl("ssi", TORCH_BOX(&gradalign::cuda::ssi));
+}
