@@ -83,15 +83,7 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* 
   double* bank = half_taps + num_bands * stride;
   double* next = bank + middle + 1;
 
-  auto band_of = [&](int i) {
-    const int64_t at = row * num_bands + i;
-    NotchBand band = notch_band(center_hz[at], width_hz[at], taps[at], sample_rate);
-    // No tap beyond the row, whatever the counts say.
-    band.reach = min(max(band.reach, 0), most_reach);
-    return band;
-  };
-
-  // Every thread designs the same frequencies of the response: |H| is the product of the bands' amplitude responses.
+  // Every thread keeps the same frequencies of the response for all bands: |H| is the product of the bands' amplitude responses.
   constexpr int kEach = kResponsePoints / kBankThreads;
   double cos_w[kEach], response[kEach];
 #pragma unroll
@@ -102,27 +94,30 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* 
   int reach = 0;
   for (int n = threadIdx.x; n <= middle; n += kBankThreads) bank[n] = n == 0 ? 1 : 0;
   for (int i = 0; i < num_bands; ++i) {
-    const NotchBand band = band_of(i);
+    const int64_t at = row * num_bands + i;
+    const NotchBand band = notch_band(center_hz[at], width_hz[at], taps[at], sample_rate);
+    // No tap beyond the row, whatever the counts say.
+    const int band_reach = min(max(band.reach, 0), most_reach);
     double* tap = half_taps + i * stride;
     double sum = 0;
-    for (int m = threadIdx.x; m <= band.reach; m += kBankThreads) {
+    for (int m = threadIdx.x; m <= band_reach; m += kBankThreads) {
       tap[m] = notch_tap(band, m);
       sum += m == 0 ? tap[m] : 2 * tap[m];
     }
     sum = block_reduce<kBankThreads>(sum, Add{});
-    for (int m = threadIdx.x; m <= band.reach; m += kBankThreads) tap[m] /= sum;
+    for (int m = threadIdx.x; m <= band_reach; m += kBankThreads) tap[m] /= sum;
     __syncthreads();
     double band_response[kEach];
-    symmetric_response<kEach>(tap, band.reach, cos_w, band_response);
+    symmetric_response<kEach>(tap, band_reach, cos_w, band_response);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) response[j] *= band_response[j];
     // bank holds taps 0..reach and zeros above; next becomes its convolution with the band.
     for (int n = threadIdx.x; n <= middle; n += kBankThreads) {
       double total = tap[0] * bank[n];
-      for (int m = 1; m <= band.reach; ++m) total += tap[m] * (bank[abs(n - m)] + (n + m <= reach ? bank[n + m] : 0));
+      for (int m = 1; m <= band_reach; ++m) total += tap[m] * (bank[abs(n - m)] + (n + m <= reach ? bank[n + m] : 0));
       next[n] = total;
     }
-    reach += band.reach;
+    reach += band_reach;
     __syncthreads();
     double* last = bank;
     bank = next;

@@ -1,0 +1,319 @@
+"""The CUDA kernels on a GPU: every op, dtype and awkward shape against the float64 reference; same bits on every run;
+side streams; CUDA graphs; no wait for the device.
+"""
+
+import inputs
+import pytest
+import torch
+from tolerances import DRAWN, RELATIVE, max_norm_error
+
+import gradalign as ga
+from gradalign import ops, reference
+
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Ops that draw, and the place of their seeds.
+DRAWING = {"isd": 2, "ssi": 3}
+
+pytestmark = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a CUDA GPU: {ops.lnl.why_not('cuda')}")
+
+
+def _tolerance(op, args, dtype):
+    if op == "gram":
+        # float64 results of float32 sums.
+        return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]
+    return (DRAWN if op in DRAWING and args[DRAWING[op]] is not None else RELATIVE)[dtype]
+
+
+def _check(op, args, dtype, name):
+    found, expected = inputs.run(op, "cuda", args), inputs.run(op, "reference", inputs.widen(args))
+    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+        assert f.shape == e.shape, name
+        assert f.device.type == "cuda", name
+        assert max_norm_error(f, e) <= _tolerance(op, args, dtype), f"{name}, result {i}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_equals_float64_reference(op, dtype):
+    for name, args in inputs.CASES[op](dtype, device="cuda"):
+        _check(op, args, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_filters", [2, 5, 7])
+def test_lnl_of_other_numbers_of_branches(num_filters, dtype):
+    bank = inputs.bank(dtype, "cuda")[:, torch.arange(num_filters) % 3]
+    for num_samples in (700, 4097):
+        x = inputs.wave(num_samples, dtype, "cuda")
+        _check("lnl", (x, bank, inputs.lengths(num_samples, "cuda")), dtype, f"{num_samples} samples")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_filters_longer_than_a_pass(dtype):
+    # Lopsided filters of even and odd length, and of more taps than shared memory takes at once.
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = inputs.wave(3000, dtype, "cuda")
+    for num_taps in (1, 2, 64, 1301):
+        filters = torch.randn(inputs.BATCH, 5, num_taps, generator=generator, dtype=torch.float64) / num_taps**0.5
+        filters[..., : num_taps // 3] = 0
+        filters = filters.to(wide).cuda()
+        _check("lnl", (x, filters, None), dtype, f"{num_taps} taps")
+        level = torch.tensor([10.0, 0.0, -10.0], dtype=torch.float64, device="cuda")
+        args = (x, filters[:, 0], inputs.lengths(3000, "cuda"), None, x.flip(1), level, 0.0, 0.0)
+        _check("ssi", args, dtype, f"{num_taps} taps")
+
+
+@pytest.mark.parametrize("num_taps", [491, 2001])
+def test_notch_bank_with_more_taps_than_shared_memory(num_taps):
+    draws = reference.notch_draws(inputs.seeds(), [0], [0.0], [0.0], 2, 20.0, 8000.0, 100.0, 1000.0, 400.0, 900.0)
+    args = (*(v.cuda() for v in draws), 16000.0, num_taps, torch.float64)
+    # Bands are cut where the row is shorter than their taps.
+    _check("notch_bank", args, torch.float64, f"{num_taps} taps")
+
+
+def test_more_filters_than_a_launch_takes():
+    count = 150
+    gains = [float(i) for i in range(count)]
+    args = (inputs.seeds("cuda"), list(range(count)), gains, gains, 2, 20.0, 8000.0, 100.0, 1000.0, 5.0, 16.0)
+    _check("notch_draws", args, torch.float64, "150 filters")
+
+
+@pytest.mark.parametrize("algo", range(9))
+def test_same_seeds_same_augmentation(algo):
+    boost, seeds, x = ga.RawBoost(algo), inputs.seeds(), inputs.wave(4097, torch.float32)
+    for lengths in (None, inputs.lengths(4097)):
+        with ga.use_backends("cuda"):
+            own = None if lengths is None else lengths.cuda()
+            found = boost(x.cuda(), lengths=own, seeds=seeds.cuda()).cpu()
+        for backend in ("reference", "cpp"):
+            with ga.use_backends(backend):
+                expected = boost(x, lengths=lengths, seeds=seeds)
+            assert max_norm_error(found, expected) <= DRAWN[torch.float32], backend
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algo", [1, 2, 3, 4])
+def test_nonfinite_samples_stay_in_their_utterance(bad, algo):
+    boost, seeds = ga.RawBoost(algo), inputs.seeds("cuda")
+    x = inputs.wave(3000, torch.float32, "cuda")
+    broken = x.clone()
+    broken[1, 100] = bad
+    with ga.use_backends("cuda"):
+        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[2], dirty[2])
+    assert not bool(torch.isfinite(dirty[1]).all())
+
+
+def test_results_are_written_whole():
+    # Kernels allocate from the same pool: what a freed block of NaN leaves behind shows where nothing is written.
+    x, lengths, bank = (
+        inputs.wave(4097, torch.float32, "cuda"),
+        inputs.lengths(4097, "cuda"),
+        inputs.bank(torch.float32, "cuda"),
+    )
+    cases = [
+        ("lnl", (x, bank, lengths)),
+        ("isd", (x, lengths, inputs.seeds("cuda"), None, 30.0, 2.0)),
+        ("ssi", (x, bank[:, 0], lengths, inputs.seeds("cuda"), None, None, 10.0, 20.0)),
+        ("gram", (inputs.gradients(3, torch.float32, "cuda"), 3, list(inputs.SEGMENTS), 4)),
+    ]
+    for op, args in cases:
+        before = [torch.full((n,), float("nan"), device="cuda") for n in (16, 512, 4096, 65536) for _ in range(8)]
+        del before
+        (found,) = inputs.run(op, "cuda", args)
+        assert bool(torch.isfinite(found).all()), op
+        if op != "gram":
+            assert not bool(found[1, 2048:].any()), op
+            assert not bool(found[2].any()), op
+
+
+def test_gram_of_many_chunks_tensors_segments_dtypes_and_layouts():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3 * 32768 + 5,), (3, 7), (32768,), (40, 30), (0,)]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
+    # More tensors than a launch takes, more segments than a launch takes, none of them in order.
+    shapes, dtypes = shapes + [(17,)] * 1100, dtypes + [torch.float32] * 1100
+    segments = [1, 0, 0, 1, 2] + [3 + (7 * i) % 1100 for i in range(1100)]
+    paths = []
+    for path in range(2):
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).cuda()
+            # Layouts that differ between the paths, and one with gaps.
+            paths.append(g.t().contiguous().t() if i == 3 and path else g.repeat(2, 1)[::2] if i == 1 else g)
+    found = inputs.run("gram", "cuda", (paths, 2, segments, 1104))[0]
+    expected = inputs.run("gram", "reference", (inputs.widen(paths), 2, segments, 1104))[0]
+    assert max_norm_error(found, expected) <= RELATIVE[torch.float32]
+    # A segment of one tensor on its own, whatever the size of the others.
+    for s in (0, 2, 3, 1103):
+        assert max_norm_error(found[s], expected[s]) <= RELATIVE[torch.float32]
+    assert torch.equal(found, found.mT)
+    weights = torch.linspace(-1, 1, 2 * 1104, dtype=torch.float64, device="cuda").reshape(1104, 2)
+    count = len(shapes)
+    merged = [g.repeat(2, 1)[::2] if i == 1 else g.clone() for i, g in enumerate(paths[:count])]
+    wanted = inputs.widen(merged)
+    reference.combine_(wanted, inputs.widen(paths[count:]), weights, segments)
+    with ga.use_backends("cuda"):
+        ops.combine_(merged, paths[count:], weights, segments)
+    for f, e in zip(merged, wanted, strict=True):
+        assert max_norm_error(f, e) <= RELATIVE[f.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_paths", range(1, 9))
+def test_addresses_that_forbid_wide_accesses(num_paths, dtype):
+    generator = torch.Generator().manual_seed(num_paths)
+    sizes = (1, 7, 40_001)
+    whole = [torch.randn(n + 1, generator=generator).to(dtype).cuda() for _ in range(num_paths) for n in sizes]
+    # Every other tensor begins one element after its allocation.
+    grads = [g[1:] if i % 2 else g[:-1] for i, g in enumerate(whole)]
+    _check("gram", (grads, num_paths, [0, 1, 1], 2), dtype, "unaligned")
+    weights = torch.linspace(-1, 1, 2 * num_paths, dtype=torch.float64, device="cuda").reshape(2, num_paths)
+    _check("combine_", (grads[:3], grads[3:], weights, [0, 1, 1]), dtype, "unaligned")
+
+
+def test_gram_sign_at_tiny_cosine():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2_000_000, generator=generator) for _ in range(2))
+    aa, bb, ab = (float(u.double() @ v.double()) for u, v in ((a, a), (b, b), (a, b)))
+    for cosine in (1e-6, -1e-6):
+        c = (b.double() + (cosine * (aa * bb) ** 0.5 - ab) / aa * a.double()).float()
+        wanted = float(a.double() @ c.double())
+        with ga.use_backends("cuda"):
+            found = float(ops.gram([a.cuda(), c.cuda()], 2, [0], 1)[0, 0, 1])
+        assert (found > 0) == (wanted > 0)
+        assert found == pytest.approx(wanted, abs=1e-8 * (aa * bb) ** 0.5)
+
+
+def test_mistakes_are_named():
+    a = torch.zeros(4, device="cuda")
+    with ga.use_backends("cuda"):
+        with pytest.raises(RuntimeError, match="must share a shape"):
+            ops.gram([a, a[:3]], 2, [0], 1)
+        with pytest.raises(RuntimeError, match="must share a dtype"):
+            ops.gram([a, a.half()], 2, [0], 1)
+        with pytest.raises(RuntimeError, match="takes up to 8 paths, found 9"):
+            ops.gram([a] * 9, 9, [0], 1)
+        with pytest.raises(RuntimeError, match="`seeds` must be on the same CUDA device"):
+            ops.isd(torch.zeros(3, 10, device="cuda"), None, inputs.seeds(), None, 10.0, 2.0)
+
+
+def test_same_bits_on_every_run():
+    for op in OPS:
+        for name, args in inputs.CASES[op](torch.float32, device="cuda", samples=(4097, 64600)):
+            first, second = inputs.run(op, "cuda", args), inputs.run(op, "cuda", args)
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), f"{op}, {name}"
+
+
+def test_launchers_never_wait_for_the_device():
+    for op in OPS:
+        for name, args in inputs.CASES[op](torch.float32, device="cuda", samples=(4097,)):
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                inputs.run(op, "cuda", args)
+            except RuntimeError as error:
+                pytest.fail(f"{op}, {name}: {error}")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_extra_memory_is_at_most_two_batches():
+    x, bank, seeds = torch.randn(64, 64600, device="cuda"), inputs.bank(torch.float32, "cuda"), inputs.seeds("cuda")
+    bank, seeds = bank[torch.arange(64) % 3], seeds[torch.arange(64) % 3]
+    for dtype in DTYPES:
+        wave, filters = x.to(dtype), bank.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for op, args in (
+            ("lnl", (wave, filters, None)),
+            ("isd", (wave, None, seeds, None, 10.0, 2.0)),
+            ("ssi", (wave, filters[:, 0], None, seeds, None, None, 10.0, 40.0)),
+        ):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            (y,) = inputs.run(op, "cuda", args)
+            extra = torch.cuda.max_memory_allocated() - before - y.nbytes
+            assert extra <= 2 * y.nbytes + 2**20, (op, dtype)
+            del y
+
+
+def _step(boost, x, seeds, grads):
+    n = len(inputs.SHAPES)
+    y = boost(x, seeds=seeds)
+    gram = ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+    ops.combine_(grads[:n], grads[n:], (gram / gram.abs().amax()).sum(1), list(inputs.SEGMENTS))
+    return y, gram
+
+
+def test_cuda_graph_capture():
+    boost, seeds = ga.RawBoost(4), inputs.seeds("cuda")
+    x, grads = inputs.wave(4097, torch.float32, "cuda"), inputs.gradients(2, torch.float32, "cuda")
+    before = [g.clone() for g in grads]
+
+    def restore():
+        for g, b in zip(grads, before, strict=True):
+            g.copy_(b)
+
+    with ga.use_backends("cuda"):
+        expected = [v.clone() for v in _step(boost, x, seeds, grads)]
+        merged = [g.clone() for g in grads]
+        restore()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _step(boost, x, seeds, grads)
+        for _ in range(2):
+            restore()
+            graph.replay()
+            assert all(torch.equal(f, e) for f, e in zip(captured, expected, strict=True))
+            assert all(torch.equal(f, e) for f, e in zip(grads, merged, strict=True))
+        # Other inputs in the same memory.
+        x.mul_(-0.5)
+        seeds.add_(1)
+        restore()
+        graph.replay()
+        replayed = captured[0].clone()
+        restore()
+        assert torch.equal(replayed, _step(boost, x, seeds, grads)[0])
+
+
+def test_side_stream():
+    boost, seeds = ga.RawBoost(4), inputs.seeds("cuda")
+    x, grads = inputs.wave(64600, torch.float32, "cuda"), inputs.gradients(2, torch.float32, "cuda")
+    with ga.use_backends("cuda"):
+        expected = boost(x * 0.5, seeds=seeds), ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # The kernels read what this stream is still to write.
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(10_000_000)
+            late.add_(x, alpha=0.5)
+            found = boost(late, seeds=seeds), ops.gram(grads, 2, list(inputs.SEGMENTS), 3)
+        torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30 * 2**30,
+    reason="needs a CUDA GPU with 30 GiB",
+)
+def test_tensors_over_2_to_the_31_elements():
+    size = 2**31 + 70_001
+    a = torch.ones(size, dtype=torch.bfloat16, device="cuda")
+    a[-1] = 3
+    with ga.use_backends("cuda"):
+        assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [size + 8.0] * 4
+        ops.combine_([a], [a], torch.tensor([[2.0, -1.5]], dtype=torch.float64, device="cuda"), [0])
+        assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [0.5, 0.5, 1.5]
+        del a
+        # 40000 utterances of 64600 samples: the last rows start beyond 2**31.
+        x = torch.zeros(40_000, 64_600, dtype=torch.float16, device="cuda")
+        tail = inputs.wave(64_600, torch.float16, "cuda")
+        x[-3:] = tail
+        seeds = torch.zeros(40_000, dtype=torch.int64, device="cuda")
+        seeds[-3:] = inputs.seeds("cuda")
+        found = ops.isd(x, None, seeds, None, 10.0, 2.0)[-3:]
+        assert torch.equal(found, ops.isd(tail, None, inputs.seeds("cuda"), None, 10.0, 2.0))
+        bank = inputs.bank(torch.float32, "cuda")[:1, :, 200:300]
+        found = ops.lnl(x, bank.expand(40_000, -1, -1), None)[-3:]
+        assert torch.equal(found, ops.lnl(tail, bank.expand(3, -1, -1), None))
