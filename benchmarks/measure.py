@@ -251,7 +251,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     extension, why_not = _extension.load()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *map(_short, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": sorted(
             line[3:] for line in _git("status", "--porcelain", "-uno").splitlines() if "/results/" not in line
@@ -266,6 +266,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "clocks": "wall: time.perf_counter; cpu: time.process_time (all threads of this process); ratios are medians "
         "over interleaved repetitions",
     }
+
+
+def _short(argument: str) -> str:
+    """Cut an absolute path to its last two parts: where someone keeps a peer's files is nobody's business."""
+    return "/".join(Path(argument).parts[-2:]) if os.path.isabs(argument) else argument
 
 
 def _git(*arguments: str) -> str:
