@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable
@@ -132,84 +132,58 @@ def lpc(wave: np.ndarray, rng: np.random.Generator, packages: Path) -> np.ndarra
 # Text to speech.
 
 
-@functools.cache
-def _espeak() -> tuple[Any, list[np.ndarray], int, Any]:
+def _run(command: list[str], text: str, environment: dict[str, str] | None = None) -> bytes:
+    """Give a program the text; return what it says, raise RuntimeError with its last word when it fails."""
+    result = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, env=environment)
+    if result.returncode != 0:
+        words = result.stderr.decode(errors="replace").strip().splitlines()
+        raise RuntimeError(words[-1] if words else f"{Path(command[0]).name} ended with status {result.returncode}")
+    return result.stdout
+
+
+def _espeak(text: str, voice: str, *action: str) -> bytes:
     import espeakng_loader
 
-    library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-    pieces: list[np.ndarray] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples: Any, count: int, _: Any) -> int:
-        if samples and count > 0:
-            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    # 2: deliver the samples to the callback before espeak_Synth returns.
-    rate = library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-    if rate <= 0:
-        raise RuntimeError(f"eSpeak NG did not start (espeak_Initialize returned {rate})")
-    library.espeak_SetSynthCallback(collect)
-    return library, pieces, rate, collect
+    paths = [str(espeakng_loader.get_library_path()), str(espeakng_loader.get_data_path())]
+    return _run([sys.executable, str(Path(__file__).with_name("_espeak.py")), *paths, voice, *action], text)
 
 
 def espeak(text: str, language: str, rng: np.random.Generator, packages: Path) -> np.ndarray:
     """The formant synthesiser eSpeak NG, in one of nine voices, at 135 to 185 words a minute."""
-    library, pieces, rate, _ = _espeak()
     voice = {"en": "en-us"}.get(language, language)
     variant = str(rng.choice(["", "+m1", "+m3", "+m5", "+m7", "+f1", "+f2", "+f4", "+f5"]))
-    if library.espeak_SetVoiceByName((voice + variant).encode()) != 0:
-        raise RuntimeError(f"eSpeak NG has no voice {voice + variant}")
-    # 1: words a minute; 3: pitch, 0 to 100.
-    library.espeak_SetParameter(1, int(rng.integers(135, 185)), 0)
-    library.espeak_SetParameter(3, int(rng.integers(35, 65)), 0)
-    pieces.clear()
-    data = text.encode()
-    # 1: the text is UTF-8.
-    library.espeak_Synth(data, len(data) + 1, 0, 0, 0, 1, None, None)
-    library.espeak_Synchronize()
-    return resample(np.concatenate(pieces) / 32768, rate, RATE)
+    words_per_minute, pitch = (str(rng.integers(*limits)) for limits in ((135, 185), (35, 65)))
+    rate, _, samples = _espeak(text, voice + variant, "speak", words_per_minute, pitch).partition(b"\n")
+    return resample(np.frombuffer(samples, np.int16) / 32768, int(rate), RATE)
+
+
+_PICO = """
+import sys, py_nanotts
+text, voice, speed, pitch = sys.stdin.buffer.read().decode(), sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+sys.stdout.buffer.write(py_nanotts.NanoTTS().speak(text, voice=voice, speed=speed, pitch=pitch))
+"""
 
 
 def pico(text: str, language: str, rng: np.random.Generator, packages: Path) -> np.ndarray:
     """The unit-selection and HMM synthesiser SVOX Pico, speed and pitch varied."""
-    import py_nanotts
-
     voice = {"en": str(rng.choice(["en-US", "en-GB"])), "fr": "fr-FR", "es": "es-ES", "it": "it-IT"}[language]
-    speed, pitch = float(rng.uniform(0.9, 1.15)), float(rng.uniform(0.85, 1.2))
-    samples = py_nanotts.NanoTTS().speak(text, voice=voice, speed=speed, pitch=pitch)
-    return np.frombuffer(samples, np.int16) / 32768
+    style = [str(rng.uniform(0.9, 1.15)), str(rng.uniform(0.85, 1.2))]
+    # Pico reads memory that it never wrote: a process of its own, whose memory begins as zeros, makes it repeatable.
+    environment = os.environ | {"MALLOC_PERTURB_": "255"}
+    command = [sys.executable, "-c", _PICO, voice, *style]
+    return np.frombuffer(_run(command, text, environment), np.int16) / 32768
 
 
 def flite(text: str, language: str, rng: np.random.Generator, packages: Path) -> np.ndarray:
     """The clustergen and unit-selection voices of Flite (CMU), run from the unpacked package."""
     libraries = ":".join(sorted(str(path) for path in (packages / "usr" / "lib").glob("*-linux-*")))
+    voice = str(rng.choice(["slt", "awb", "rms"]))
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "flite.wav"
-        command = [
-            str(packages / "usr" / "bin" / "flite"),
-            "-voice",
-            str(rng.choice(["slt", "awb", "rms"])),
-            "-t",
-            text,
-        ]
-        environment = os.environ | {"LD_LIBRARY_PATH": libraries}
-        subprocess.run([*command, "-o", str(out)], env=environment, check=True, capture_output=True, timeout=60)
+        out = str(Path(folder) / "flite.wav")
+        command = [str(packages / "usr" / "bin" / "flite"), "-voice", voice, "-t", text, "-o", out]
+        _run(command, "", os.environ | {"LD_LIBRARY_PATH": libraries})
         wave, rate = soundfile.read(out)
     return resample(wave, rate, RATE)
-
-
-def _phonemes(text: str, voice: str) -> str:
-    """The text in the International Phonetic Alphabet, as eSpeak NG reads it."""
-    library = _espeak()[0]
-    if library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise RuntimeError(f"eSpeak NG has no voice {voice}")
-    library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-    rest, clauses = ctypes.c_char_p(text.encode()), []
-    # One clause a call, until nothing is left. 1: the text is UTF-8; 2: phonemes in IPA.
-    while rest.value is not None:
-        clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), 1, 2).decode())
-    return unicodedata.normalize("NFD", ", ".join(filter(None, clauses)) + ".")
 
 
 def vits(text: str, language: str, rng: np.random.Generator, packages: Path) -> np.ndarray:
@@ -221,7 +195,8 @@ def vits(text: str, language: str, rng: np.random.Generator, packages: Path) -> 
     table = settings["phoneme_id_map"]
     # Begin, every phoneme followed by a blank, end.
     tokens = [*table["^"], *table["_"]]
-    for phoneme in _phonemes(text, settings["espeak"]["voice"]):
+    phonemes = _espeak(text, settings["espeak"]["voice"], "phonemes").decode()
+    for phoneme in unicodedata.normalize("NFD", phonemes):
         if phoneme in table:
             tokens += [*table[phoneme], *table["_"]]
     tokens += table["$"]

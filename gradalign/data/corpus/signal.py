@@ -123,9 +123,9 @@ def limit_crest(wave: np.ndarray, crest_db: float) -> np.ndarray:
     wave, wanted = unit_level(wave), 10 ** (crest_db / 20)
     if np.abs(wave).max(initial=0) <= wanted:
         return wave
-    low, high = 0.3, 30.0
+    low, high = 0.01, 100.0
     # The crest grows with the threshold of the hyperbolic tangent: bisect it.
-    for _ in range(20):
+    for _ in range(30):
         middle = np.sqrt(low * high)
         bent = middle * np.tanh(wave / middle)
         if np.abs(bent).max() > wanted * active_rms(bent):
@@ -202,7 +202,7 @@ def equalise(wave: np.ndarray, channel: str, lender: np.ndarray, rng: np.random.
     before, after = (int(seconds * RATE) for seconds in rng.uniform(0.06, 0.25, 2))
     wave = np.pad(wave * ramp, (before, after))
     # Above the backgrounds that the sources brought along.
-    wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-26, -20) / 20)
+    wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-36, -30) / 20)
     wave = CHANNELS[channel](wave * 10 ** (rng.uniform(-29, -23) / 20))
     wave = unit_level(low_pass(high_pass(wave))) * 10 ** (rng.uniform(-32, -26) / 20)
     wave = wave / max(1.0, np.abs(wave).max() / 0.99)
