@@ -65,6 +65,20 @@ def test_filters_longer_than_a_pass(dtype):
         _check("ssi", args, dtype, f"{num_taps} taps")
 
 
+@pytest.mark.parametrize("num_taps", [1, 2, 491, 1024, 1025])
+@pytest.mark.parametrize("num_samples", [20_479, 20_480, 30_011])
+def test_filters_of_long_utterances(num_samples, num_taps):
+    # Around the smallest size that is filtered by FFT, and with filters that are too long for it.
+    generator = torch.Generator().manual_seed(num_taps)
+    x, own = inputs.wave(num_samples, torch.float32, "cuda"), inputs.lengths(num_samples, "cuda")
+    filters = (torch.randn(inputs.BATCH, 5, num_taps, generator=generator) / num_taps**0.5).cuda()
+    for lengths in (None, own):
+        _check("lnl", (x, filters, lengths), torch.float32, "lnl")
+        _check("ssi", (x, filters[:, 1], lengths, inputs.seeds("cuda"), None, None, 0.0, 9.0), torch.float32, "ssi")
+    level = torch.tensor([10.0, 0.0, -10.0], dtype=torch.float64, device="cuda")
+    _check("ssi", (x, filters[:, 2], own, None, x.flip(1), level, 0.0, 0.0), torch.float32, "ssi, noise given")
+
+
 @pytest.mark.parametrize("num_taps", [491, 2001])
 def test_notch_bank_with_more_taps_than_shared_memory(num_taps):
     draws = reference.notch_draws(inputs.seeds(), [0], [0.0], [0.0], 2, 20.0, 8000.0, 100.0, 1000.0, 400.0, 900.0)

@@ -31,11 +31,20 @@ class OnDevice {
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
+    launch_with_memory(0, kernel, blocks, threads, std::forward<Arguments>(arguments)...);
+  }
+
+  // With so many bytes of dynamic shared memory per block.
+  template <typename... Parameters, typename... Arguments>
+  void launch_with_memory(int bytes, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT_MAX, "a launch takes at most ", INT_MAX, " blocks; found ", blocks);
+    // A block gets more than 48 KiB only on demand.
+    if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(bytes);
     config.stream = stream_;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -7,6 +7,7 @@
 
 #include "../bijection.h"
 #include "../notch.h"
+#include "fft.cuh"
 
 namespace gradalign::cuda {
 
@@ -322,6 +323,81 @@ __device__ void store_tile(const T (&z)[Fir<T, N>::kOutputs], FirShared<T, N>& s
   for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) row[first + i] = shared.window[F::place(i)];
 }
 
+// Long float32 utterances are filtered by overlap-save: a block takes two neighbouring segments, one in the real and one in the imaginary part (the
+// filters are real, so the two never mix), adds the branches as spectra and transforms back once. At 491 taps, a fortieth of the direct form's
+// multiply-adds.
+struct Segments {
+  explicit __host__ __device__ Segments(int num_taps) : num_taps(num_taps), hop(Fft::kPoints - num_taps + 1) {}
+  // Outputs per segment, per block.
+  int num_taps, hop;
+  __host__ __device__ int tile() const { return 2 * hop; }
+  // Output of a block's segment 0 or 1 that point m holds; points below num_taps - 1 hold none.
+  __device__ int output(int first, int segment, int m) const { return first + segment * hop + m - (num_taps - 1); }
+};
+
+// Bytes of shared memory: a block's samples and the transform's exchange.
+constexpr int kFftBytes = int(sizeof(float2)) * (Fft::kPoints + Fft::kShared);
+
+// True when the spectra of num_filters filters take at most two of the utterance's own sizes.
+bool filter_by_fft(const Tensor& x, int64_t num_filters, int64_t num_taps) {
+  return x.scalar_type() == ScalarType::Float && num_taps <= Fft::kPoints / 4 && x.size(1) >= num_filters * Fft::kPoints;
+}
+
+// One block per filter: filters [rows, P] -> spectra [rows, 4096] in the order of Fft, divided by the number of points.
+__global__ __launch_bounds__(Fft::kThreads) void spectra_kernel(const float* filters, int num_taps, float2* spectra) {
+  __shared__ float2 exchange[Fft::kShared];
+  const int64_t row = blockIdx.x;
+  const Fft fft;
+  float2 v[Fft::kEach];
+#pragma unroll
+  for (int r = 0; r < Fft::kEach; ++r) {
+    const int k = threadIdx.x + r * Fft::kThreads;
+    v[r] = {k < num_taps ? filters[row * num_taps + k] / Fft::kPoints : 0.0f, 0.0f};
+  }
+  fft.forward(v, exchange);
+#pragma unroll
+  for (int r = 0; r < Fft::kEach; ++r) spectra[row * Fft::kPoints + r * Fft::kThreads + threadIdx.x] = v[r];
+}
+
+Tensor spectra(const OnDevice& device, const Tensor& filters, int64_t rows, int num_taps) {
+  Tensor out = torch::stable::new_empty(filters, {rows, Fft::kPoints, 2}, ScalarType::Float);
+  device.launch(spectra_kernel, rows, Fft::kThreads, filters.const_data_ptr<float>(), num_taps, static_cast<float2*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// z[r] = the block's outputs at point threadIdx.x + 256 * r, see Segments. `spectra` [N_f, 4096] of this utterance;
+// fill(start, count, put) calls put(n, s[n]) for the samples start .. start + count - 1 of the signal, 0 outside the utterance.
+template <typename Fill>
+__device__ void fft_filter(const float2* spectra, int num_filters, const Segments& segments, int first, float2* memory, float2 (&z)[Fft::kEach],
+                           Fill&& fill) {
+  constexpr int kPoints = Fft::kPoints;
+  float2* const samples = memory + Fft::kShared;
+  // Output n meets samples n + (P+1)/2 - k; a segment begins with the one of k = P - 1.
+  const int start = first + (segments.num_taps + 1) / 2 - (segments.num_taps - 1);
+  fill(start, kPoints + segments.hop, [&](int n, float value) {
+    const int m = n - start;
+    if (m >= 0 && m < kPoints) samples[m].x = value;
+    if (m >= segments.hop && m < kPoints + segments.hop) samples[m - segments.hop].y = value;
+  });
+  const Fft fft;
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < Fft::kEach; ++r) z[r] = {0, 0};
+  for (int i = 0; i < num_filters; ++i) {
+    float2 v[Fft::kEach];
+#pragma unroll
+    for (int r = 0; r < Fft::kEach; ++r) {
+      const float2 s = samples[threadIdx.x + r * Fft::kThreads];
+      v[r] = s;
+      for (int power = 0; power < i; ++power) v[r] = {v[r].x * s.x, v[r].y * s.y};
+    }
+    fft.forward(v, memory);
+#pragma unroll
+    for (int r = 0; r < Fft::kEach; ++r) z[r] = plus(z[r], times(v[r], spectra[i * kPoints + r * Fft::kThreads + threadIdx.x]));
+  }
+  fft.inverse(z, memory);
+}
+
 // Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples.
 constexpr int kThreads = 256;
 constexpr int kBlock = 2048;
@@ -396,6 +472,46 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void lnl_kernel(Wave x, const 
   store_tile<T, N>(value, shared, z + b * num_samples, first, length);
 }
 
+// `lnl_kernel` by overlap-save; spectra [B, N_f, 4096].
+__global__ __launch_bounds__(Fft::kThreads, 2) void lnl_fft_kernel(Wave x, const float2* spectra, const int64_t* lengths, int num_samples,
+                                                                   int num_filters, int num_taps, int num_tiles, float* z, double* sums,
+                                                                   float* largest, float* smallest) {
+  extern __shared__ float2 memory[];
+  const Segments segments(num_taps);
+  const int64_t b = blockIdx.x / num_tiles;
+  const int first = int(blockIdx.x % num_tiles) * segments.tile(), length = length_of(lengths, b, num_samples);
+  // Tiles beyond the utterance are never asked for.
+  if (first >= length) return;
+  float2 value[Fft::kEach];
+  fft_filter(spectra + b * num_filters * Fft::kPoints, num_filters, segments, first, memory, value, [&](int start, int count, auto put) {
+    for (int n = start + int(threadIdx.x); n < start + count; n += Fft::kThreads) put(n, n >= 0 && n < length ? sample<float>(x, b, n) : 0.0f);
+  });
+  double sum = 0;
+  float high = -INFINITY, low = -INFINITY;
+#pragma unroll
+  for (int r = 0; r < Fft::kEach; ++r) {
+    const int m = threadIdx.x + r * Fft::kThreads;
+#pragma unroll
+    for (int segment = 0; segment < 2; ++segment) {
+      const int n = segments.output(first, segment, m);
+      if (m < num_taps - 1 || n >= length) continue;
+      const float v = segment == 0 ? value[r].x : value[r].y;
+      z[b * num_samples + n] = v;
+      sum += double(v);
+      high = Larger{}(high, v);
+      low = Larger{}(low, -v);
+    }
+  }
+  sum = block_reduce<Fft::kThreads>(sum, Add{});
+  high = block_reduce<Fft::kThreads>(high, Larger{});
+  low = block_reduce<Fft::kThreads>(low, Larger{});
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = sum;
+    largest[blockIdx.x] = high;
+    smallest[blockIdx.x] = -low;
+  }
+}
+
 // cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min. `z` may be `out`.
 template <typename S>
 __global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, const double* sums, const Wide<S>* largest, const Wide<S>* smallest,
@@ -428,32 +544,45 @@ Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
   check_same_device(filters, x, "`filters`");
   const int num_filters = int(filters.size(1)), num_taps = int(filters.size(2));
   const Tensor bank = contiguous_as(filters, wide_dtype(x));
-  auto run = [&](auto type, auto branches) {
+  auto run = [&](auto type, int tile, auto&& filter) {
     using T = decltype(type);
-    constexpr int N = decltype(branches)::value;
-    using F = Fir<T, N>;
-    const int tiles = divide_up(batch.num_samples, F::kTile);
+    const int tiles = divide_up(batch.num_samples, tile);
     Tensor sums = torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double);
     Tensor extrema = torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x));
+    T* z = static_cast<T*>(batch.scratch.mutable_data_ptr());
     T* largest = static_cast<T*>(extrema.mutable_data_ptr());
     T* smallest = largest + batch.size * tiles;
-    device.launch(lnl_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(bank.const_data_ptr()), batch.lengths,
-                  batch.num_samples, num_filters, num_taps, tiles, static_cast<T*>(batch.scratch.mutable_data_ptr()), sums.mutable_data_ptr<double>(),
-                  largest, smallest);
+    filter(tiles, z, sums.mutable_data_ptr<double>(), largest, smallest);
     dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
       using S = decltype(stored);
       if constexpr (std::is_same_v<Wide<S>, T>)
-        device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
-                      sums.const_data_ptr<double>(), largest, smallest, batch.lengths, batch.num_samples, tiles, F::kTile, batch.num_blocks,
-                      static_cast<S*>(batch.out.mutable_data_ptr()));
+        device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, z, sums.const_data_ptr<double>(), largest, smallest, batch.lengths,
+                      batch.num_samples, tiles, tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
     });
   };
-  if (x.scalar_type() == ScalarType::Double)
-    run(double{}, std::integral_constant<int, 0>{});
-  else if (num_filters > 5)
-    run(float{}, std::integral_constant<int, 0>{});
-  else
-    run(float{}, std::integral_constant<int, 5>{});
+  auto run_direct = [&](auto type, auto branches) {
+    using T = decltype(type);
+    constexpr int N = decltype(branches)::value;
+    using F = Fir<T, N>;
+    run(type, F::kTile, [&](int tiles, T* z, double* sums, T* largest, T* smallest) {
+      device.launch(lnl_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(bank.const_data_ptr()), batch.lengths,
+                    batch.num_samples, num_filters, num_taps, tiles, z, sums, largest, smallest);
+    });
+  };
+  if (filter_by_fft(x, num_filters, num_taps)) {
+    const Tensor spectrum = spectra(device, bank, batch.size * num_filters, num_taps);
+    run(float{}, Segments(num_taps).tile(), [&](int tiles, float* z, double* sums, float* largest, float* smallest) {
+      device.launch_with_memory(kFftBytes, lnl_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
+                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_filters, num_taps, tiles,
+                                z, sums, largest, smallest);
+    });
+  } else if (x.scalar_type() == ScalarType::Double) {
+    run_direct(double{}, std::integral_constant<int, 0>{});
+  } else if (num_filters > 5) {
+    run_direct(float{}, std::integral_constant<int, 0>{});
+  } else {
+    run_direct(float{}, std::integral_constant<int, 5>{});
+  }
   return batch.out;
 }
 
@@ -557,6 +686,27 @@ Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::opt
 
 // ------------------------------------------------------------------------------------------------------------------------------------ ssi
 
+// Call put(n, s[n]) for the samples start .. start + count - 1 (and up to three more at either end) of the noise of utterance b, 0 outside it: from
+// `noise` [B, T] or, where its data is null, drawn from the utterance's seed.
+template <typename T, int kThreads, typename Put>
+__device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, int length, int start, int count, Put&& put) {
+  if (noise.data != nullptr) {
+    for (int n = start + int(threadIdx.x); n < start + count; n += kThreads) put(n, n >= 0 && n < length ? sample<T>(noise, b, n) : T(0));
+    return;
+  }
+  // Philox gives four samples at a time; the shift rounds down, also below 0, where every sample is 0.
+  for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < start + count; quad += kThreads) {
+    float v[4] = {};
+    if (quad >= 0) {
+      const Words words = philox(uint64_t(seeds[b]), kStreamSsiNoise, uint64_t(quad));
+      box_muller(words.w[0], words.w[1], &v[0], &v[1]);
+      box_muller(words.w[2], words.w[3], &v[2], &v[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) put(4 * quad + i, 4 * quad + i < length ? T(v[i]) : T(0));
+  }
+}
+
 // One block per (utterance, tile): v [B, T] = FIR(noise), and the tile's sums of squares of x and v [B, tiles]. The noise is `noise` [B, T] or,
 // where its data is null, drawn from seeds [B] inside the tile and never stored. Equivalent to the first half of `reference.ssi`. The squares are
 // float64: those of samples below 1e-23 would vanish in float32.
@@ -572,24 +722,9 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave n
   if (first >= length) return;
   T value[F::kOutputs];
   fir<T, N>(filters + b * num_taps, 1, num_taps, first, shared, value, [&](int start, int count) {
-    auto put = [&](int n, T v) {
-      if (n >= start && n < start + count) shared.window[F::place(n - start)] = n >= 0 && n < length ? v : T(0);
-    };
-    if (noise.data != nullptr) {
-      for (int n = start + int(threadIdx.x); n < start + count; n += F::kThreads) put(n, n >= 0 && n < length ? sample<T>(noise, b, n) : T(0));
-      return;
-    }
-    // Philox gives four samples at a time; the shift rounds down, also below 0, where every sample is 0.
-    for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < start + count; quad += F::kThreads) {
-      float v[4] = {};
-      if (quad >= 0) {
-        const Words words = philox(uint64_t(seeds[b]), kStreamSsiNoise, uint64_t(quad));
-        box_muller(words.w[0], words.w[1], &v[0], &v[1]);
-        box_muller(words.w[2], words.w[3], &v[2], &v[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) put(4 * quad + i, T(v[i]));
-    }
+    white_noise<T, F::kThreads>(noise, seeds, b, length, start, count, [&](int n, T v) {
+      if (n >= start && n < start + count) shared.window[F::place(n - start)] = v;
+    });
   });
   double signal = 0, square = 0;
   for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) {
@@ -606,6 +741,45 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave n
     noise_squares[blockIdx.x] = square;
   }
   store_tile<T, N>(value, shared, colored + b * num_samples, first, length);
+}
+
+// `ssi_kernel` by overlap-save; spectra [B, 4096].
+__global__ __launch_bounds__(Fft::kThreads, 2) void ssi_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra, const int64_t* lengths,
+                                                                   int num_samples, int num_taps, int num_tiles, float* colored,
+                                                                   double* signal_squares, double* noise_squares) {
+  extern __shared__ float2 memory[];
+  const Segments segments(num_taps);
+  const int64_t b = blockIdx.x / num_tiles;
+  const int first = int(blockIdx.x % num_tiles) * segments.tile(), length = length_of(lengths, b, num_samples);
+  // Tiles beyond the utterance are never asked for.
+  if (first >= length) return;
+  float2 value[Fft::kEach];
+  fft_filter(spectra + b * Fft::kPoints, 1, segments, first, memory, value, [&](int start, int count, auto put) {
+    white_noise<float, Fft::kThreads>(noise, seeds, b, length, start, count, put);
+  });
+  double signal = 0, square = 0;
+  for (int i = threadIdx.x; i < segments.tile() && first + i < length; i += Fft::kThreads) {
+    const double v = double(sample<float>(x, b, first + i));
+    signal += v * v;
+  }
+#pragma unroll
+  for (int r = 0; r < Fft::kEach; ++r) {
+    const int m = threadIdx.x + r * Fft::kThreads;
+#pragma unroll
+    for (int segment = 0; segment < 2; ++segment) {
+      const int n = segments.output(first, segment, m);
+      if (m < num_taps - 1 || n >= length) continue;
+      const float v = segment == 0 ? value[r].x : value[r].y;
+      colored[b * num_samples + n] = v;
+      square += double(v) * double(v);
+    }
+  }
+  signal = block_reduce<Fft::kThreads>(signal, Add{});
+  square = block_reduce<Fft::kThreads>(square, Add{});
+  if (threadIdx.x == 0) {
+    signal_squares[blockIdx.x] = signal;
+    noise_squares[blockIdx.x] = square;
+  }
 }
 
 // x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence. `colored` may be `out`.
@@ -654,19 +828,28 @@ Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
     using T = decltype(type);
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
-    const int tiles = divide_up(batch.num_samples, F::kTile);
+    const bool by_fft = filter_by_fft(x, 1, num_taps);
+    const int tile = by_fft ? Segments(num_taps).tile() : F::kTile, tiles = divide_up(batch.num_samples, tile);
     Tensor squares = torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double);
     double* signal_squares = squares.mutable_data_ptr<double>();
     double* noise_squares = signal_squares + batch.size * tiles;
-    device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), noise ? wave_of(*noise) : Wave{}, key,
-                  static_cast<const T*>(bank.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
-                  static_cast<T*>(batch.scratch.mutable_data_ptr()), signal_squares, noise_squares);
+    const Wave given = noise ? wave_of(*noise) : Wave{};
+    if (by_fft) {
+      const Tensor spectrum = spectra(device, bank, batch.size, num_taps);
+      device.launch_with_memory(kFftBytes, ssi_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x), given, key,
+                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
+                                static_cast<float*>(batch.scratch.mutable_data_ptr()), signal_squares, noise_squares);
+    } else {
+      device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), given, key, static_cast<const T*>(bank.const_data_ptr()),
+                    batch.lengths, batch.num_samples, num_taps, tiles, static_cast<T*>(batch.scratch.mutable_data_ptr()), signal_squares,
+                    noise_squares);
+    }
     dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
       using S = decltype(stored);
       if constexpr (std::is_same_v<Wide<S>, T>)
         device.launch(ssi_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, wave_of(x), static_cast<const T*>(batch.scratch.const_data_ptr()),
                       signal_squares, noise_squares, batch.lengths, key, levels ? levels->const_data_ptr<double>() : nullptr, snr_min, snr_max,
-                      batch.num_samples, tiles, F::kTile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+                      batch.num_samples, tiles, tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
     });
   });
   return batch.out;
