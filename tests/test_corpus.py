@@ -322,11 +322,17 @@ def write_packages(folder):
         lines.append("broken: niente")
         with gzip.open(texts / f"core-sounds-{language}.txt.gz", "wt", encoding="utf-8") as file:
             file.write("\n".join(lines))
+    # A voice whose words are not known, in a language that is spoken elsewhere.
+    stamps = folder / "usr/share/tuxpaint/stamps/animals"
+    stamps.mkdir(parents=True)
+    for index in range(3):
+        soundfile.write(stamps / f"cat{index}_desc_fr.ogg", speech_like(rng, 2.5), RATE, "VORBIS", format="OGG")
 
 
 TINY = plan.Plan(
     (
         plan.Speaker("june", "asterisk", "fr", "fr", "train", "g722", 6),
+        plan.Speaker("captions", "tuxpaint", "fr", "fr", "train", "g722", 2),
         plan.Speaker("carlo", "asterisk", "it", "it", "dev", "g722", 3),
         plan.Speaker("carla", "asterisk", "it", "it", "test", "vorbis", 3),
     ),
@@ -358,18 +364,18 @@ def tiny(monkeypatch):
 
 def test_build_goes_on_after_a_kill_and_yields_the_same(tiny, tmp_path, monkeypatch, capsys):
     whole = build_corpus(tmp_path / "whole")
-    assert "24 clips. A linear classifier on trivial cues has an EER of" in capsys.readouterr().err
+    assert "26 clips. A linear classifier on trivial cues has an EER of" in capsys.readouterr().err
 
     # The layout.
     rows = list(csv.DictReader((whole / "metadata.csv").open()))
-    assert len(rows) == 24
-    for split, humans, spoofs in (("train", 6, 6), ("dev", 3, 3), ("test", 3, 3)):
+    assert len(rows) == 26
+    for split, humans, spoofs in (("train", 8, 6), ("dev", 3, 3), ("test", 3, 3)):
         protocol = read_protocol(whole / "protocols" / f"{split}.txt")
         assert [u.label for u in protocol].count(1) == humans
         assert [u.label for u in protocol].count(0) == spoofs
         assert [u.name for u in protocol] == [r["utterance"] for r in rows if r["split"] == split]
         assert [u.attack for u in protocol] == [r["attack"] for r in rows if r["split"] == split]
-    assert len({r["utterance"] for r in rows}) == 24
+    assert len({r["utterance"] for r in rows}) == 26
     for row in rows:
         information = soundfile.info(whole / "flac" / f"{row['utterance']}.flac")
         assert (information.samplerate, information.channels, information.subtype) == (RATE, 1, "PCM_16")
@@ -404,12 +410,12 @@ def test_build_goes_on_after_a_kill_and_yields_the_same(tiny, tmp_path, monkeypa
     # Finished: verified, nothing fetched, nothing written.
     monkeypatch.setattr(sources, "fetch", die)
     assert build_corpus(whole, progress=False) == whole
-    assert check_corpus(whole) == 24 + 6
+    assert check_corpus(whole) == 26 + 6
     with pytest.raises(DataError, match="holds the profile 'default'; found profile='broken'"):
         build_corpus(whole, profile="broken")
     changed = clips[3].name
     (whole / "flac" / changed).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"1 of 30 files are missing or changed: flac/{changed}"):
+    with pytest.raises(DataError, match=rf"1 of 32 files are missing or changed: flac/{changed}"):
         build_corpus(whole)
 
 

@@ -205,9 +205,10 @@ def _choose(plan: Plan, work: Path, pool: ProcessPoolExecutor, progress: bool) -
                 for original in rng.sample(there, count):
                     clips.append(replace(original, attack=attack.name, model=original.source))
                 continue
+            with_text = [clip for clip in there if sources.has_text(clip.source)]
+            languages = [name for name in attack.languages if any(clip.language == name for clip in with_text)]
             for i in range(count):
-                languages = [language for language in attack.languages if any(c.language == language for c in there)]
-                models = [clip for clip in there if clip.language == languages[i % len(languages)]]
+                models = [clip for clip in with_text if clip.language == languages[i % len(languages)]]
                 model = rng.choice(models)
                 # A second prompt behind the first: cut at the human clip's length, no system shows how fast it speaks.
                 prompts = [Path(clip.source) for clip in (model, rng.choice(models))]

@@ -135,6 +135,11 @@ def asterisk_texts(folder: Path, language: str) -> dict[str, str]:
     return texts
 
 
+def has_text(recording: str) -> bool:
+    """Whether the words of a recording, given relative to the packages' folder, are known."""
+    return Path(recording).is_relative_to(_ASTERISK)
+
+
 def asterisk_text(folder: Path, language: str, recording: Path) -> str:
     """The text of one prompt; ``recording`` is relative to ``folder``."""
     name = recording.relative_to(_ASTERISK).with_suffix("")
