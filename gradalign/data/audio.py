@@ -15,7 +15,7 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 
 
 def find_audio(folder: str | Path, utterance: str) -> Path:
-    """The audio file of an utterance: ``folder/<utterance>`` as it stands or with the first of `SUFFIXES` that is there.
+    """Find an utterance's audio file: ``folder/<utterance>`` as it stands, or with the first of `SUFFIXES` there is.
 
     An utterance may hold folders (``speaker/a``). Raises AudioError naming what was looked for.
     """
