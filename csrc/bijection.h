@@ -55,15 +55,19 @@ GRADALIGN_HD uint32_t permute(const Bijection& b, uint32_t index) {
   return index;
 }
 
+GRADALIGN_HD uint32_t unpermute_once(const Bijection& b, uint32_t value) {
+  uint32_t low = value & b.low_mask, high = value >> b.low_bits;
+  for (int r = kBijectionRounds - 2; r >= 0; r -= 2) {
+    high ^= mix(low + b.keys[r + 1]) & b.high_mask;
+    low ^= mix(high + b.keys[r]) & b.low_mask;
+  }
+  return high << b.low_bits | low;
+}
+
 // The inverse: the position of a rank, for where only the chosen positions are visited.
 GRADALIGN_HD uint32_t unpermute(const Bijection& b, uint32_t rank) {
   do {
-    uint32_t low = rank & b.low_mask, high = rank >> b.low_bits;
-    for (int r = kBijectionRounds - 2; r >= 0; r -= 2) {
-      high ^= mix(low + b.keys[r + 1]) & b.high_mask;
-      low ^= mix(high + b.keys[r]) & b.low_mask;
-    }
-    rank = high << b.low_bits | low;
+    rank = unpermute_once(b, rank);
   } while (rank >= b.size);
   return rank;
 }

@@ -155,10 +155,20 @@ GRADALIGN_HD void isd_utterance(uint64_t seed, double p, double g_sd, int64_t le
   double beta = uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p);
   int64_t count = int64_t(std::floor(double(length) * (beta / 100)));
   Bijection pi = make_bijection(seed, uint32_t(length));
-  for (int64_t rank = 0; rank < count; ++rank) {
-    uint32_t t = unpermute(pi, uint32_t(rank));
-    Words words = philox(seed, kStreamIsdFactor, t);
-    s.out[t] += T(g_sd) * s.wave[t] * T(impulse_factor(words.w[0], words.w[1]));
+  // A block of ranks is walked side by side in the lanes; of those that leave the range, few, each walks on alone.
+  constexpr int kBlock = 64;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int ranks = int(std::min<int64_t>(kBlock, count - first));
+    uint32_t at[kBlock];
+    float factor[kBlock];
+    for (int i = 0; i < kBlock; ++i) at[i] = unpermute_once(pi, uint32_t(first + i));
+    for (int i = 0; i < ranks; ++i)
+      if (at[i] >= pi.size) at[i] = unpermute(pi, at[i]);
+    for (int i = 0; i < kBlock; ++i) {
+      Words words = philox(seed, kStreamIsdFactor, at[i]);
+      factor[i] = impulse_factor(words.w[0], words.w[1]);
+    }
+    for (int i = 0; i < ranks; ++i) s.out[at[i]] += T(g_sd) * s.wave[at[i]] * T(factor[i]);
   }
   cond_norm(s.out.data(), length);
 }
@@ -216,7 +226,11 @@ void read_row(const Tensor& x, int64_t b, int64_t count, T* row) {
     using S = decltype(type);
     const S* source = static_cast<const S*>(x.const_data_ptr()) + b * x.stride(0);
     const int64_t stride = x.stride(1);
-    for (int64_t t = 0; t < count; ++t) row[t] = T(source[t * stride]);
+    if (stride == 1) {
+      std::transform(source, source + count, row, [](S v) { return T(v); });
+    } else {
+      for (int64_t t = 0; t < count; ++t) row[t] = T(source[t * stride]);
+    }
   });
 }
 
