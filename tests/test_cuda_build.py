@@ -25,7 +25,7 @@ KERNELS = {
         "ssi",
         "ssi_fft",
         "ssi_finish",
-    },  # fmt: skip
+    },
     "gradients": {"gram", "gram_sum", "combine"},
 }
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     m.name for m in pkgutil.walk_packages(gradalign.__path__, "gradalign.") if not m.name.endswith(("__main__", "_C"))
 ]
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -25,3 +25,14 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_readme_examples(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_shows_python_and_names_files_that_exist():
+    assert BLOCKS
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -197,12 +197,12 @@ def equalise(wave: np.ndarray, channel: str, lender: np.ndarray, rng: np.random.
     for _ in range(3):
         wave = match_spectrum(wave, lender)
     # Vocoders change the crest factor.
-    wave = limit_crest(wave, rng.uniform(10.5, 12.0))
+    wave = limit_crest(wave, rng.uniform(8.0, 9.5))
     ramp = np.minimum(1, np.minimum(np.arange(size), np.arange(size)[::-1]) / 80)
     before, after = (int(seconds * RATE) for seconds in rng.uniform(0.06, 0.25, 2))
     wave = np.pad(wave * ramp, (before, after))
     # Above the backgrounds that the sources brought along.
-    wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-42, -34) / 20)
+    wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-36, -30) / 20)
     wave = CHANNELS[channel](wave * 10 ** (rng.uniform(-29, -23) / 20))
     wave = unit_level(low_pass(high_pass(wave))) * 10 ** (rng.uniform(-32, -26) / 20)
     wave = wave / max(1.0, np.abs(wave).max() / 0.99)
