@@ -261,7 +261,7 @@ def _step(boost, x, seeds, grads):
 
 def test_cuda_graph_capture():
     boost, seeds = ga.RawBoost(4), inputs.seeds("cuda")
-    x, grads = inputs.wave(4097, torch.float32, "cuda"), inputs.gradients(2, torch.float32, "cuda")
+    x, grads = inputs.wave(24_000, torch.float32, "cuda"), inputs.gradients(2, torch.float32, "cuda")
     before = [g.clone() for g in grads]
 
     def restore():
