@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp cs
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip wheel -c constraints.txt setuptools
 	@echo "Installing PyTorch and the other dependencies into $(VENV) (about 5 GB, some minutes the first time)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton "pybind11>=2.13" ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy "pybind11>=2.13" ninja
 	@echo "Building the extension"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,corpus,test,lint]"
 	@touch $@

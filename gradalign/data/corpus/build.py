@@ -88,7 +88,7 @@ def build_corpus(directory: str | Path, profile: str = "default", progress: bool
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}; found {profile!r}")
-    folder = Path(directory)
+    folder = Path(directory).resolve()
     if (folder / "SHA256SUMS").exists():
         check_corpus(folder)
         built = json.loads((folder / "fairness.json").read_text())["profile"]
