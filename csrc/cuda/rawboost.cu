@@ -385,11 +385,16 @@ __device__ void fft_filter(const float2* spectra, int num_filters, const Segment
   for (int r = 0; r < Fft::kEach; ++r) z[r] = {0, 0};
   for (int i = 0; i < num_filters; ++i) {
     float2 v[Fft::kEach];
+    // Powers of four points at a time: of all at once, the registers would not hold the samples.
 #pragma unroll
-    for (int r = 0; r < Fft::kEach; ++r) {
-      const float2 s = samples[threadIdx.x + r * Fft::kThreads];
-      v[r] = s;
-      for (int power = 0; power < i; ++power) v[r] = {v[r].x * s.x, v[r].y * s.y};
+    for (int group = 0; group < Fft::kEach; group += 4) {
+      float2 s[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) v[group + r] = s[r] = samples[threadIdx.x + (group + r) * Fft::kThreads];
+#pragma unroll 1
+      for (int power = 0; power < i; ++power)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) v[group + r] = {v[group + r].x * s[r].x, v[group + r].y * s[r].y};
     }
     fft.forward(v, memory);
 #pragma unroll
