@@ -303,9 +303,11 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
   bank[middle] = 1;
   int64_t reach = 0;
   for (int64_t i = 0; i < num_bands; ++i) {
-    const int r = bands[i].reach;
+    // A band longer than its room in the bank is designed for that room.
+    NotchBand band = bands[i];
+    const int r = band.reach = std::min(band.reach, int((num_taps - 1) / (2 * num_bands)));
     double sum = 0;
-    for (int m = 0; m <= r; ++m) sum += (m == 0 ? 1 : 2) * (half[m] = notch_tap(bands[i], m));
+    for (int m = 0; m <= r; ++m) sum += (m == 0 ? 1 : 2) * (half[m] = notch_tap(band, m));
     for (int m = 0; m <= r; ++m) half[m] /= sum;
     constexpr int kAtOnce = 32;
     for (int k = 0; k < kResponsePoints; k += kAtOnce) {

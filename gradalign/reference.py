@@ -192,7 +192,8 @@ def notch_bank(
     high = center_hz.double() + width_hz.double() / 2
     left = 2 / sample_rate * torch.where(low <= 0, 0.001, low)[..., None]
     right = 2 / sample_rate * torch.where(high >= sample_rate / 2, sample_rate / 2 - 0.001, high)[..., None]
-    reach = ((taps - 1) // 2)[..., None]
+    # A band longer than its room in the bank is designed for that room.
+    reach = ((taps - 1) // 2).clamp_max(half)[..., None]
     ideal = left * torch.sinc(left * m) + torch.sinc(m) - right * torch.sinc(right * m)
     band = ideal * (0.54 + 0.46 * torch.cos(math.pi * m / reach.clamp_min(1)))
     band = torch.where(m.abs() <= reach, band, 0.0)

@@ -71,6 +71,8 @@ def notch_bank(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tupl
     edge = torch.tensor([[[10.0, 7999.0, 4000.0]]], dtype=torch.float64, device=device)
     width, taps = torch.full_like(edge, 500.0), torch.tensor([[[1, 99, 3]]], device=device)
     yield "edges beyond 0 Hz and Nyquist, one tap", (edge, width, taps, edge[..., 0] * 0 - 30, 16000.0, 295, wide)
+    long = torch.tensor([[[201, 99, 3]]], device=device)
+    yield "a band longer than its room", (edge, width, long, edge[..., 0] * 0, 16000.0, 295, wide)
     yield "no utterance", (*(v[:0] for v in notches(device)), 16000.0, 491, wide)
 
 
