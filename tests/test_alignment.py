@@ -61,7 +61,10 @@ def assert_same_merge(found, expected, gram, tolerance):
 
 @pytest.mark.parametrize(("method", "tolerance"), [("pcgrad", 1e-6), ("gradvac", 1e-5), ("cagrad", 2e-4)])
 def test_published_cases(method, tolerance):
-    """The eight published cases in sequence; the error is relative to the largest element of the summed gradients."""
+    """The eight published cases in sequence; the error is relative to the largest element of the gradients merged.
+
+    The published GradVac ran in float32: in case 6, at a cosine of -0.996, it is 3e-5 from its own formula in float64.
+    """
     data, rho = np.load(FIXTURE), None
     for i in range(8):
         grads = torch.from_numpy(np.stack([data[f"{method}_{i}_clean"], data[f"{method}_{i}_augmented"]]))
@@ -287,8 +290,8 @@ def test_upgrad_of_two_paths_is_pcgrad():
 @pytest.mark.parametrize("name", ["UPGrad", "DualProj", "MGDA"])
 @pytest.mark.parametrize("num_paths", [2, 3, 5])
 def test_torchjd_agrees(name, num_paths):
-    aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd[quadprog_projector] is not installed")
-    pytest.importorskip("quadprog", reason="torchjd[quadprog_projector] is not installed")
+    aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd, qpsolvers and quadprog are not installed")
+    pytest.importorskip("quadprog", reason="torchjd, qpsolvers and quadprog are not installed")
     options = {"MGDA": {"epsilon": 1e-9, "max_iters": 3000}}.get(name, {})
     weighting = getattr(aggregation, f"{name}Weighting")(**options)
     gram = random_grams(20, num_paths, np.random.default_rng(9), kinds=1)
@@ -328,7 +331,9 @@ def test_scale_equivariance(method, num_paths, scale):
     if method == "gradvac":
         options["rho"] = torch.full_like(gram, 0.3)
     found = alignment.weights(gram * scale * scale, method, **options)
-    assert_same_merge(found, alignment.weights(gram, method, **options), gram, 1e-7)
+    # These divide by small differences (nearly parallel gradients) or solve linear systems, which round with the scale.
+    tolerance = 1e-8 if method in ("gradvac", "cagrad", "upgrad", "dualproj") else 1e-10
+    assert_same_merge(found, alignment.weights(gram, method, **options), gram, tolerance)
 
 
 @pytest.mark.parametrize("method", ["gradvac", "cagrad"])
