@@ -26,6 +26,8 @@ from torch import Tensor
 
 # Keeps 0 / 0 at 0; far below any product of two float32 gradients that matters.
 _TINY = 1e-300
+# CAGrad's smallest |g_x|, relative to the root mean square norm: float32 gradients that cancel leave no more.
+_CANCELLED = 1e-6
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
@@ -73,7 +75,6 @@ def gradvac(
     *,
     variant: Literal["dual_path", "paper"] = "dual_path",
     beta: float | None = None,
-    eps: float = 1e-8,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient vaccine (Wang et al., ICLR 2021, equation 4): each pair of paths is pulled up to a running target
@@ -82,14 +83,14 @@ def gradvac(
     Path i meets path j with cosine r and target rho[i, j]. If r < rho, path i gains the multiple of g_j that brings
     their cosine to rho; then the target moves towards r. ``variant="dual_path"`` moves it only where r > 0, with beta
     0.5 (Truong et al., arXiv 2509.20682, published code); ``variant="paper"`` always, with beta 0.01 (Wang et al.,
-    algorithm 1).
+    algorithm 1). The published code adds 1e-8 to both denominators; here nothing is added, so that the weights are the
+    same for gradients of any scale.
 
     Args:
         gram: float64 [..., K, K].
         rho: float64 [..., K, K], the targets left by the previous call; default zeros.
         variant: "dual_path" or "paper".
         beta: rate of the moving average in [0, 1]; default by variant.
-        eps: added to both denominators, as published. The weights depend on the gradients' scale through it alone.
         order: as for `pcgrad`.
 
     Returns:
@@ -101,7 +102,7 @@ def gradvac(
     >>> gram = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
     >>> w, rho = gradvac(gram)
     >>> w, rho[0, 1].item()
-    (tensor([0.5000, 0.5000], dtype=torch.float64), 0.29999999...)
+    (tensor([0.5000, 0.5000], dtype=torch.float64), 0.3)
     """
     if variant not in ("dual_path", "paper"):
         raise ValueError(f"`variant` must be 'dual_path' or 'paper'; found {variant!r}")
@@ -115,11 +116,11 @@ def gradvac(
         products = rows @ gram
         norm_i = (products * rows).sum(-1).clamp_min(0.0).sqrt()
         norm_j = (norms[..., None, :] * met).sum(-1)
-        cosine = (products * met).sum(-1) / (norm_i * norm_j + eps).clamp_min(_TINY)
+        cosine = (products * met).sum(-1) / (norm_i * norm_j).clamp_min(_TINY)
         old = (rho * met).sum(-1)
         target = old.clamp_max(_MAX_TARGET)
         sine, target_sine = (1 - cosine.square()).clamp_min(0.0).sqrt(), (1 - target.square()).sqrt()
-        gain = norm_i * (target * sine - cosine * target_sine) / (norm_j * target_sine + eps)
+        gain = norm_i * (target * sine - cosine * target_sine) / (norm_j * target_sine).clamp_min(_TINY)
         # A zero gradient has no direction to move to: 0 * gain stays 0 whatever gain is.
         pull = others & (cosine < target) & (norm_j > 0)
         rows = rows + torch.where(pull, gain, 0.0)[..., None] * met
@@ -128,18 +129,19 @@ def gradvac(
     return rows.mean(-2), rho
 
 
-def cagrad(gram: Tensor, *, c: float = 0.5, eps: float = 1e-8) -> Tensor:
+def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     """Conflict-averse gradient descent (Liu et al., NeurIPS 2021, equation 4 and algorithm 1, in its published,
     rescaled form).
 
-    With b = 1/K, |g_0| = sqrt(mean(G) + eps) and k = c |g_0| + eps, x minimises x^T G b + k sqrt(x^T G x + eps) on the
-    simplex and w = (b + k x / (|g_x| + eps)) / (1 + c^2). For K = 2 the minimum is a closed form; for K > 2 a fixed
-    number of exact line searches, each of them that closed form, reaches it.
+    With b = 1/K, g_0 the mean gradient and k = c |g_0|, x minimises x^T G b + k |g_x| on the simplex and w = (b + k x /
+    |g_x|) / (1 + c^2), where |g_x|^2 = x^T G x + eps. For K = 2 the minimum is a closed form; for K > 2 a fixed number
+    of exact line searches, each of them that closed form, reaches it. The published eps is 1e-8, whatever the
+    gradients' size; here it is 1e-12 times their mean square norm, so that the weights are the same for gradients of
+    any scale.
 
     Args:
         gram: float64 [..., K, K].
         c: radius of the search around the mean gradient, at least 0.
-        eps: as published. The weights depend on the gradients' scale through it alone.
 
     Returns:
         float64 [..., K].
@@ -153,10 +155,11 @@ def cagrad(gram: Tensor, *, c: float = 0.5, eps: float = 1e-8) -> Tensor:
     if not c >= 0:
         raise ValueError(f"`c` must be at least 0; found {c}")
     num_paths = gram.shape[-1]
-    k = c * (gram.mean((-2, -1)) + eps).sqrt() + eps
+    k = c * gram.mean((-2, -1)).clamp_min(0.0).sqrt()
+    eps = (_CANCELLED**2 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(_TINY)
     x = _minimize_on_simplex(gram.mean(-1), k, gram, eps)
-    norm = (x * (gram @ x[..., None])[..., 0]).sum(-1).clamp_min(0.0).sqrt()
-    return (1.0 / num_paths + (k / (norm + eps).clamp_min(_TINY))[..., None] * x) / (1 + c * c)
+    norm = _quadratic(x, gram, eps)[1].sqrt()
+    return (1.0 / num_paths + (k / norm)[..., None] * x) / (1 + c * c)
 
 
 def mgda(gram: Tensor) -> Tensor:

@@ -105,12 +105,13 @@ def test_gradvac_sequence_equals_published_code(monkeypatch):
     torch.manual_seed(0)
     rho, moved = None, 0
     for _ in range(200):
+        # Long gradients: the 1e-8 that the published code adds to their lengths is far below the tolerance.
         common = torch.randn(30, dtype=torch.float64)
-        grads = [torch.randn(30, dtype=torch.float64) + common for _ in range(2)]
+        grads = [1e4 * (torch.randn(30, dtype=torch.float64) + common) for _ in range(2)]
         expected = aligner._project_gradvac([g.clone() for g in grads])
         stacked = torch.stack(grads)
         weights, rho = alignment.gradvac(stacked @ stacked.T, rho)
-        torch.testing.assert_close(weights @ stacked, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weights @ stacked, expected, rtol=1e-10, atol=1e-6)
         torch.testing.assert_close(rho, aligner.rho_T[:, :, 0], rtol=1e-12, atol=1e-12)
         moved += bool((weights != 0.5).any())
     assert 20 < moved < 180
@@ -181,10 +182,10 @@ def test_gradvac_equals_its_definition_for_three_paths(variant, beta, always):
                 if i == j:
                     continue
                 ni, nj, target = moved[i].norm(), grads[j].norm(), state[i, j].clone()
-                r = moved[i] @ grads[j] / (ni * nj + 1e-8)
+                r = moved[i] @ grads[j] / (ni * nj)
                 if r < target:
                     up = target * (1 - r**2).sqrt() - r * (1 - target**2).sqrt()
-                    moved[i] += ni * up / (nj * (1 - target**2).sqrt() + 1e-8) * grads[j]
+                    moved[i] += ni * up / (nj * (1 - target**2).sqrt()) * grads[j]
                 if always or r > 0:
                     state[i, j] = (1 - beta) * target + beta * r
         weights, rho = alignment.gradvac(grads @ grads.T, rho, variant=variant, order=order)
@@ -248,7 +249,7 @@ def test_cagrad_point_is_a_minimum(num_paths):
 def test_cagrad_of_radius_zero_is_the_mean():
     gram = random_grams(20, 3, np.random.default_rng(2))
     expected = torch.full((20, 3), 1 / 3, dtype=torch.float64)
-    torch.testing.assert_close(alignment.weights(gram, "cagrad", c=0.0, eps=0.0), expected)
+    torch.testing.assert_close(alignment.weights(gram, "cagrad", c=0.0), expected)
 
 
 @pytest.mark.parametrize("num_paths", range(2, 9))
@@ -325,25 +326,13 @@ def test_permutation_equivariance(method, num_paths):
 @pytest.mark.parametrize("num_paths", [2, 4])
 @pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e10])
 def test_scale_equivariance(method, num_paths, scale):
-    """w is the same for gradients of any scale; for GradVac and CAGrad with the published eps = 1e-8 set to 0."""
+    """w is the same for gradients of any scale."""
     gram = random_grams(40, num_paths, np.random.default_rng(4), kinds=5)
-    options = {"eps": 0.0} if method in ("gradvac", "cagrad") else {}
-    if method == "gradvac":
-        options["rho"] = torch.full_like(gram, 0.3)
+    options = {"rho": torch.full_like(gram, 0.3)} if method == "gradvac" else {}
     found = alignment.weights(gram * scale * scale, method, **options)
     # These divide by small differences (nearly parallel gradients) or solve linear systems, which round with the scale.
     tolerance = 1e-8 if method in ("gradvac", "cagrad", "upgrad", "dualproj") else 1e-10
     assert_same_merge(found, alignment.weights(gram, method, **options), gram, tolerance)
-
-
-@pytest.mark.parametrize("method", ["gradvac", "cagrad"])
-def test_published_eps_does_not_matter_from_unit_scale_up(method):
-    gram = random_grams(40, 2, np.random.default_rng(5), kinds=1)
-    options = {"rho": torch.full_like(gram, 0.3)} if method == "gradvac" else {}
-    for factor in (1.0, 1e10, 1e20):
-        found = alignment.weights(gram * factor, method, **options)
-        expected = alignment.weights(gram, method, eps=0.0, **options)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -361,19 +350,17 @@ def test_equal_paths_are_averaged(method, num_paths):
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("eps", [None, 0.0])
-def test_zero_gradients_give_finite_weights(method, eps):
-    options = {"eps": eps} if eps is not None and method in ("gradvac", "cagrad") else {}
+def test_zero_gradients_give_finite_weights(method):
     for gram in (
         torch.zeros(2, 2),
         torch.diag(torch.tensor([4.0, 0.0])),
         torch.zeros(3, 3),
         torch.diag(torch.tensor([0.0, 2.0, 0.0])),
     ):
-        assert alignment.weights(gram, method, **options).isfinite().all()
+        assert alignment.weights(gram, method).isfinite().all()
     if method == "gradvac":
         rho = torch.full((2, 2), 0.9, dtype=torch.float64)
-        assert alignment.weights(torch.diag(torch.tensor([4.0, 0.0])), method, rho=rho, **options).isfinite().all()
+        assert alignment.weights(torch.diag(torch.tensor([4.0, 0.0])), method, rho=rho).isfinite().all()
 
 
 @pytest.mark.parametrize("method", [*NAMES, "callable"])
@@ -441,7 +428,7 @@ def test_random_order_is_a_uniform_pure_function():
         ((torch.ones(0, 0), "mean"), {}, ValueError, r"found \[0, 0\]"),
         ((torch.eye(2), "pc-grad"), {}, ValueError, "one of mean, none, pcgrad, .*found 'pc-grad'"),
         ((torch.eye(2), 3), {}, TypeError, "found int"),
-        ((torch.eye(2), "cagrad"), {"beta": 1}, TypeError, "'cagrad' takes the options c, eps; found beta"),
+        ((torch.eye(2), "cagrad"), {"beta": 1}, TypeError, "'cagrad' takes the options c; found beta"),
         ((torch.eye(2), "mean"), {"c": 1}, TypeError, r"\(none\); found c"),
         ((torch.eye(2), "gradvac"), {"variant": "x"}, ValueError, "'dual_path' or 'paper'; found 'x'"),
         ((torch.eye(2), "gradvac"), {"beta": 1.5}, ValueError, r"in \[0, 1\]; found 1.5"),

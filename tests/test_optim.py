@@ -817,7 +817,7 @@ def setup():
         ({"scope": {"a": ["weight"]}}, ValueError, "group 'a' holds str"),
         ({"scope": [[nn.Parameter(torch.ones(1))]]}, ValueError, "parameters of the optimizer, .*found 1 of others"),
         ({"on_nonfinite": "ignore"}, ValueError, "'skip' or 'raise'; found 'ignore'"),
-        ({"method": "cagrad", "alpha": 1}, TypeError, "the options c, eps; found alpha"),
+        ({"method": "cagrad", "alpha": 1}, TypeError, "the options c; found alpha"),
         ({"method": "mean", "seed": 1}, TypeError, "found seed"),
         ({"method": "gradvac", "variant": "v2"}, ValueError, "found 'v2'"),
         ({"method": "gradvac", "rho": 1}, TypeError, "found rho"),
