@@ -61,8 +61,8 @@ class SpeechDataset(Dataset[Example]):
     """Utterances of a protocol with their audio files.
 
     Args:
-        utterances: from `read_protocol`.
-        audio_dir: folder of the files, named by utterance; see `find_audio`.
+        utterances: from `read_protocol` or `read_dataset`.
+        audio_dir: folder of the files of utterances without a path of their own, named by utterance; see `find_audio`.
         sample_rate: Hz.
         num_samples: length of every wave: longer audio is cropped, shorter is repeated.
         seed: of crops and augmentation; `set_epoch` changes both.
@@ -116,7 +116,8 @@ class SpeechDataset(Dataset[Example]):
         kept = self._cache.get(index)
         if kept is not None:
             return torch.from_numpy(kept.astype(np.float32) / 32768 if kept.dtype == np.int16 else kept)
-        path = find_audio(self.audio_dir, self.utterances[index].name)
+        utterance = self.utterances[index]
+        path = utterance.path or find_audio(self.audio_dir, utterance.name)
         wave = read_audio(path, self.sample_rate, self.resample)
         if self._cache_bytes_left > 0:
             keep = wave.numpy()

@@ -13,12 +13,19 @@ LABELS = {"bonafide": 1, "spoof": 0}
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One line of a protocol. ``attack`` is ``-`` for bona fide speech; ``label`` is 1 for bona fide, 0 for spoof."""
+    """One line of a protocol.
+
+    ``attack`` is ``-`` for bona fide speech; ``label`` is 1 for bona fide, 0 for spoof; ``codec`` is what the speech was
+    sent or stored through, ``-`` where nothing is known; ``path`` is its audio file, None where that is to be found by
+    its name (`find_audio`).
+    """
 
     name: str
     speaker: str
     attack: str
     label: int
+    codec: str = "-"
+    path: Path | None = None
 
     @property
     def label_name(self) -> str:
