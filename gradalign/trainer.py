@@ -765,16 +765,17 @@ def _train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
 
 def _expect_disjoint(**splits: SpeechDataset) -> None:
     """Raise DataError where a split names a file of an earlier one: its errors would be those of training."""
-    files: dict[tuple[Path, str], str] = {}
+    files: dict[tuple[Path, str] | Path, str] = {}
     for split, data in splits.items():
         folder = data.audio_dir.resolve()
-        shared = [u.name for u in data.utterances if (folder, u.name) in files]
+        here = {u.path or (folder, u.name): u.name for u in data.utterances}
+        shared = [file for file in here if file in files]
         if shared:
             raise DataError(
-                f"{folder}: expected other files in {split} than in {files[folder, shared[0]]}; found {len(shared)} in "
-                f"both, such as {shared[0]!r}"
+                f"{folder}: expected other files in {split} than in {files[shared[0]]}; found {len(shared)} in both, "
+                f"such as {here[shared[0]]!r}"
             )
-        files |= {(folder, u.name): split for u in data.utterances}
+        files |= dict.fromkeys(here, split)
 
 
 def _digest(*splits: SpeechDataset) -> str:
