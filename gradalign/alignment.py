@@ -28,6 +28,14 @@ from torch import Tensor
 _TINY = 1e-300
 # CAGrad's smallest |g_x|, relative to the root mean square norm: float32 gradients that cancel leave no more.
 _CANCELLED = 1e-6
+# Of the largest eigenvalue or weight: what is smaller is zero to rounding.
+_VANISHING = 1e-12
+# Added to the cosines' diagonal by Nash-MTL.
+_NASH_RIDGE = 1e-10
+# After so many rounds, with so many steps of their line search, Nash-MTL's decrement is below 1e-9; after so many
+# sweeps nothing is left beside the diagonal: on thousands of random and degenerate matrices, K <= 8.
+NASH_ROUNDS, NASH_SEARCH = 16, 4
+JACOBI_SWEEPS = 10
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
@@ -208,6 +216,155 @@ def upgrad(gram: Tensor) -> Tensor:
     """
     rows = torch.diag_embed(torch.full_like(gram[..., 0], 1.0 / gram.shape[-1]))
     return _project_to_dual_cone(rows, gram[..., None, :, :]).sum(-2)
+
+
+def imtlg(gram: Tensor) -> Tensor:
+    """Impartial multi-task learning, IMTL-G (Liu et al., ICLR 2021, section 3.1): the merged gradient has the same
+    projection on every path's direction, and the weights, which may be negative, have sum 1.
+
+    With C the cosines and n the norms, w = y / n scaled to sum 1, C y = 1: for K = 2 w = (n_2, n_1) / (n_1 + n_2).
+    Where the directions are linearly dependent, y is the least-squares solution of least norm. A path whose gradient
+    is zero is left out (weight 0); where the sum vanishes, nothing is defined and the weights are 1/K.
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K] with sum 1.
+
+    >>> imtlg(torch.tensor([[1.0, 0.3], [0.3, 9.0]], dtype=torch.float64))
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    norms, cosines = _norms_and_cosines(gram)
+    present = norms > 0
+    if gram.shape[-1] == 2:
+        # The limit for opposed directions too, where C is singular.
+        y = present.to(gram.dtype)
+    else:
+        values, vectors = _eigh(cosines)
+        inverse = torch.where(_nonzero(values), 1 / values, 0.0)
+        y = (vectors * (inverse * vectors.sum(-2))[..., None, :]).sum(-1)
+    return _scale_to_sum_one(torch.where(present, y / norms, 0.0))
+
+
+def alignedmtl(gram: Tensor) -> Tensor:
+    """Aligned-MTL (Senushkin et al., CVPR 2023, algorithm 1): the paths' gradients are replaced by the nearest ones
+    that are orthogonal and of equal length, and averaged.
+
+    With G = V diag(s) V^T, w = sqrt(s_min) V diag(s)^(-1/2) V^T (1/K, ..., 1/K), over the eigenvalues that are not
+    zero. The length is the published one, that of the smallest principal component: the weights have sum 1 for equal
+    paths, not in general.
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K].
+
+    >>> alignedmtl(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
+    tensor([0.2500, 0.5000], dtype=torch.float64)
+    """
+    values, vectors = _eigh(gram)
+    kept = _nonzero(values)
+    least = torch.where(kept, values, torch.inf).amin(-1, keepdim=True)
+    # A zero matrix keeps the mean.
+    kept, values = kept | ~kept.any(-1, keepdim=True), torch.where(kept, values, 1.0)
+    ratio = torch.where(kept, (torch.where(least.isfinite(), least, 1.0) / values).sqrt(), 0.0)
+    return (vectors * (ratio * vectors.mean(-2))[..., None, :]).sum(-1)
+
+
+def nashmtl(gram: Tensor) -> Tensor:
+    """Nash-MTL (Navon et al., ICML 2022, claim 3.1): the Nash bargaining solution, the a > 0 with (G a)_i = 1 / a_i.
+
+    It is the minimum of the convex a^T G a / 2 - sum(log a), found by Newton's method on the cosines, to which 1e-10
+    is added on the diagonal (where opposed gradients cancel, nothing else bounds a). G fixes the length of sum_k a_k
+    g_k to sqrt(K) whatever the gradients' size, and the published code clips it to 1; here a is scaled to sum 1, so
+    that the merge is an average. A path whose gradient is zero is left out (weight 0).
+
+    Args:
+        gram: float64 [..., K, K].
+
+    Returns:
+        float64 [..., K], at least 0, with sum 1.
+
+    >>> nashmtl(torch.tensor([[1.0, -0.3], [-0.3, 9.0]], dtype=torch.float64))
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    norms, cosines = _norms_and_cosines(gram)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    matrix = cosines + _NASH_RIDGE * eye + torch.diag_embed((norms == 0).to(gram.dtype))
+    y = torch.ones_like(norms)
+    # For two paths the cosines are symmetric in them, and so is the solution.
+    for _ in range(0 if gram.shape[-1] == 2 else NASH_ROUNDS):
+        product = (matrix @ y[..., None])[..., 0]
+        # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
+        length = (gram.shape[-1] / (y * product).sum(-1, keepdim=True)).sqrt()
+        y, product = y * length, product * length
+        inner = matrix * y[..., :, None] * y[..., None, :]
+        residual = 1 - y * product
+        z = torch.linalg.solve_ex(inner + eye, residual[..., None])[0][..., 0]
+        square, slope = (z * (inner @ z[..., None])[..., 0]).sum(-1), -(z * residual).sum(-1) + z.sum(-1)
+        decrement = (z * residual).sum(-1).clamp_min(0.0).sqrt()
+        room = torch.where(z < 0, -1 / z, torch.inf).amin(-1)
+        t = torch.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
+        for _ in range(NASH_SEARCH):
+            quotient = z / (1 + t[..., None] * z)
+            step = (square * t + slope - quotient.sum(-1)) / (square + quotient.square().sum(-1)).clamp_min(_TINY)
+            t = torch.minimum(torch.maximum(t - step, 0.1 * t), 0.5 * (t + room))
+        y = y * (1 + t[..., None] * z)
+    return _scale_to_sum_one(torch.where(norms > 0, y / norms, 0.0))
+
+
+def _norms_and_cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms [..., K] and cosines [..., K, K], 0 where a gradient is zero."""
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    return norms, gram / (norms[..., :, None] * norms[..., None, :]).clamp_min(_TINY)
+
+
+def _scale_to_sum_one(weights: Tensor) -> Tensor:
+    """Divide by the sum; 1/K where it vanishes."""
+    # Lengths first, so that the sum neither overflows nor underflows.
+    weights = weights / weights.abs().amax(-1, keepdim=True).clamp_min(_TINY)
+    total = weights.sum(-1, keepdim=True)
+    vanishes = total.abs() <= _VANISHING * weights.abs().sum(-1, keepdim=True)
+    return torch.where(vanishes, 1.0 / weights.shape[-1], weights / torch.where(vanishes, 1.0, total))
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """Which eigenvalues [..., K] are not zero to rounding."""
+    return values > _VANISHING * values.amax(-1, keepdim=True).clamp_min(0.0)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., K] and eigenvectors [..., K, K] (columns) of symmetric matrices, in no order, by Jacobi's
+    rotations of disjoint pairs; `torch.linalg.eigh` would read an error code on the host.
+    """
+    num_paths = matrix.shape[-1]
+    own = torch.arange(num_paths, device=matrix.device)
+    vectors = torch.eye(num_paths, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    rounds = num_paths - 1 + num_paths % 2
+    for i in range(rounds * (1 if num_paths == 2 else JACOBI_SWEEPS)):
+        # A round-robin tournament: i meets (round - i) modulo an odd number; who would meet itself meets the last.
+        partner = (i % rounds - own) % rounds
+        if num_paths % 2 == 0:
+            idle = partner == own
+            partner = torch.where(idle, num_paths - 1, partner)
+            partner = torch.where(own == num_paths - 1, (idle * own).sum(), partner)
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        off = matrix.gather(-1, partner[:, None].expand_as(matrix))[..., 0]
+        # Both of a pair turn by exactly the same angle.
+        off = torch.where(partner == own, 0.0, 0.5 * (off + off.index_select(-1, partner)))
+        tau = (diagonal.index_select(-1, partner) - diagonal) / (2 * off)
+        side = torch.where(tau == 0, torch.where(own < partner, 1.0, -1.0).to(tau), tau.sign())
+        tangent = torch.where(off == 0, 0.0, side / (tau.abs() + (1 + tau.square()).sqrt()))
+        cosine = 1 / (1 + tangent.square()).sqrt()
+        sine = tangent * cosine
+
+        def rotate(columns: Tensor, cosine: Tensor = cosine, sine: Tensor = sine, partner: Tensor = partner) -> Tensor:
+            return columns * cosine[..., None, :] - columns.index_select(-1, partner) * sine[..., None, :]
+
+        vectors, matrix = rotate(vectors), rotate(rotate(matrix).mT).mT
+    return matrix.diagonal(dim1=-2, dim2=-1), vectors
 
 
 def _project_to_dual_cone(start: Tensor, gram: Tensor) -> Tensor:
@@ -402,6 +559,9 @@ METHODS: dict[str, Method] = {
     "mgda": Method(mgda),
     "dualproj": Method(dualproj),
     "upgrad": Method(upgrad),
+    "imtlg": Method(imtlg),
+    "alignedmtl": Method(alignedmtl),
+    "nashmtl": Method(nashmtl),
 }
 
 
