@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradalign._errors import AudioError
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
 
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 """Suffixes that `find_audio` tries, in this order."""
@@ -27,6 +33,28 @@ def find_audio(folder: str | Path, utterance: str) -> Path:
     raise AudioError(f"{folder / utterance}: expected a file ending in {', '.join(SUFFIXES)}; found none")
 
 
+class AudioHeader(NamedTuple):
+    """What an audio file says of itself: ``frames`` samples per channel, ``sample_rate`` in Hz, ``channels``."""
+
+    frames: int
+    sample_rate: int
+    channels: int
+
+
+def read_header(path: str | Path) -> AudioHeader:
+    """Read an audio file's header, without decoding the samples.
+
+    Raises:
+        AudioError: naming the file, when it is missing, no audio, empty, or a WAV file shorter than its header says (a
+            truncated file of another format is only found by decoding it: `read_audio`).
+    """
+    with _opened(path) as file:
+        header = AudioHeader(file.frames, file.samplerate, file.channels)
+        promised = _promised_frames(Path(path), file)
+    _expect_samples(path, header.frames, promised)
+    return header
+
+
 def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Tensor:
     """Read a whole audio file as one channel.
 
@@ -42,22 +70,10 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
         AudioError: naming the file, when it is missing, unreadable, truncated, empty, holds NaN or Inf, or has another
             sample rate.
     """
-    import soundfile
-
-    if not Path(path).is_file():
-        raise AudioError(f"{path}: expected an audio file; found nothing there")
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            promised, rate, is_wav = file.frames, file.samplerate, file.format in ("WAV", "WAVEX")
-            wave = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise AudioError(f"{path}: expected a readable audio file; found: {error}") from None
-    if is_wav:
-        promised = max(promised, _promised_wav_frames(Path(path)))
-    if len(wave) < promised:
-        raise AudioError(f"{path}: expected {promised} samples by its header; found {len(wave)} (a truncated file?)")
-    if len(wave) == 0:
-        raise AudioError(f"{path}: expected at least one sample; found none")
+    with _opened(path) as file:
+        promised, rate = _promised_frames(Path(path), file), file.samplerate
+        wave = file.read(dtype="float32", always_2d=True)
+    _expect_samples(path, len(wave), promised)
     mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError(f"{path}: expected finite samples; found NaN or Inf")
@@ -71,6 +87,36 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
 
         result = convert(result, rate, sample_rate)
     return result
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[SoundFile]:
+    """An open sound file; whatever libsndfile says against it in the block becomes an AudioError that names it."""
+    import soundfile
+
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: expected an audio file; found nothing there")
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            yield file
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        if Path(path).suffix.lower() == ".mp3" and "MP3" not in soundfile.available_formats():
+            raise AudioError(
+                f"{path}: expected libsndfile 1.1 or newer, to read MP3; found {soundfile.__libsndfile_version__} "
+                "(`pip install -U soundfile` brings a newer one)"
+            ) from None
+        raise AudioError(f"{path}: expected a readable audio file; found: {error}") from None
+
+
+def _expect_samples(path: str | Path, found: int, promised: int) -> None:
+    if found < promised:
+        raise AudioError(f"{path}: expected {promised} samples by its header; found {found} (a truncated file?)")
+    if found == 0:
+        raise AudioError(f"{path}: expected at least one sample; found none")
+
+
+def _promised_frames(path: Path, file: SoundFile) -> int:
+    return max(file.frames, _promised_wav_frames(path)) if file.format in ("WAV", "WAVEX") else file.frames
 
 
 def _promised_wav_frames(path: Path) -> int:

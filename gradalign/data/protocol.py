@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,9 @@ LABELS = {"bonafide": 1, "spoof": 0}
 class Utterance:
     """One line of a protocol.
 
-    ``attack`` is ``-`` for bona fide speech; ``label`` is 1 for bona fide, 0 for spoof; ``codec`` is what the speech was
-    sent or stored through, ``-`` where nothing is known; ``path`` is its audio file, None where that is to be found by
-    its name (`find_audio`).
+    ``attack`` is ``-`` for bona fide speech; ``label`` is 1 for bona fide, 0 for spoof; ``codec`` is what the speech
+    was sent or stored through, ``-`` where nothing is known; ``path`` is its audio file, None where that is to be found
+    by its name (`find_audio`).
     """
 
     name: str
@@ -33,6 +34,58 @@ class Utterance:
         return "bonafide" if self.label else "spoof"
 
 
+def read_text(path: Path, kind: str = "protocol file") -> str:
+    """The text of a UTF-8 file; DataError naming it where there is none, or none that is text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a {kind}; found nothing there") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
+
+
+def read_columns(path: Path, form: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a file of whitespace-separated columns, as (number, columns).
+
+    ``form`` names the columns. Empty lines and lines that begin with # are passed over; DataError names a line with
+    another number of columns.
+    """
+    count = len(form.split())
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        columns = line.split()
+        if not columns or columns[0][0] == "#":
+            continue
+        if len(columns) != count:
+            raise DataError(
+                f"{path}:{number}: expected the {count} columns `{form}`; found {len(columns)}: {line.strip()[:80]!r}"
+            )
+        yield number, columns
+
+
+def label_of(path: Path, number: int, word: str, labels: Mapping[str, int] = LABELS) -> int:
+    """The class index of a label word; DataError naming file and line for an unknown one."""
+    try:
+        return labels[word]
+    except KeyError:
+        raise DataError(f"{path}:{number}: expected the label {' or '.join(labels)}; found {word!r}") from None
+
+
+def gather(path: Path, form: str, rows: Iterable[tuple[int, Utterance]]) -> list[Utterance]:
+    """The utterances of (line number, utterance) pairs; DataError for one named twice, or where there is none."""
+    utterances: list[Utterance] = []
+    first_seen: dict[str, int] = {}
+    for number, utterance in rows:
+        first = first_seen.setdefault(utterance.name, number)
+        if first != number:
+            raise DataError(
+                f"{path}:{number}: expected each utterance once; found {utterance.name!r} again (see line {first})"
+            )
+        utterances.append(utterance)
+    if not utterances:
+        raise DataError(f"{path}: expected at least one line `{form}`; found none")
+    return utterances
+
+
 def read_protocol(path: str | Path) -> list[Utterance]:
     """Read a protocol of ASVspoof form, in file order; empty lines and lines that begin with # are passed over.
 
@@ -43,32 +96,12 @@ def read_protocol(path: str | Path) -> list[Utterance]:
             named twice, no utterance at all.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected a protocol file; found nothing there") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
-    utterances: list[Utterance] = []
-    first_seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        columns = line.split()
-        if not columns or columns[0].startswith("#"):
-            continue
-        if len(columns) != 5:
-            raise DataError(
-                f"{path}:{number}: expected the 5 columns `speaker utterance - attack label`; found {len(columns)}: "
-                f"{line.strip()[:80]!r}"
-            )
-        speaker, name, _, attack, label = columns
-        if label not in LABELS:
-            raise DataError(f"{path}:{number}: expected the label bonafide or spoof; found {label!r}")
-        if name in first_seen:
-            raise DataError(
-                f"{path}:{number}: expected each utterance once; found {name!r} again (see line {first_seen[name]})"
-            )
-        first_seen[name] = number
-        utterances.append(Utterance(name, speaker, attack, LABELS[label]))
-    if not utterances:
-        raise DataError(f"{path}: expected at least one line `speaker utterance - attack label`; found none")
-    return utterances
+    form = "speaker utterance - attack label"
+    return gather(
+        path,
+        form,
+        (
+            (number, Utterance(name, speaker, attack, label_of(path, number, label)))
+            for number, (speaker, name, _, attack, label) in read_columns(path, form)
+        ),
+    )
