@@ -6,7 +6,7 @@ export GRADALIGN_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 # Leave .venv alone whatever environment is active around it.
 unexport PYTHONPATH VIRTUAL_ENV PYTHONHOME
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test   lint, then run every test"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  time every op against the published code"
+	@echo "make gpu-check  tests, compute-sanitizer and benchmarks on this machine's GPU (10 minutes)"
 	@echo "make clean  remove .venv and everything built"
 
 # The stamp's prerequisites are what changes the installation: dependencies and compiled code.
@@ -43,6 +44,15 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py
+
+# With the Python that holds a CUDA PyTorch already, not .venv: machines with a GPU are often without a network.
+# $$OUT, where it is set, is the folder that the results go to.
+gpu-check:
+	GRADALIGN_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
+		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) \
+		$(if $(PUBLISHED_RAWBOOST),--published-rawboost $(PUBLISHED_RAWBOOST)) \
+		$(if $(PUBLISHED_ALIGNERS),--published-aligners $(PUBLISHED_ALIGNERS))
 
 clean:
 	rm -rf $(VENV) build gradalign/_C*.so gradalign.egg-info .pytest_cache .mypy_cache .ruff_cache

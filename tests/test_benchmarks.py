@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from gradalign import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import alignment_study
 import batched
+import gpu_check
 import measure
 import peers
 import report
@@ -246,3 +249,78 @@ def test_report_marks_a_missed_goal_and_keeps_losses():
         "| gram, parameters aasist | other | 1 (1 to 1) |  | 1.00 |  |",
         "|  | cpp | 2.5 (2.5 to 2.5) |  | 2.50 |  |",
     ]
+
+
+# ---- the check on a GPU, the study ----
+
+
+def test_gpu_check_stages_are_commands_that_exist():
+    """Their limits leave time to build the kernels; every benchmark's options are its own."""
+    found = gpu_check.stages("h100", Path("RawBoost.py"), Path("grad_align"))
+    assert sum(stage.limit_s for stage in found) <= 600
+    parsers = {"run.py": run.parse, "peers.py": peers.parse, "train_step.py": train_step.parse}
+    parsed = []
+    for stage in found:
+        for at, word in enumerate(stage.command):
+            if Path(word).name in parsers:
+                assert Path(word).is_file()
+                parsed.append(parsers[Path(word).name](list(stage.command[at + 1 :])).name)
+    assert parsed == ["h100-rawboost", "h100-peers", "h100-train-step", "h100-ops"]
+    assert {Path(w).stem for w in found[1].command if w.endswith(".py")} >= {"test_cuda", "test_triton", "test_optim"}
+
+
+def test_gpu_check_keeps_what_a_stage_printed(tmp_path):
+    log = tmp_path / "log"
+    code = "import time; print('begun', flush=True); time.sleep({}); raise SystemExit({})"
+    results = [
+        gpu_check.run(gpu_check.Stage("s", (sys.executable, "-c", code.format(*part)), 3), log)["result"]
+        for part in ((0, 0), (0, 7), (60, 0))
+    ]
+    assert results == ["passed", "failed with exit code 7", "stopped after 3 s"]
+    assert log.read_text().count("begun\n") == 3
+    missing = gpu_check.run(gpu_check.Stage("s", ("no-such-tool",), 3), log)
+    assert missing["result"] == "not run: no-such-tool is not on the PATH"
+
+
+def test_gpu_check_without_a_gpu_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert "expected a CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_study_takes_every_third_clip_of_each_kind(tmp_path):
+    (tmp_path / "corpus" / "flac").mkdir(parents=True)
+    (tmp_path / "corpus" / "protocols").mkdir()
+    for split in ("train", "dev", "test"):
+        lines = [f"s{i % 2} u{i} - {'-' if i < 10 else 'a'} {'bonafide' if i < 10 else 'spoof'}\n" for i in range(20)]
+        (tmp_path / "corpus" / "protocols" / f"{split}.txt").write_text("".join(lines))
+    folder = alignment_study.every_third(tmp_path / "corpus", tmp_path / "third")
+    assert alignment_study.every_third(tmp_path / "corpus", tmp_path / "third") == folder
+    kept = [line.split()[1] for line in (folder / "protocols" / "dev.txt").read_text().splitlines()]
+    assert kept == ["u0", "u1", "u6", "u7", "u10", "u11", "u16", "u17"]
+    assert (folder / "flac").resolve() == (tmp_path / "corpus" / "flac").resolve()
+
+
+def test_the_study_writes_tables_and_a_figure(write_run, tmp_path, monkeypatch):
+    def fake_sweep(config, methods, seeds, jobs):
+        for method in methods:
+            for seed in seeds:
+                folder = write_run(Path(config.out), method, seed, gain=0.5 * (method == "pcgrad"))
+                (folder / "config.json").write_text(replace(config, align=method, seed=seed).to_json())
+
+    monkeypatch.setattr(alignment_study, "sweep", fake_sweep)
+    out, results = tmp_path / "runs", tmp_path / "results"
+    options = ["corpus", "--out", str(out), "--results", str(results), "--detectors", "light", "--seeds", "3"]
+    assert alignment_study.main(options) == 0
+    rows = (results / "alignment_study.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 4 * 3
+    assert rows[1].startswith("light,4,none,0,")
+    text = (results / "alignment_study.md").read_text()
+    assert "24 trainings: none, pcgrad, gradvac, cagrad" in text
+    assert "## light, RawBoost algorithm 5" in text
+    # A mean lies inside its interval, and plain training is compared with nothing.
+    row = next(line for line in text.splitlines() if line.startswith("| none |"))
+    mean, low, high = (float(word.strip("()")) for word in row.split("|")[2].replace(" to ", " ").split())
+    assert low < mean < high
+    assert row.split("|")[3].strip() == ""
+    assert (results / "alignment_study.png").read_bytes().startswith(b"\x89PNG")

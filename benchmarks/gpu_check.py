@@ -1,0 +1,128 @@
+"""Everything that only a GPU can say, within ten minutes: tests, compute-sanitizer, benchmarks.
+
+    make gpu-check                                     # builds the CUDA kernels for this GPU first
+    make gpu-check PUBLISHED_RAWBOOST=RawBoost.py PUBLISHED_ALIGNERS=grad_align/   # with the published code beside them
+
+Each stage has a limit of its own; the limits add up to less than ten minutes. Into --out go gpu_check.json (each
+stage's result and seconds), gpu_check.log (everything the stages printed) and the benchmarks' result files, which also
+stay in benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gradalign._files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+GPU_TESTS = ("test_cuda", "test_triton", "test_ops", "test_rawboost", "test_alignment", "test_optim", "test_loader")
+# Small shapes of every kernel: the sanitizer runs them some hundred times slower.
+SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with a limit in seconds."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+
+
+def stages(gpu: str, rawboost: Path | None, aligners: Path | None) -> list[Stage]:
+    """The stages, most telling first; their limits add up to less than ten minutes."""
+    numpy_code = ("--published", str(rawboost), "--published-processes", "16") if rawboost else ()
+    published = ("--published-aligners", str(aligners)) if aligners else ()
+    pcgrad = ("--published-pcgrad", str(aligners / "pcgrad.py")) if aligners else ()
+    tests = [str(path) for name in GPU_TESTS if (path := ROOT / "tests" / f"{name}.py").exists()]
+
+    def bench(script: str, name: str, *options: str) -> tuple[str, ...]:
+        path = ROOT / "benchmarks" / f"{script}.py"
+        return (sys.executable, str(path), "--device", "cuda", "--name", f"{gpu}-{name}", *options)
+
+    def sanitizer(tool: str) -> tuple[str, ...]:
+        options = ("--error-exitcode", "9", "--target-processes", "all", "--tool", tool)
+        return ("compute-sanitizer", *options, *PYTEST, "-x", str(ROOT / "tests" / "test_cuda.py"), "-k", SANITIZED)
+
+    goal = ("--batch", "64", "--samples", "64600", "--ops", "rawboost")
+    each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
+    return [
+        Stage("what serves what", (sys.executable, "-m", "gradalign.info"), 20),
+        Stage("tests", (*PYTEST, "-rs", *tests), 150),
+        Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 50),
+        Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 60),
+        Stage("training step", bench("train_step", "train-step", "--batch", "10", "--samples", "64000", *pcgrad), 60),
+        Stage("memcheck", sanitizer("memcheck"), 80),
+        Stage("racecheck", sanitizer("racecheck"), 80),
+        Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 80),
+    ]
+
+
+def run(stage: Stage, log: Path) -> dict[str, object]:
+    """Run a stage, its output to the log and to the terminal; a stage that runs out of time is stopped."""
+    started = time.monotonic()
+    print(f"== {stage.name}", flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n== {stage.name}: {' '.join(stage.command)}\n")
+    if shutil.which(stage.command[0]) is None:
+        return {"stage": stage.name, "result": f"not run: {stage.command[0]} is not on the PATH", "seconds": 0.0}
+    try:
+        done = subprocess.run(
+            stage.command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=stage.limit_s,
+            check=False,
+        )
+        output, result = done.stdout, "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        output, result = stopped.stdout or b"", f"stopped after {stage.limit_s} s"
+    text = output.decode(errors="replace")
+    with log.open("a", encoding="utf-8") as file:
+        file.write(text)
+    print("\n".join(text.splitlines()[-25:]), flush=True)
+    return {"stage": stage.name, "result": result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every stage; return 1 unless all of them passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu-check", help="folder of the log and the results")
+    parser.add_argument("--published-rawboost", type=Path, help="the published RawBoost.py")
+    parser.add_argument("--published-aligners", type=Path, help="the published folder grad_align/")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu-check: expected a CUDA GPU; PyTorch sees none", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name()
+    found = re.search(r"\b[A-Z]{1,4}\d{2,4}\w*", name)
+    gpu = (found[0] if found else name.replace(" ", "-")).lower()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "gpu_check.log"
+    log.unlink(missing_ok=True)
+    done = []
+    for stage in stages(gpu, options.published_rawboost, options.published_aligners):
+        done.append(run(stage, log))
+        # After every stage: what is there survives a machine that is taken away.
+        write_text(options.out / "gpu_check.json", json.dumps({"gpu": name, "stages": done}, indent=2) + "\n")
+        for path in RESULTS.glob(f"{gpu}-*.json"):
+            shutil.copy2(path, options.out / path.name)
+    print("\n".join(f"{row['stage']:32} {row['result']:28} {row['seconds']:>6} s" for row in done))
+    return 0 if all(row["result"] == "passed" for row in done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
