@@ -1,8 +1,9 @@
-"""Audio, protocols, the small corpus and the loaders."""
+"""Audio, protocols, public data sets, the small corpus and the loaders."""
 
 from gradalign._errors import AudioError, DataError
 from gradalign.data.audio import find_audio, fit_length, read_audio
 from gradalign.data.dataset import Batch, Example, SpeechDataset, epoch_plan, load_batches, utterance_draws
+from gradalign.data.datasets import read_dataset
 from gradalign.data.protocol import Utterance, read_protocol
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "fit_length",
     "load_batches",
     "read_audio",
+    "read_dataset",
     "read_protocol",
     "utterance_draws",
 ]
