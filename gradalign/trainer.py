@@ -8,6 +8,7 @@ every file is replaced whole.
 from __future__ import annotations
 
 import csv
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -825,6 +826,21 @@ def _exclusive(run: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _keep_freed_memory() -> None:
+    """Ask glibc to use freed memory again and not to hand it back to the system.
+
+    Otherwise every step of a large detector maps its activations anew, page by page: a third of AASIST-L's time.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            set_option(option, 2**31 - 1)
+
+
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
 @contextmanager
 def _torch_settings(config: TrainConfig) -> Iterator[None]:
     """The run's threads, and deterministic algorithms on the CPU; both as before afterwards."""
@@ -839,6 +855,7 @@ def _torch_settings(config: TrainConfig) -> Iterator[None]:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # It would write NaN into every new tensor, which costs time and is of use for finding defects only.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            _keep_freed_memory()
         yield
     finally:
         torch.set_num_threads(threads)
