@@ -1,4 +1,5 @@
-// RawBoost on the CPU: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to the functions of these names in gradalign/reference.py.
+// RawBoost on the CPU: notch_draws, notch_bank, lnl, isd, ssi and their gradients in the waveform. Equivalent to the functions of these
+// names in gradalign/reference.py.
 // One utterance per task; nothing an utterance yields depends on the batch around it or on the number of threads.
 #include <algorithm>
 #include <array>
@@ -18,7 +19,7 @@ namespace gradalign {
 // Buffers of one thread, kept between utterances.
 template <typename T>
 struct Scratch {
-  std::vector<T> wave, out, noise;
+  std::vector<T> wave, out, noise, grad, gain;
   std::vector<Complex<T>> base, power, work, sum, spectra;
   std::map<int, std::unique_ptr<Twiddles<T>>> twiddles;
 
@@ -33,13 +34,55 @@ struct Scratch {
   }
 };
 
-// y[n] = sum over branches i and taps k of b_i[k] * x[n + (P+1)/2 - k]^(i+1), x zero outside [0, length): overlap-save, with the signal's
-// blocks in the lanes' real and imaginary parts (the filters are real, so the two never mix).
+// Rows of a tile stay in the first-level cache while every block writes, or is read by, its column of them.
+constexpr int64_t kTile = 64;
+
+// base[t], column c = x[(first + c) * hop + advance + t], zero outside [0, length).
 template <typename T>
-GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, T* y, Scratch<T>& s) {
+GRADALIGN_HD void load_blocks(const T* x, int64_t length, int64_t first, int64_t hop, int64_t advance, int points, Complex<T>* base) {
+  constexpr int kColumns = 2 * LaneVector<T>::count;
+  for (int64_t tile = 0; tile < points; tile += kTile) {
+    for (int column = 0; column < kColumns; ++column) {
+      const int64_t start = (first + column) * hop + advance + tile;
+      const int64_t from = std::clamp<int64_t>(-start, 0, kTile), to = std::clamp<int64_t>(length - start, from, kTile);
+      T* row = reinterpret_cast<T*>(&base[tile]) + column;
+      for (int64_t t = 0; t < from; ++t) row[t * kColumns] = 0;
+      for (int64_t t = from; t < to; ++t) row[t * kColumns] = x[start + t];
+      for (int64_t t = to; t < kTile; ++t) row[t * kColumns] = 0;
+    }
+  }
+}
+
+// The inverse of load_blocks for the `hop` results of each block: y = sum, or with `wave` y += (power + 1) * wave^power * sum.
+template <typename T>
+GRADALIGN_HD void store_blocks(const Complex<T>* sum, int64_t length, int64_t first, int64_t hop, const T* wave, int64_t power, T* y) {
+  constexpr int kColumns = 2 * LaneVector<T>::count;
+  for (int64_t tile = 0; tile < hop; tile += kTile) {
+    for (int column = 0; column < kColumns; ++column) {
+      const int64_t start = (first + column) * hop + tile, count = std::min({kTile, hop - tile, length - start});
+      const T* row = reinterpret_cast<const T*>(&sum[tile]) + column;
+      if (wave == nullptr) {
+        for (int64_t t = 0; t < count; ++t) y[start + t] = row[t * kColumns];
+        continue;
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        T factor = T(power + 1);
+        for (int64_t i = 0; i < power; ++i) factor *= wave[start + t];
+        y[start + t] += factor * row[t * kColumns];
+      }
+    }
+  }
+}
+
+// Overlap-save, with the signal's blocks in the lanes' real and imaginary parts (the filters are real, so the two never mix). x is zero
+// outside [0, length). Without `wave`:
+//   y[n] = sum over branches i and taps k of b_i[k] * x[n + (P+1)/2 - k]^(i+1).
+// With `wave`, the gradient of that in the waveform, x being the gradient in y (correlation is filtering with the mirror image):
+//   y[n] = sum over i of (i+1) * wave[n]^i * sum over k of b_i[k] * x[n - (P+1)/2 + k].
+template <typename T>
+GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, const T* wave, T* y, Scratch<T>& s) {
   using Vector = typename LaneVector<T>::type;
   constexpr int kLanes = LaneVector<T>::count;
-  constexpr int64_t kTile = 64;
   // The transform size of least work: points times stages, over the groups of blocks it needs.
   int points = 0;
   int64_t groups = 0;
@@ -53,7 +96,7 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
     points = n, groups = needed, least = work;
   }
   const Twiddles<T>& w = s.plan(points);
-  const int64_t hop = points - (num_taps - 1), advance = (num_taps + 1) / 2 - (num_taps - 1);
+  const int64_t hop = points - (num_taps - 1), advance = wave == nullptr ? (num_taps + 1) / 2 - (num_taps - 1) : -((num_taps + 1) / 2);
 
   // The filters' spectra, one filter per lane.
   const int64_t banks = (num_filters + kLanes - 1) / kLanes;
@@ -61,25 +104,27 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
   for (int64_t bank = 0; bank < banks; ++bank) {
     Complex<T>* h = s.spectra.data() + bank * points;
     for (int64_t i = bank * kLanes; i < std::min(num_filters, (bank + 1) * kLanes); ++i)
-      for (int64_t k = 0; k < num_taps; ++k) reinterpret_cast<T*>(&h[k].re)[i % kLanes] = filters[i * num_taps + k] / T(points);
+      for (int64_t k = 0; k < num_taps; ++k) {
+        const T tap = filters[i * num_taps + (wave == nullptr ? k : num_taps - 1 - k)];
+        reinterpret_cast<T*>(&h[k].re)[i % kLanes] = tap / T(points);
+      }
     fft(h, w);
   }
 
   s.base.resize(points), s.power.resize(points), s.work.resize(points), s.sum.resize(points);
+  if (wave != nullptr) std::fill_n(y, length, T(0));
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = group * 2 * kLanes;
-    // A tile's rows stay in the first-level cache while every block writes its column of them.
-    for (int64_t tile = 0; tile < points; tile += kTile) {
-      for (int column = 0; column < 2 * kLanes; ++column) {
-        const int64_t start = (first + column) * hop + advance + tile;
-        const int64_t from = std::clamp<int64_t>(-start, 0, kTile), to = std::clamp<int64_t>(length - start, from, kTile);
-        T* row = reinterpret_cast<T*>(&s.base[tile]) + column;
-        for (int64_t t = 0; t < from; ++t) row[t * 2 * kLanes] = 0;
-        for (int64_t t = from; t < to; ++t) row[t * 2 * kLanes] = x[start + t];
-        for (int64_t t = to; t < kTile; ++t) row[t * 2 * kLanes] = 0;
-      }
-    }
+    load_blocks(x, length, first, hop, advance, points, s.base.data());
+    if (wave != nullptr) fft(s.base.data(), w);
     for (int64_t i = 0; i < num_filters; ++i) {
+      const T* h = reinterpret_cast<const T*>(s.spectra.data() + (i / kLanes) * points) + i % kLanes;
+      if (wave != nullptr) {
+        for (int k = 0; k < points; ++k) s.sum[k] = times<T>(s.base[k], h[k * 2 * kLanes], h[k * 2 * kLanes + kLanes]);
+        inverse_fft(s.sum.data(), w);
+        store_blocks(s.sum.data() + num_taps - 1, length, first, hop, wave, i, y);
+        continue;
+      }
       for (int t = 0; t < points; ++t) {
         if (i == 0) {
           s.power[t] = s.base[t];
@@ -90,7 +135,6 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
         s.work[t] = s.power[t];
       }
       fft(s.work.data(), w);
-      const T* h = reinterpret_cast<const T*>(s.spectra.data() + (i / kLanes) * points) + i % kLanes;
       for (int k = 0; k < points; ++k) {
         const Complex<T> product = times<T>(s.work[k], h[k * 2 * kLanes], h[k * 2 * kLanes + kLanes]);
         const Vector zero = {};
@@ -98,13 +142,9 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
         s.sum[k].im = (i == 0 ? zero : s.sum[k].im) + product.im;
       }
     }
-    inverse_fft(s.sum.data(), w);
-    for (int64_t tile = 0; tile < hop; tile += kTile) {
-      for (int column = 0; column < 2 * kLanes; ++column) {
-        const int64_t start = (first + column) * hop + tile, count = std::min({kTile, hop - tile, length - start});
-        const T* row = reinterpret_cast<const T*>(&s.sum[num_taps - 1 + tile]) + column;
-        for (int64_t t = 0; t < count; ++t) y[start + t] = row[t * 2 * kLanes];
-      }
+    if (wave == nullptr) {
+      inverse_fft(s.sum.data(), w);
+      store_blocks<T>(s.sum.data() + num_taps - 1, length, first, hop, nullptr, 0, y);
     }
   }
 }
@@ -119,6 +159,17 @@ GRADALIGN_HD double wide_sum(const T* v, int64_t count, Term term) {
   for (; t + kSums <= count; t += kSums)
     for (int i = 0; i < kSums; ++i) partial[i] += term(double(v[t + i]));
   for (; t < count; ++t) partial[t % kSums] += term(double(v[t]));
+  for (int i = 0; i < kSums; ++i) total += partial[i];
+  return total;
+}
+
+template <typename T>
+GRADALIGN_HD double inner_product(const T* a, const T* b, int64_t count) {
+  double partial[kSums] = {}, total = 0;
+  int64_t t = 0;
+  for (; t + kSums <= count; t += kSums)
+    for (int i = 0; i < kSums; ++i) partial[i] += double(a[t + i]) * double(b[t + i]);
+  for (; t < count; ++t) partial[t % kSums] += double(a[t]) * double(b[t]);
   for (int i = 0; i < kSums; ++i) total += partial[i];
   return total;
 }
@@ -141,17 +192,43 @@ GRADALIGN_HD void cond_norm(T* v, int64_t count) {
     for (int64_t t = 0; t < count; ++t) v[t] /= largest;
 }
 
+// The gradient in cond_norm's result becomes the one in its argument v; of several largest magnitudes, the first one counts.
+template <typename T>
+GRADALIGN_HD void cond_norm_backward(const T* v, int64_t count, T* grad) {
+  const T largest = peak(v, count);
+  if (!(largest > 1)) return;
+  for (int64_t t = 0; t < count; ++t) grad[t] /= largest;
+  int64_t at = 0;
+  while (at + 1 < count && std::abs(v[at]) != largest) ++at;
+  grad[at] -= T(inner_product(grad, v, count) / double(largest)) * (v[at] < 0 ? T(-1) : T(1));
+}
+
+template <typename T>
+GRADALIGN_HD void subtract_mean(T* v, int64_t count) {
+  const T mean = T(wide_sum(v, count, [](double value) { return value; }) / double(count));
+  for (int64_t t = 0; t < count; ++t) v[t] -= mean;
+}
+
 template <typename T>
 GRADALIGN_HD void lnl_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
-  filter_bank(s.wave.data(), filters, num_filters, num_taps, length, s.out.data(), s);
-  T mean = T(wide_sum(s.out.data(), length, [](double v) { return v; }) / double(length));
-  for (int64_t t = 0; t < length; ++t) s.out[t] -= mean;
+  filter_bank<T>(s.wave.data(), filters, num_filters, num_taps, length, nullptr, s.out.data(), s);
+  subtract_mean(s.out.data(), length);
   cond_norm(s.out.data(), length);
 }
 
 template <typename T>
-GRADALIGN_HD void isd_utterance(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {
-  std::copy_n(s.wave.data(), length, s.out.data());
+GRADALIGN_HD void lnl_backward_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
+  filter_bank<T>(s.wave.data(), filters, num_filters, num_taps, length, nullptr, s.out.data(), s);
+  subtract_mean(s.out.data(), length);
+  cond_norm_backward(s.out.data(), length, s.grad.data());
+  subtract_mean(s.grad.data(), length);
+  filter_bank<T>(s.grad.data(), filters, num_filters, num_taps, length, s.wave.data(), s.out.data(), s);
+}
+
+// gain = 1 + g_sd * f, f at the drawn positions.
+template <typename T>
+GRADALIGN_HD void isd_gain(uint64_t seed, double p, double g_sd, int64_t length, T* gain) {
+  std::fill_n(gain, length, T(1));
   double beta = uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p);
   int64_t count = int64_t(std::floor(double(length) * (beta / 100)));
   Bijection pi = make_bijection(seed, uint32_t(length));
@@ -168,9 +245,21 @@ GRADALIGN_HD void isd_utterance(uint64_t seed, double p, double g_sd, int64_t le
       Words words = philox(seed, kStreamIsdFactor, at[i]);
       factor[i] = impulse_factor(words.w[0], words.w[1]);
     }
-    for (int i = 0; i < ranks; ++i) s.out[at[i]] += T(g_sd) * s.wave[at[i]] * T(factor[i]);
+    for (int i = 0; i < ranks; ++i) gain[at[i]] = T(1) + T(g_sd) * T(factor[i]);
   }
+}
+
+template <typename T>
+GRADALIGN_HD void isd_utterance(int64_t length, Scratch<T>& s) {
+  for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] * s.gain[t];
   cond_norm(s.out.data(), length);
+}
+
+template <typename T>
+GRADALIGN_HD void isd_backward_utterance(int64_t length, Scratch<T>& s) {
+  for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] * s.gain[t];
+  cond_norm_backward(s.out.data(), length, s.grad.data());
+  for (int64_t t = 0; t < length; ++t) s.out[t] = s.grad[t] * s.gain[t];
 }
 
 template <typename T>
@@ -188,30 +277,53 @@ GRADALIGN_HD void white_noise(uint64_t seed, int64_t length, T* noise) {
   }
 }
 
+// out = the filtered noise; returns what it is multiplied with beside |x|: 10^(-SNR/20) / |out|, 0 for silent noise.
+template <typename T>
+GRADALIGN_HD double ssi_noise(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+  filter_bank<T>(s.noise.data(), filter, 1, num_taps, length, nullptr, s.out.data(), s);
+  const double norm = std::sqrt(inner_product(s.out.data(), s.out.data(), length));
+  return norm > 0 ? std::pow(10.0, -snr_db / 20) / norm : 0;
+}
+
 template <typename T>
 GRADALIGN_HD void ssi_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
-  filter_bank(s.noise.data(), filter, 1, num_taps, length, s.out.data(), s);
-  auto square = [](double v) { return v * v; };
-  double signal = std::sqrt(wide_sum(s.wave.data(), length, square)), noise = std::sqrt(wide_sum(s.out.data(), length, square));
-  T scale = noise > 0 ? T(signal / noise * std::pow(10.0, -snr_db / 20)) : T(0);
+  const double level = ssi_noise(filter, num_taps, length, snr_db, s);
+  const T scale = T(std::sqrt(inner_product(s.wave.data(), s.wave.data(), length)) * level);
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] + scale * s.out[t];
 }
 
+template <typename T>
+GRADALIGN_HD void ssi_backward_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+  const double level = ssi_noise(filter, num_taps, length, snr_db, s), norm = std::sqrt(inner_product(s.wave.data(), s.wave.data(), length));
+  const T toward_x = norm > 0 ? T(inner_product(s.grad.data(), s.out.data(), length) * level / norm) : T(0);
+  for (int64_t t = 0; t < length; ++t) s.out[t] = s.grad[t] + toward_x * s.wave[t];
+}
+
 // The compiler clones plain functions, not templates.
-#define GRADALIGN_UTTERANCE(T)                                                                                              \
-  GRADALIGN_CLONES void lnl_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {   \
-    lnl_utterance<T>(filters, num_filters, num_taps, length, s);                                                            \
-  }                                                                                                                         \
-  GRADALIGN_CLONES void isd_one(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {                      \
-    isd_utterance<T>(seed, p, g_sd, length, s);                                                                             \
-  }                                                                                                                         \
-  GRADALIGN_CLONES void factor_one(const T* factor, double g_sd, int64_t length, Scratch<T>& s) {                           \
-    for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] + T(g_sd) * s.wave[t] * factor[t];                            \
-    cond_norm(s.out.data(), length);                                                                                        \
-  }                                                                                                                         \
-  GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) { white_noise<T>(seed, length, noise); }         \
-  GRADALIGN_CLONES void ssi_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {          \
-    ssi_utterance<T>(filter, num_taps, length, snr_db, s);                                                                  \
+#define GRADALIGN_UTTERANCE(T)                                                                                                            \
+  GRADALIGN_CLONES void lnl_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {                 \
+    lnl_utterance<T>(filters, num_filters, num_taps, length, s);                                                                          \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void lnl_backward_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {        \
+    lnl_backward_utterance<T>(filters, num_filters, num_taps, length, s);                                                                 \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void gain_one(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {                                   \
+    isd_gain<T>(seed, p, g_sd, length, s.gain.data());                                                                                    \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void isd_one(int64_t length, Scratch<T>& s) {                                                                          \
+    isd_utterance<T>(length, s);                                                                                                          \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void isd_backward_one(int64_t length, Scratch<T>& s) {                                                                 \
+    isd_backward_utterance<T>(length, s);                                                                                                 \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) {                                                              \
+    white_noise<T>(seed, length, noise);                                                                                                  \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void ssi_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {                        \
+    ssi_utterance<T>(filter, num_taps, length, snr_db, s);                                                                                \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void ssi_backward_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {               \
+    ssi_backward_utterance<T>(filter, num_taps, length, snr_db, s);                                                                       \
   }
 GRADALIGN_UTTERANCE(float)
 GRADALIGN_UTTERANCE(double)
@@ -246,7 +358,8 @@ Tensor for_each_utterance(const Tensor& x, const std::optional<Tensor>& lengths,
     S* out = static_cast<S*>(y.mutable_data_ptr());
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       Scratch<T>& s = Scratch<T>::mine();
-      if (int64_t(s.wave.size()) < num_samples) s.wave.resize(num_samples), s.out.resize(num_samples), s.noise.resize(num_samples);
+      if (int64_t(s.wave.size()) < num_samples)
+        for (auto* buffer : {&s.wave, &s.out, &s.noise, &s.grad, &s.gain}) buffer->resize(num_samples);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t length = own ? std::clamp<int64_t>(own->const_data_ptr<int64_t>()[b], 0, num_samples) : num_samples;
         read_row(x, b, length, s.wave.data());
@@ -353,30 +466,39 @@ Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor&
   return out;
 }
 
-Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+// A step of RawBoost and its gradient differ in the function that runs per utterance, and in the row of `grad` that the latter reads.
+Tensor run_lnl(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
   const int64_t num_filters = filters.size(1), num_taps = filters.size(2);
   Tensor bank = contiguous_as(filters, wide_dtype(x));
   return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
     using T = typename std::decay_t<decltype(s.wave)>::value_type;
-    lnl_one(bank.const_data_ptr<T>() + b * num_filters * num_taps, num_filters, num_taps, length, s);
+    const T* own = bank.const_data_ptr<T>() + b * num_filters * num_taps;
+    if (!grad) return lnl_one(own, num_filters, num_taps, length, s);
+    read_row(*grad, b, length, s.grad.data());
+    lnl_backward_one(own, num_filters, num_taps, length, s);
   });
 }
 
-Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
-           double g_sd) {
+Tensor run_isd(const std::optional<Tensor>& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+               const std::optional<Tensor>& factor, double p, double g_sd) {
   std::optional<Tensor> keys = factor ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
   return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    using T = typename std::decay_t<decltype(s.wave)>::value_type;
     if (factor) {
-      read_row(*factor, b, length, s.noise.data());
-      factor_one(s.noise.data(), g_sd, length, s);
+      read_row(*factor, b, length, s.gain.data());
+      for (int64_t t = 0; t < length; ++t) s.gain[t] = T(1) + T(g_sd) * s.gain[t];
     } else {
-      isd_one(uint64_t(keys->const_data_ptr<int64_t>()[b]), p, g_sd, length, s);
+      gain_one(uint64_t(keys->const_data_ptr<int64_t>()[b]), p, g_sd, length, s);
     }
+    if (!grad) return isd_one(length, s);
+    read_row(*grad, b, length, s.grad.data());
+    isd_backward_one(length, s);
   });
 }
 
-Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-           const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+Tensor run_ssi(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths,
+               const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
+               double snr_max) {
   const int64_t num_taps = filters.size(1);
   Tensor bank = contiguous_as(filters, wide_dtype(x));
   std::optional<Tensor> keys = noise ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
@@ -392,8 +514,37 @@ Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
       noise_one(seed, length, s.noise.data());
       level = uniform(philox(seed, kStreamSsiSnr, 0).w[0], snr_min, snr_max);
     }
-    ssi_one(bank.const_data_ptr<T>() + b * num_taps, num_taps, length, level, s);
+    const T* own = bank.const_data_ptr<T>() + b * num_taps;
+    if (!grad) return ssi_one(own, num_taps, length, level, s);
+    read_row(*grad, b, length, s.grad.data());
+    ssi_backward_one(own, num_taps, length, level, s);
   });
+}
+
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) { return run_lnl(std::nullopt, x, filters, lengths); }
+
+Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  return run_lnl(grad, x, filters, lengths);
+}
+
+Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
+           double g_sd) {
+  return run_isd(std::nullopt, x, lengths, seeds, factor, p, g_sd);
+}
+
+Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                    const std::optional<Tensor>& factor, double p, double g_sd) {
+  return run_isd(grad, x, lengths, seeds, factor, p, g_sd);
+}
+
+Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+           const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+  return run_ssi(std::nullopt, x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max);
+}
+
+Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                    const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+  return run_ssi(grad, x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max);
 }
 
 }  // namespace gradalign
@@ -404,4 +555,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CPU, m) {
   m.impl("lnl", TORCH_BOX(&gradalign::lnl));
   m.impl("isd", TORCH_BOX(&gradalign::isd));
   m.impl("ssi", TORCH_BOX(&gradalign::ssi));
+  m.impl("lnl_backward", TORCH_BOX(&gradalign::lnl_backward));
+  m.impl("isd_backward", TORCH_BOX(&gradalign::isd_backward));
+  m.impl("ssi_backward", TORCH_BOX(&gradalign::ssi_backward));
 }

@@ -61,6 +61,8 @@ combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
 
 for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, combine_):
     _extension.register(_op)
+for _op in (lnl_backward, isd_backward, ssi_backward):
+    _extension.register_cpp(_op)
 
 # The Triton kernels register themselves as a backend of the ops above.
 import gradalign.kernels  # noqa: E402, F401
