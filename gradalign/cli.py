@@ -1,4 +1,4 @@
-"""The command line: ``gradalign train | score | evaluate | conflicts | augment | corpus | report | info``.
+"""The command line: ``gradalign train | score | evaluate | conflicts | augment | corpus | data | report | info``.
 
 Every command is a thin shell over one library function, which is imported when the command runs, so that ``--help`` is
 instant. Errors a user can mend are one line, ``gradalign: error: ...``, with exit code 2 (the command cannot be
@@ -209,6 +209,18 @@ def _corpus_check(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data_check(args: argparse.Namespace) -> int:
+    from gradalign.data.check import check
+
+    folder: Path = args.root if args.root.is_dir() else args.root.parent
+    manifest = folder / f"{args.name}.sha256" if args.hash == "" else args.hash
+    report = check(
+        args.name, args.root, args.subset, decode=args.decode, manifest=manifest, workers=args.jobs, progress=True
+    )
+    print(report.text(None if args.all else 10))
+    return 1 if report.count_wrong else 0
+
+
 def _info(args: argparse.Namespace) -> int:
     from gradalign import info
 
@@ -217,6 +229,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
+
+_DATA_SETS = "corpus, asvspoof2019-la, asvspoof2021-la, asvspoof2021-df, asvspoof5, in-the-wild, for, mlaad or csv"
 
 
 def _rates(text: str) -> tuple[float, float, float]:
@@ -471,6 +485,40 @@ def build_parser() -> argparse.ArgumentParser:
         "  gradalign corpus check data",
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="the folder given to `gradalign corpus build`")
+
+    data = commands.add_parser("data", help="look at public data sets", description="Look at public data sets.")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = _command(
+        actions,
+        "check",
+        _data_check,
+        "count what a data set holds and list its missing, unreadable and odd files",
+        "  gradalign data check asvspoof2019-la /data/LA\n"
+        "  gradalign data check asvspoof2021-df /data/asvspoof2021 --subset test --decode\n"
+        "  gradalign data check csv mine.csv --hash mine.sha256",
+    )
+    check.add_argument("name", metavar="NAME", help=_DATA_SETS)
+    check.add_argument(
+        "root", type=Path, metavar="ROOT", help="the folder its archive unpacks to, or the one around it"
+    )
+    check.add_argument(
+        "--subset",
+        action="append",
+        metavar="S",
+        help="train, dev, test, ...; may be repeated (default: all that are there)",
+    )
+    check.add_argument("--decode", action="store_true", help="decode every file whole, not its header alone")
+    check.add_argument(
+        "--hash",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="compare every file with its SHA-256 in FILE, and add those not yet in it (default: ROOT/NAME.sha256)",
+    )
+    check.add_argument(
+        "--jobs", type=int, metavar="N", help="files read at the same time (default: CPUs and four more)"
+    )
+    check.add_argument("--all", action="store_true", help="list everything that is wrong, not ten of each kind")
 
     report = _command(
         commands,

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 import soundfile
 
 from gradalign import cli, evaluation
+from gradalign.data import datasets
 from gradalign.trainer import TrainConfig
 
-COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "report", "info"]
+COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
+COMMANDS += ["report", "info"]
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,22 @@ def test_broken_inputs_are_named(runs, corpus, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"epoch": 3}')
     line = fails(capsys, ["train", corpus, "--config", tmp_path / "config.json"])
     assert "config.json: unknown setting 'epoch'" in line
+
+
+def test_data_check_counts_and_fails_where_a_file_is_missing(corpus, tmp_path, capsys):
+    assert cli.main(["data", "check", "corpus", str(corpus), "--hash", str(tmp_path / "sums")]) == 0
+    printed = capsys.readouterr().out
+    assert "dev: 8 utterances (4 bonafide, 4 spoof), 3 speakers, 0.00 h, 16000 Hz" in printed
+    assert printed.endswith("nothing is wrong\n")
+    assert len((tmp_path / "sums").read_text().splitlines()) == 28
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    (copy / "flac" / "dev3.flac").unlink()
+    assert cli.main(["data", "check", "corpus", str(copy), "--subset", "dev", "--subset", "test", "--hash"]) == 1
+    assert f"  missing: 1\n    {copy}/flac/dev3.flac\n" in capsys.readouterr().out
+    assert len((copy / "corpus.sha256").read_text().splitlines()) == 15
+    assert "expected a data set among corpus, " in fails(capsys, ["data", "check", "asvspoof", corpus])
+    assert cli._DATA_SETS.replace(" or", ",").split(", ") == datasets.names()
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
