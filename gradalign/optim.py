@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradalign import alignment, ops
+from gradalign import _distributed, alignment, ops
+from gradalign._distributed import Averaged, Averager, Gradients
 
-Gradients = list[Tensor | None]
 Groups = Mapping[str, Sequence[Tensor]] | Sequence[Sequence[Tensor]]
 
 
@@ -77,6 +77,23 @@ class AlignedOptimizer(Optimizer):
     weight decay. A parameter that only some paths reach is merged as `alignment.Method` says. A step without paths, or
     with one, is the plain optimizer's, bit for bit.
 
+    On several ranks, every rank takes the same steps, with the same number of paths, and all ranks' weights and
+    ``stats`` are equal:
+
+    - DistributedDataParallel with ``path()`` needs nothing: DDP averages each path's gradients over the ranks during
+      its backward, before they are aligned.
+    - ``backward(losses)`` under DDP needs ``process_group=torch.distributed.group.WORLD``: DDP averages in the first
+      backward through a forward only, and leaves each rank its own gradient in the others. The optimizer then averages
+      every path itself, from the moment it is finished, while the next one runs; inside ``with model.no_sync():`` DDP
+      does not do it as well. ``path()`` takes the same argument: K + 1 halves of an all-reduce in place of K whole
+      ones, each rank aligns its own part of the gradients, and a rank that has run out of batches enters
+      ``with opt.path(): pass``.
+    - FSDP2 (``fully_shard``), its hybrid form and tensor parallelism need nothing: gradients that are DTensors are
+      aligned where they lie, and one all-reduce per mesh dimension adds up the K x K matrices.
+
+    As in plain training the average is over ranks: with batches of different sizes, multiply each rank's mean loss by
+    its own share of the samples times the number of ranks.
+
     Args:
         optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS).
         method: a name in `alignment.METHODS` or a callable that maps a Gram matrix float64 [K, K] to weights [K].
@@ -87,6 +104,8 @@ class AlignedOptimizer(Optimizer):
             whole: parameters, the inner optimizer's state and the method's state stay as they are, and
             ``stats.skipped`` counts it. "raise" raises `FloatingPointError` naming path and parameter; it waits for
             the device in every step.
+        process_group: the ranks over which to average the paths' gradients, which must then not be DTensors. None where
+            nothing has to be averaged or others do it (DDP, FSDP2).
         **method_options: the method's options (`alignment.gradvac`, `alignment.cagrad`); ``seed`` for the order of
             projections of pcgrad and gradvac when K > 2.
 
@@ -97,7 +116,8 @@ class AlignedOptimizer(Optimizer):
     flag is read: one float per step, free on the CPU, one wait on a GPU.
 
     Raises:
-        TypeError: if ``optimizer`` is no optimizer or already wrapped, or for an unknown option.
+        TypeError: if ``optimizer`` is no optimizer, already wrapped, or one of FullyShardedDataParallel's parameters
+            (FSDP1; take ``fully_shard``), if ``process_group`` is no process group, or for an unknown option.
         ValueError: for an unknown method, scope or ``on_nonfinite``.
 
     >>> import torch
@@ -119,8 +139,9 @@ class AlignedOptimizer(Optimizer):
     _groups: dict[str, list[Tensor]]
     _seed: int
     _options: dict[str, Any]
-    # Gradients of the finished paths, path after path; one entry per parameter.
-    _paths: list[Gradients]
+    process_group: Any
+    # Gradients of the finished paths, path after path; one entry per parameter. With a process group, on their way.
+    _paths: list[Gradients | Averaged]
     _joint: bool
     _inside: bool
     _num_paths: int | None
@@ -139,6 +160,7 @@ class AlignedOptimizer(Optimizer):
         method: str | Callable[[Tensor], Tensor] = "pcgrad",
         scope: str | Groups = "model",
         on_nonfinite: str = "skip",
+        process_group: Any = None,
         **method_options: Any,
     ) -> None:
         if isinstance(optimizer, AlignedOptimizer):
@@ -151,6 +173,7 @@ class AlignedOptimizer(Optimizer):
             raise TypeError(
                 "`optimizer` must take one gradient per step; found LBFGS, which evaluates its closure several times"
             )
+        _distributed.check(optimizer, process_group)
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"`on_nonfinite` must be 'skip' or 'raise'; found {on_nonfinite!r}")
         resolved = alignment.resolve(method)
@@ -161,6 +184,7 @@ class AlignedOptimizer(Optimizer):
                 "method": method,
                 "scope": scope if isinstance(scope, str) else "groups",
                 "on_nonfinite": on_nonfinite,
+                "process_group": process_group,
                 "_seed": method_options.pop("seed", 0),
                 "_options": method_options,
                 "_groups": {} if isinstance(scope, str) else _named_groups(scope),
@@ -212,6 +236,9 @@ class AlignedOptimizer(Optimizer):
         self.__dict__.update({name: table for name, table in vars(self.optimizer).items() if "state_dict" in name})
         self._fields = tuple(state)
         self._membership: Tensor | None = None
+        self._shards = _distributed.Shards()
+        group = self.process_group
+        self._averager = Averager(group) if group is not None and _distributed.num_ranks(group) > 1 else None
         self._weigh = alignment.resolve(self.method)
         self.register_step_pre_hook(_align_first)
 
@@ -253,7 +280,7 @@ class AlignedOptimizer(Optimizer):
         self._inside = True
         try:
             yield
-            self._paths.append(self._take(f"path {len(self._paths)}"))
+            self._paths.append(self._send(self._take(f"path {len(self._paths)}")))
         except BaseException:
             self._drop()
             raise
@@ -269,7 +296,8 @@ class AlignedOptimizer(Optimizer):
             TypeError: if ``losses`` is no sequence of tensors.
             ValueError: for an empty list, a loss that is not a scalar or needs no gradient, or a number of losses
                 other than in the calls and steps before.
-            RuntimeError: inside or after a ``path()``, or if gradients were left in ``.grad``.
+            RuntimeError: inside or after a ``path()``, if gradients were left in ``.grad``, or on several ranks without
+                ``process_group``, unless all parameters are DTensors.
         """
         self._begin("backward(losses)")
         if isinstance(losses, Tensor) or not all(isinstance(loss, Tensor) for loss in losses):
@@ -290,14 +318,21 @@ class AlignedOptimizer(Optimizer):
         expected = len(self._paths) or self._num_paths
         if expected and len(losses) != expected:
             raise ValueError(f"`losses` must hold {expected} losses, one per path as before; found {len(losses)}")
+        if len(losses) > 1 and self.process_group is None and _distributed.has_replicas(self._params()):
+            raise RuntimeError(
+                "backward(losses) on several ranks needs `process_group` (torch.distributed.group.WORLD, say): DDP "
+                "averages in the first backward through a forward only; found None (path() does not need it)"
+            )
         params, paths, self._joint = self._params(), self._paths, True
         self._paths = []
         try:
             for k, loss in enumerate(losses):
-                for param, grad in zip(params, paths[k] if paths else (), strict=False):
-                    param.grad = grad
+                before = paths[k] if paths else None
+                if isinstance(before, list):
+                    for param, grad in zip(params, before, strict=True):
+                        param.grad = grad
                 loss.backward(retain_graph=k + 1 < len(losses))
-                self._paths.append(self._take(f"losses[{k}]"))
+                self._paths.append(self._send(self._take(f"losses[{k}]"), before))
         except BaseException:
             self._drop()
             self._paths, self._joint = [], False
@@ -319,10 +354,7 @@ class AlignedOptimizer(Optimizer):
     def _take(self, source: str) -> Gradients:
         """Move all gradients out of ``.grad``, by reference."""
         params = self._params()
-        if self._paths and len(params) != len(self._paths[0]):
-            raise RuntimeError(
-                f"the paths of a step share their parameters, {len(self._paths[0])} so far; found {len(params)}"
-            )
+        self._check_count(self._paths, params)
         grads: Gradients = [param.grad for param in params]
         for n, grad in enumerate(grads):
             if grad is not None and grad.layout != torch.strided:
@@ -333,12 +365,31 @@ class AlignedOptimizer(Optimizer):
         devices = {str(grad.device) for grad in grads if grad is not None}
         if len(devices) > 1:
             raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(devices))}")
-        if all(grad is None for grad in grads):
+        # One rank of several may have run out of batches.
+        if self._averager is None and all(grad is None for grad in grads):
             raise RuntimeError(
                 f"{source} must give a gradient to at least one parameter; found none (was backward() called?)"
             )
         self._drop()
         return grads
+
+    def _send(self, grads: Gradients, before: Gradients | Averaged | None = None) -> Gradients | Averaged:
+        """What is kept of a finished path; ``before`` is what earlier calls of backward(losses) have left of it."""
+        if self._averager is None:
+            _distributed.check_apart(grads, self._paths, self._name)
+            return grads
+        sent = self._averager.start(self._params(), grads)
+        if isinstance(before, Averaged):
+            before.add(sent)
+            return before
+        return sent
+
+    @staticmethod
+    def _check_count(paths: list[Gradients | Averaged], params: list[Tensor]) -> None:
+        if paths and len(params) != len(paths[0]):
+            raise RuntimeError(
+                f"the paths of a step share their parameters, {len(paths[0])} so far; found {len(params)}"
+            )
 
     def _drop(self) -> None:
         for param in self._params():
@@ -414,22 +465,30 @@ class AlignedOptimizer(Optimizer):
         if self._num_paths is not None and len(paths) != self._num_paths:
             raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(paths)}")
         params = self._params()
-        if len(params) != len(paths[0]):
-            raise RuntimeError(
-                f"the paths of a step share their parameters, {len(paths[0])} so far; found {len(params)}"
-            )
-        if len(paths) > 1:
-            self._merge(paths)
-            self._num_paths = len(paths)
-        for n, param in enumerate(params):
-            param.grad = next((grads[n] for grads in paths if grads[n] is not None), None)
+        self._check_count(paths, params)
+        # Whole gradients, or this rank's parts of their averages.
+        found = [path.wait(params) if isinstance(path, Averaged) else path for path in paths]
+        merged: Gradients = [next((g for g in grads if g is not None), None) for grads in zip(*found, strict=True)]
+        if len(found) > 1:
+            self._merge(found, merged)
+            self._num_paths = len(found)
+        if isinstance(paths[0], Averaged):
+            merged = paths[0].gather(merged)
+        for param, grad in zip(params, merged, strict=True):
+            param.grad = grad
 
-    def _merge(self, paths: list[Gradients]) -> None:
-        """Combine the paths' gradients into the first that each parameter has, and keep the books; no host sync."""
+    def _merge(self, paths: list[Gradients], merged: Gradients) -> None:
+        """Combine the paths' gradients into ``merged``, the first that each parameter has, and keep the books.
+
+        No host sync.
+        """
         num_paths, num_params = len(paths), len(paths[0])
         segments, num_segments = self._segments()
         complete = tuple(range(num_paths))
         subsets = _by_subset(paths)
+        sharded = _distributed.has_dtensors(merged)
+        if sharded:
+            paths = [_distributed.local(grads) for grads in paths]
 
         # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
         grams = {
@@ -440,6 +499,10 @@ class AlignedOptimizer(Optimizer):
             )
             for present, members in subsets.items()
         }
+        if self._averager is not None:
+            grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
+        elif sharded:
+            grams = {present: self._shards.sum(gram, merged, self._name) for present, gram in grams.items()}
         gram = reduce(torch.add, grams.values())
         finite = gram.isfinite().all()
         if self.on_nonfinite == "raise" and not finite.item():
