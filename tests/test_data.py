@@ -16,6 +16,7 @@ from gradalign.data import (
     read_protocol,
     utterance_draws,
 )
+from gradalign.data.audio import read_header
 
 
 def write(path, samples, rate=16000, subtype="PCM_16"):
@@ -89,10 +90,35 @@ def test_wav_with_trailing_and_odd_chunks_is_not_taken_for_truncated(tmp_path):
     assert read_audio(path, 16000).shape == (333,)
 
 
-def test_empty_audio_is_named(tmp_path):
+@pytest.mark.parametrize("read", [lambda path: read_audio(path, 16000), read_header])
+def test_empty_audio_is_named(tmp_path, read):
     path = write(tmp_path / "a.wav", np.zeros(0))
     with pytest.raises(AudioError, match=r"a\.wav: expected at least one sample; found none"):
-        read_audio(path, 16000)
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "mp3", "ogg"])
+def test_read_header_says_what_read_audio_finds(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([noise(4000, 1), noise(4000, 2)], 1), 8000)
+    header = read_header(path)
+    assert header == (4000, 8000, 2)
+    assert read_audio(path, 8000).shape == (4000,)
+
+
+def test_read_header_finds_truncated_wav_files(tmp_path):
+    path = write(tmp_path / "a.wav", noise(16000))
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(AudioError, match=r"a\.wav: expected 16000 samples by its header; found 44\d\d"):
+        read_header(path)
+
+
+def test_an_old_libsndfile_is_named_where_it_cannot_read_mp3(tmp_path, monkeypatch):
+    (tmp_path / "a.mp3").write_bytes(b"whatever such a libsndfile cannot read")
+    monkeypatch.setattr(soundfile, "available_formats", lambda: {"WAV": "", "FLAC": ""})
+    monkeypatch.setattr(soundfile, "__libsndfile_version__", "1.0.31")
+    with pytest.raises(AudioError, match=r"a\.mp3: expected libsndfile 1\.1 or newer, to read MP3; found 1\.0\.31"):
+        read_audio(tmp_path / "a.mp3", 16000)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -174,6 +200,11 @@ def test_a_protocol_that_is_missing_or_binary_is_named(tmp_path):
         read_protocol(tmp_path / "dev.txt")
 
 
+def test_a_protocol_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path):
+    (tmp_path / "dev.txt").write_bytes(b"\xef\xbb\xbfs a - - bonafide\r\ns b - A01 spoof\r\n")
+    assert read_protocol(tmp_path / "dev.txt") == [Utterance("a", "s", "-", 1), Utterance("b", "s", "A01", 0)]
+
+
 # ---- data set ------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +231,15 @@ def test_examples_hold_crops_of_the_files(folder):
         assert (example.label, example.row, example.length) == (i % 2, i, min(len(whole), 1000))
         windows = np.lib.stride_tricks.sliding_window_view(np.tile(whole, 3), 1000)[: max(1, len(whole) - 999)]
         assert (windows == example.wave.numpy()).all(1).any()
+
+
+def test_an_utterance_may_name_its_own_file(folder, tmp_path):
+    own = write(tmp_path / "elsewhere.wav", noise(700, 7))
+    data = SpeechDataset(
+        [Utterance("u1", "s", "-", 1, path=own), Utterance("u1", "s", "-", 1)], folder, num_samples=700
+    )
+    assert torch.equal(data[0].wave, read_audio(own, 16000))
+    assert torch.equal(data[1].wave, read_audio(folder / "u1.flac", 16000)[:700])
 
 
 def test_crops_depend_on_seed_epoch_and_utterance_alone(folder):

@@ -485,11 +485,9 @@ def _for_folder(root: Path, subset: str) -> Path:
     versions = [version for version in _VERSIONS_FOR if (root / version / inner).is_dir()]
     if len(versions) > 1:
         raise DataError(
-            f"{root}: expected one version of Fake-or-Real; found {', '.join(versions)}: name one as the root"
+            f"{root}: expected one version of Fake-or-Real; found {', '.join(versions)} (one of them can be the root)"
         )
-    return _first(
-        root, [inner, *(f"{version}/{inner}" for version in versions or _VERSIONS_FOR)], f"the {subset} files"
-    )
+    return _first(root, [inner, *(f"{version}/{inner}" for version in _VERSIONS_FOR)], f"the {subset} files")
 
 
 def _read_for(root: Path, subset: str, folder: Path) -> Index:
