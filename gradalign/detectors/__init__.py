@@ -9,24 +9,33 @@ from typing import Any
 
 from torch import nn
 
-from gradalign.detectors.aasist import aasist, aasist_l, load_aasist
+from gradalign.detectors._published import load_official
+from gradalign.detectors.aasist import aasist, aasist_l
+from gradalign.detectors.aasist import our_key as _aasist_key
 from gradalign.detectors.light import LightDetector
+from gradalign.detectors.rawnet2 import RawNet2
+from gradalign.detectors.rawnet2 import our_key as _rawnet2_key
 
 # One line per detector: its name and what builds it.
 _DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "aasist": aasist,
     "aasist-l": aasist_l,
     "light": LightDetector,
+    "rawnet2": RawNet2,
 }
-# Detectors whose published checkpoints load by a key map.
-_PUBLISHED: dict[str, Callable[[nn.Module, Path], None]] = {"aasist": load_aasist, "aasist-l": load_aasist}
+# Detectors whose published checkpoints load, and their key maps.
+_PUBLISHED: dict[str, Callable[[str], str | None]] = {
+    "aasist": _aasist_key,
+    "aasist-l": _aasist_key,
+    "rawnet2": _rawnet2_key,
+}
 
 
 def names() -> list[str]:
     """Return the names that `create` takes.
 
     >>> names()
-    ['aasist', 'aasist-l', 'light']
+    ['aasist', 'aasist-l', 'light', 'rawnet2']
     """
     return sorted(_DETECTORS)
 
@@ -63,9 +72,9 @@ def load_published(name: str, path: str | Path) -> nn.Module:
     """Build a detector from its officially published weights.
 
     Args:
-        name: "aasist" or "aasist-l".
-        path: the official checkpoint, such as ``AASIST.pth`` of https://github.com/clovaai/aasist; loaded without
-            executing anything in it.
+        name: "aasist", "aasist-l" or "rawnet2".
+        path: the official checkpoint, such as ``AASIST.pth`` of https://github.com/clovaai/aasist, or that
+            of the ASVspoof 2021 baseline RawNet2; loaded without executing anything in it.
 
     Returns:
         The detector in evaluation mode.
@@ -78,5 +87,5 @@ def load_published(name: str, path: str | Path) -> nn.Module:
     if name not in _PUBLISHED:
         raise ValueError(f"published weights load into {', '.join(sorted(_PUBLISHED))}; found {name!r}")
     model = create(name)
-    _PUBLISHED[name](model, Path(path))
+    load_official(model, Path(path), _PUBLISHED[name])
     return model.eval()

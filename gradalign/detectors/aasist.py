@@ -10,8 +10,6 @@ Shapes: B utterances, C channels, N_s spectral and N_t temporal nodes, D node fe
 from __future__ import annotations
 
 import math
-import pickle
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -314,34 +312,3 @@ def our_key(official: str) -> str | None:
             first, _, rest = official[len(prefix) + 1 :].partition(".")
             return ".".join(part for part in (module, pieces.get(first, first), rest) if part)
     return None
-
-
-def load_aasist(model: nn.Module, path: Path) -> None:
-    """Load an official AASIST or AASIST-L checkpoint into ``model``: every key is used, every weight is set.
-
-    Raises:
-        FileNotFoundError: when the file is not there.
-        ValueError: for an unreadable file or other keys or shapes, naming the file and them.
-    """
-    try:
-        official = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint of plain tensors ({error})") from error
-    if not isinstance(official, dict):
-        raise ValueError(f"{path}: expected a state dict; found {type(official).__name__}")
-    # Keys that have no name here keep their own, and are unexpected below.
-    state = {our_key(str(key)) or str(key): value for key, value in official.items()}
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    if missing or unexpected:
-        raise ValueError(
-            f"{path}: expected this model's weights; missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(unexpected) or 'none'}"
-        )
-    for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ValueError(f"{path}: {key} must be {list(value.shape)}; found {list(state[key].shape)}")
-    model.load_state_dict(state)

@@ -58,7 +58,8 @@ class LightDetector(nn.Module):
             layers += [nn.Conv2d(a, b, kernel, stride, padding, bias=False), nn.GroupNorm(8, b), nn.SiLU()]
         self.encoder = nn.Sequential(*layers)
         self.project = nn.Conv1d(sizes[-1] * BANDS // 32, sizes[-1], 1)
-        self.attention = nn.Conv1d(sizes[-1], 1, 1)
+        # No bias: the softmax would take it away.
+        self.attention = nn.Conv1d(sizes[-1], 1, 1, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * sizes[-1], 2)
 

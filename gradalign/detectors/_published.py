@@ -1,0 +1,45 @@
+"""Officially published checkpoints, loaded into our modules by a key map; nothing in them is executed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | None]) -> None:
+    """Load an official checkpoint into ``model``: every key is used, every weight is set.
+
+    ``our_key`` gives our name of an official key, "" for one that is known to be without effect, None where there is
+    none.
+
+    Raises:
+        FileNotFoundError: when the file is not there.
+        ValueError: for an unreadable file or other keys or shapes, naming the file and them.
+    """
+    try:
+        official = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint of plain tensors ({error})") from error
+    if not isinstance(official, dict):
+        raise ValueError(f"{path}: expected a state dict; found {type(official).__name__}")
+    # Keys that have no name here keep their own, and are unexpected below.
+    named = {str(key): our_key(str(key)) for key in official}
+    state = {named[str(key)] or str(key): value for key, value in official.items() if named[str(key)] != ""}
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: expected this model's weights; missing {', '.join(missing) or 'none'}; "
+            f"unexpected {', '.join(unexpected) or 'none'}"
+        )
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise ValueError(f"{path}: {key} must be {list(value.shape)}; found {list(state[key].shape)}")
+    model.load_state_dict(state)
