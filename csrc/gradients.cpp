@@ -1,10 +1,11 @@
-// gram and combine_ on the CPU. Equivalent to the functions of these names in gradalign/reference.py.
+// gram, weigh and combine_ on the CPU. Equivalent to the functions of these names in gradalign/reference.py.
 // Work is cut into fixed chunks whose partial sums are added in order: the same bits for every number of threads.
 #include <algorithm>
 
 #include "common.h"
 #include "layout.h"
 #include "philox.h"
+#include "weigh_options.h"
 
 namespace gradalign {
 
@@ -94,6 +95,30 @@ Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vect
   return out;
 }
 
+std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, const std::optional<Tensor>& rho, const std::optional<Tensor>& order,
+                                 double beta, bool always, double c) {
+  const int64_t num_segments = gram.size(0), num_paths = gram.size(1);
+  const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
+  const bool moves = options.method == Weighing::kGradvac;
+  const Tensor matrices = torch::stable::contiguous(gram);
+  const std::optional<Tensor> own_order = order ? std::optional(torch::stable::contiguous(*order)) : std::nullopt;
+  Tensor weights = torch::stable::new_empty(gram, {num_segments, num_paths});
+  Tensor targets = moves ? torch::stable::new_zeros(gram, {num_segments, num_paths, num_paths}) : torch::stable::new_empty(gram, {0});
+  if (moves && rho) torch::stable::copy_(targets, *rho);
+  const int64_t* met = own_order ? own_order->const_data_ptr<int64_t>() : nullptr;
+  const double* source = matrices.const_data_ptr<double>();
+  double *found = weights.mutable_data_ptr<double>(), *target = targets.mutable_data_ptr<double>();
+  torch::stable::parallel_for(0, num_segments, num_paths > 2 ? 16 : 1024, [&](int64_t begin, int64_t end) {
+    double matrix[kWeighPaths * kWeighPaths], scratch[weigh_scratch(kWeighPaths)];
+    const int64_t size = num_paths * num_paths;
+    for (int64_t s = begin; s < end; ++s) {
+      std::copy_n(source + s * size, size, matrix);
+      weigh_paths(int(num_paths), {matrix, 1}, met, moves ? target + s * size : nullptr, options, {found + s * num_paths, 1}, {scratch, 1});
+    }
+  });
+  return {weights, targets};
+}
+
 void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
   const int64_t num_params = int64_t(segments.size()), num_paths = weights.size(1);
   Tensor w = torch::stable::contiguous(weights);
@@ -129,5 +154,6 @@ void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others,
 
 STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CPU, m) {
   m.impl("gram", TORCH_BOX(&gradalign::gram));
+  m.impl("weigh", TORCH_BOX(&gradalign::weigh));
   m.impl("combine_", TORCH_BOX(&gradalign::combine_));
 }

@@ -12,8 +12,8 @@ import torch
 
 from gradalign._dispatch import Op, first_tensor
 
-# csrc/cuda/gradients.cu builds its kernels for up to this many paths.
-CUDA_MAX_PATHS = 8
+# csrc/weigh.h and csrc/cuda/gradients.cu take up to this many paths.
+MAX_PATHS = 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,6 +25,12 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the extension gradalign._C is not built or does not load ({error})"
     return _C, ""
+
+
+def _num_paths(op: str, args: tuple[Any, ...]) -> int:
+    if op == "gram":
+        return args[1]
+    return args[2].shape[1] if op == "combine_" else args[0].shape[1] if op == "weigh" else 1
 
 
 def _cpp_available() -> str:
@@ -49,16 +55,21 @@ def _supports(device: str, args: tuple[Any, ...]) -> str:
     return ""
 
 
+def _cpp_supports(op: str, args: tuple[Any, ...]) -> str:
+    if op == "weigh" and (paths := _num_paths(op, args)) > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {paths}"
+    return _supports("cpu", args)
+
+
 def _cuda_supports(op: str, args: tuple[Any, ...]) -> str:
-    paths = args[1] if op == "gram" else args[2].shape[1] if op == "combine_" else 1
-    if paths > CUDA_MAX_PATHS:
-        return f"takes up to {CUDA_MAX_PATHS} paths, found {paths}"
+    if (paths := _num_paths(op, args)) > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {paths}"
     return _supports("cuda", args)
 
 
 def register_cpp(op: Op) -> None:
     """Offer csrc's kernel of ``op`` as the backend "cpp"."""
-    op.native_backend("cpp", _cpp_available, lambda *args: _supports("cpu", args))
+    op.native_backend("cpp", _cpp_available, lambda *args: _cpp_supports(op.name, args))
 
 
 def register(op: Op) -> None:

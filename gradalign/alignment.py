@@ -39,6 +39,8 @@ JACOBI_SWEEPS = 10
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
+# GradVac's rate by variant.
+_BETA = {"dual_path": 0.5, "paper": 0.01}
 
 
 def mean(gram: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def gradvac(
     """
     if variant not in ("dual_path", "paper"):
         raise ValueError(f"`variant` must be 'dual_path' or 'paper'; found {variant!r}")
-    beta = {"dual_path": 0.5, "paper": 0.01}[variant] if beta is None else beta
+    beta = _BETA[variant] if beta is None else beta
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"`beta` must be in [0, 1]; found {beta}")
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -124,7 +126,8 @@ def gradvac(
         products = rows @ gram
         norm_i = (products * rows).sum(-1).clamp_min(0.0).sqrt()
         norm_j = (norms[..., None, :] * met).sum(-1)
-        cosine = (products * met).sum(-1) / (norm_i * norm_j).clamp_min(_TINY)
+        # Of a path that was pulled to nothing, rounding is all that is left.
+        cosine = ((products * met).sum(-1) / (norm_i * norm_j).clamp_min(_TINY)).clamp(-1.0, 1.0)
         old = (rho * met).sum(-1)
         target = old.clamp_max(_MAX_TARGET)
         sine, target_sine = (1 - cosine.square()).clamp_min(0.0).sqrt(), (1 - target.square()).sqrt()
@@ -530,6 +533,8 @@ class Method:
 
     weights: Callable[..., Any]
     partial: Literal["average", "sum", "apart"] = "average"
+    # What the op `weigh` calls it; empty where it has no kernel.
+    name: str = ""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -551,17 +556,17 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "mean": Method(mean),
-    "none": Method(mean),
-    "pcgrad": Method(pcgrad, partial="sum"),
-    "gradvac": Method(gradvac),
-    "cagrad": Method(cagrad, partial="apart"),
-    "mgda": Method(mgda),
-    "dualproj": Method(dualproj),
-    "upgrad": Method(upgrad),
-    "imtlg": Method(imtlg),
-    "alignedmtl": Method(alignedmtl),
-    "nashmtl": Method(nashmtl),
+    "mean": Method(mean, name="mean"),
+    "none": Method(mean, name="mean"),
+    "pcgrad": Method(pcgrad, partial="sum", name="pcgrad"),
+    "gradvac": Method(gradvac, name="gradvac"),
+    "cagrad": Method(cagrad, partial="apart", name="cagrad"),
+    "mgda": Method(mgda, name="mgda"),
+    "dualproj": Method(dualproj, name="dualproj"),
+    "upgrad": Method(upgrad, name="upgrad"),
+    "imtlg": Method(imtlg, name="imtlg"),
+    "alignedmtl": Method(alignedmtl, name="alignedmtl"),
+    "nashmtl": Method(nashmtl, name="nashmtl"),
 }
 
 
@@ -603,6 +608,30 @@ def solve(gram: Tensor, method: Method, rho: Tensor | None = None, **options: An
     else:
         found = method.weights(gram, **options)
     return found + 0.0 * gram.sum((-2, -1))[..., None], rho
+
+
+def kernel_options(options: dict[str, Any]) -> tuple[float, bool, float]:
+    """Return (beta, always, c) of the ops `weigh` and `align_` from a method's keyword options."""
+    variant = options.get("variant", "dual_path")
+    beta = options.get("beta")
+    return _BETA[variant] if beta is None else float(beta), variant == "paper", float(options.get("c", 0.5))
+
+
+def weigh(gram: Tensor, method: Method, rho: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """`solve` for float64 [S, K, K], in one launch where the method is one of `METHODS`: the op `weigh`.
+
+    The options are not checked again; `solve` has raised for wrong ones.
+
+    >>> weigh(torch.tensor([[[1.0, -0.5], [-0.5, 1.0]]], dtype=torch.float64), METHODS["pcgrad"])[0]
+    tensor([[0.7500, 0.7500]], dtype=torch.float64)
+    """
+    # The ops' reference is this module.
+    from gradalign import ops
+
+    if not method.name:
+        return solve(gram, method, rho, **options)
+    found, new_rho = ops.weigh(gram, method.name, rho, options.get("order"), *kernel_options(options))
+    return found, new_rho if "rho" in method.parameters else rho
 
 
 def weights(gram: Tensor, method: str | Callable[[Tensor], Tensor], **options: Any) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from gradalign import _extension, reference
+from gradalign import _extension, alignment, reference
 from gradalign._dispatch import Op
 
 
@@ -40,6 +40,25 @@ def _check_combine(out, others, weights, segments):
     _check_segments(segments, weights.shape[0])
 
 
+def _like_weights(gram, method, *_):
+    return gram.new_empty(gram.shape[:-1]), gram.new_empty(gram.shape if method == "gradvac" else 0)
+
+
+def _check_weigh(gram, method, rho, order, beta, always, c):
+    if gram.dim() != 3 or gram.dtype != torch.float64 or gram.shape[1] != gram.shape[2] or gram.shape[1] < 1:
+        raise ValueError(f"`gram` must be float64 [S, K, K]; found {gram.dtype} {list(gram.shape)}")
+    _check_method(method, rho, order, gram.shape)
+
+
+def _check_method(method, rho, order, shape):
+    if method not in alignment.METHODS or alignment.METHODS[method].name != method:
+        raise ValueError(f"`method` must be one of alignment.METHODS, by its first name; found {method!r}")
+    if rho is not None and (rho.shape != shape or rho.dtype != torch.float64):
+        raise ValueError(f"`rho` must be float64 {list(shape)}; found {rho.dtype} {list(rho.shape)}")
+    if order is not None and (order.shape != shape[1:] or order.dtype != torch.int64):
+        raise ValueError(f"`order` must be int64 {list(shape[1:])}; found {order.dtype} {list(order.shape)}")
+
+
 def _check_segments(segments, num_segments):
     if min(segments) < 0 or max(segments) >= num_segments:
         raise ValueError(f"`segments` must lie in [0, {num_segments}); found [{min(segments)}, {max(segments)}]")
@@ -57,9 +76,10 @@ lnl.differentiate(lnl_backward)
 isd.differentiate(isd_backward)
 ssi.differentiate(ssi_backward)
 gram = Op(reference.gram, check=_check_gram)
+weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh)
 combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
 
-for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, combine_):
+for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, weigh, combine_):
     _extension.register(_op)
 for _op in (lnl_backward, isd_backward, ssi_backward):
     _extension.register_cpp(_op)

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradalign import alignment
+
 # The fourth word of Philox's counter; the first two are the index, the third the filter.
 STREAM_NOTCH = 0
 STREAM_ISD_BETA = 1
@@ -405,6 +407,25 @@ def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_s
         rows = torch.stack([grads[k * num_params + n].reshape(-1).double() for k in range(num_paths)])
         out[s] += rows @ rows.T
     return out
+
+
+def weigh(
+    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
+) -> tuple[Tensor, Tensor]:
+    """Weights with which a method of `alignment.METHODS` merges each segment's gradients.
+
+    ``gram`` float64 [S, K, K]. ``rho`` float64 [S, K, K] (default zeros), ``beta`` and ``always`` (the variant "paper")
+    are GradVac's, ``order`` int64 [K, K] is PCGrad's and GradVac's, ``c`` is CAGrad's. Returns the weights float64
+    [S, K], NaN where a segment's Gram matrix has an entry that is not finite, and GradVac's new targets float64 [S, K,
+    K], which such a segment leaves as they are; another method's are empty.
+    """
+    options: dict = {"order": order} if method in ("pcgrad", "gradvac") else {"c": c} if method == "cagrad" else {}
+    if method != "gradvac":
+        return alignment.solve(gram, alignment.METHODS[method], **options)[0], gram.new_empty(0)
+    old = torch.zeros_like(gram) if rho is None else rho
+    options |= {"variant": "paper" if always else "dual_path", "beta": beta}
+    found, new = alignment.solve(gram, alignment.METHODS[method], old, **options)
+    return found, torch.where(gram.isfinite().all(-1).all(-1)[:, None, None], new, old)
 
 
 def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:

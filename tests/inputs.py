@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import gradalign as ga
-from gradalign import reference
+from gradalign import alignment, reference
 
 BATCH = 3
 # Shorter than any filter, around tile and vector edges, and the field's usual 64600.
@@ -176,6 +176,34 @@ def combine_(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]
         yield f"{k} paths, 3 segments", (g[:n], g[n:], weights, list(SEGMENTS))
 
 
+METHODS = ("mean", "pcgrad", "gradvac", "cagrad", "mgda", "dualproj", "upgrad", "imtlg", "alignedmtl", "nashmtl")
+
+
+def grams(num_paths: int, device="cpu", count: int = 40) -> torch.Tensor:
+    """Gram matrices [count, K, K] of random gradients of all lengths, with a conflict in about half of the pairs; the
+    last but one has a zero gradient, the last an infinity.
+    """
+    generator = torch.Generator().manual_seed(num_paths)
+    rows = torch.randn(count, num_paths, 30, generator=generator, dtype=torch.float64)
+    rows *= 10 ** torch.linspace(-8, 8, count, dtype=torch.float64)[:, None, None]
+    rows[-2, 0] = 0
+    gram = rows @ rows.mT
+    gram[-1, 0, 0] = float("inf")
+    return gram.to(device)
+
+
+def weigh(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    # Gram matrices are float64 whatever the gradients are.
+    for k in (1, 2, 3, 8) if dtype == torch.float64 else (2,):
+        gram, order = grams(k, device), alignment.random_order(k, 0, 0, device)
+        for method in METHODS:
+            yield f"{method}, {k} paths", (gram, method, None, None, 0.5, False, 0.5)
+        rho = torch.linspace(-0.5, 1, k * k, dtype=torch.float64, device=device).reshape(k, k).expand(40, k, k)
+        for method in ("pcgrad", "gradvac"):
+            yield f"{method}, {k} paths, order", (gram, method, rho, order, 0.3, method == "gradvac", 0.0)
+    yield "no segment", (grams(2, device)[:0], "pcgrad", None, None, 0.5, False, 0.5)
+
+
 CASES = {
     "notch_draws": notch_draws,
     "notch_bank": notch_bank,
@@ -186,6 +214,7 @@ CASES = {
     "isd_backward": isd_backward,
     "ssi_backward": ssi_backward,
     "gram": gram,
+    "weigh": weigh,
     "combine_": combine_,
 }
 
@@ -210,4 +239,7 @@ def run(op: str, backend: str, args: tuple) -> list[torch.Tensor]:
     if op == "combine_":
         # One gradient: its error is relative to all of it, not to a scalar parameter whose terms happen to cancel.
         return [torch.cat([g.reshape(-1) for g in args[0]])]
+    if op == "weigh":
+        # Where one side has no weights, the other must have none either.
+        return [torch.nan_to_num(value, nan=2.0) for value in result]
     return list(result) if isinstance(result, tuple) else [result]

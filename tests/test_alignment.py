@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import gradalign as ga
 from gradalign import alignment
 
 FIXTURE = Path(__file__).parent / "data" / "alignment_published.npz"
@@ -399,6 +400,63 @@ def test_any_torchjd_weighting_is_a_method(name):
             (param * gradient).sum().backward()
     optimizer.step()
     torch.testing.assert_close(-param.detach(), weighting(gradients @ gradients.T) @ gradients)
+
+
+# ---- the op `weigh` ----
+
+
+def degenerate_grams(num_paths):
+    """Zero, equal, orthogonal and tiny gradients, one zero among others, and gradients that cancel."""
+    eye, ones = torch.eye(num_paths, dtype=torch.float64), torch.ones(num_paths, num_paths, dtype=torch.float64)
+    ramp = torch.diag(torch.arange(num_paths, dtype=torch.float64))
+    return torch.stack([0 * eye, ones, eye, 1e-30 * eye, ramp, eye - ones / num_paths])
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("num_paths", range(1, 9))
+def test_weigh_of_the_extension_equals_the_functions(method, num_paths):
+    """Hundreds of random and degenerate matrices per method and number of paths, thousands in all."""
+    from gradalign import ops
+
+    if reason := ops.weigh.why_not("cpp"):
+        pytest.skip(reason)
+    gram = torch.cat([random_grams(210, num_paths, np.random.default_rng(num_paths)), degenerate_grams(num_paths)])
+    options = {}
+    if method in ("pcgrad", "gradvac"):
+        options["order"] = alignment.random_order(num_paths, 3, 5)
+    for variant in ("dual_path", "paper") if method == "gradvac" else ("",):
+        if method == "gradvac":
+            options |= {"variant": variant, "beta": 0.3}
+        if method == "cagrad":
+            options["c"] = 0.4
+        rho = torch.rand(gram.shape, dtype=torch.float64) if method == "gradvac" else None
+        expected, expected_rho = alignment.solve(gram, alignment.METHODS[method], rho, **options)
+        with ga.use_backends("cpp"):
+            found, found_rho = alignment.weigh(gram, alignment.METHODS[method], rho, **options)
+        assert found.isfinite().all()
+        # Flat minima and rank-deficient systems leave the square root of the rounding.
+        assert_same_merge(found, expected, gram, 1e-7)
+        if method == "gradvac":
+            torch.testing.assert_close(found_rho, expected_rho, rtol=1e-9, atol=1e-9)
+
+
+def test_weigh_leaves_the_targets_of_a_nonfinite_segment():
+    gram = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1) + 0.5
+    gram[1, 0, 1] = float("nan")
+    rho = torch.full_like(gram, 0.2)
+    for backend in ("reference", "cpp"):
+        with ga.use_backends(backend):
+            found, moved = alignment.weigh(gram, alignment.METHODS["gradvac"], rho)
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+        assert torch.equal(moved[1], rho[1])
+        assert (moved[0, 0, 1] > 0.2).all()
+
+
+def test_weigh_takes_callables_and_more_than_eight_paths():
+    gram = random_grams(3, 9, np.random.default_rng(0), kinds=1)
+    for method in (alignment.METHODS["upgrad"], alignment.resolve(lambda g: g.diagonal() / g.diagonal().sum())):
+        torch.testing.assert_close(alignment.weigh(gram, method)[0], alignment.solve(gram, method)[0])
 
 
 # ---- what all methods promise ----

@@ -5,12 +5,12 @@ side streams; CUDA graphs; no wait for the device.
 import inputs
 import pytest
 import torch
-from tolerances import DRAWN, RELATIVE, max_norm_error
+from tolerances import DRAWN, RELATIVE, WEIGHED, max_norm_error
 
 import gradalign as ga
 from gradalign import ops, reference
 
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_")
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ops that draw, and the place of their seeds.
 DRAWING = {"isd": 2, "ssi": 3}
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a 
 
 
 def _tolerance(op, args, dtype):
+    if op == "weigh":
+        return WEIGHED
     if op == "gram":
         # float64 results of float32 sums.
         return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]

@@ -3,7 +3,7 @@
 import inputs
 import pytest
 import torch
-from tolerances import DRAWN, RELATIVE, max_norm_error
+from tolerances import DRAWN, RELATIVE, WEIGHED, max_norm_error
 
 import gradalign as ga
 from gradalign import ops, reference
@@ -28,7 +28,7 @@ def test_backend_equals_float64_reference(backend, op, dtype):
             assert f.shape == e.shape, name
             drawn = op in DRAWING and args[DRAWING[op]] is not None
             # gram accumulates and returns float64 for every dtype; a gradient's own rounding is in both sides' input.
-            tolerance = 1e-12 if op == "gram" else (DRAWN if drawn else RELATIVE)[dtype]
+            tolerance = 1e-12 if op == "gram" else WEIGHED if op == "weigh" else (DRAWN if drawn else RELATIVE)[dtype]
             assert max_norm_error(f, e) <= tolerance, f"{name}, result {i}"
 
 
@@ -146,6 +146,20 @@ def test_lists_of_wrong_length_never_reach_a_kernel():
         ops.combine_(g, g, weights, [0])
     with pytest.raises(ValueError, match=r"`weights` must be float64 \[S, K\]; found torch.float32 \[1, 2\]"):
         ops.combine_(g, g, weights.float(), [0, 0])
+
+
+def test_wrong_matrices_and_methods_never_reach_a_kernel():
+    gram, rest = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1), (0.5, False, 0.5)
+    with pytest.raises(ValueError, match=r"`gram` must be float64 \[S, K, K\]; found torch.float32 \[3, 2, 2\]"):
+        ops.weigh(gram.float(), "mean", None, None, *rest)
+    with pytest.raises(ValueError, match=r"`gram` must be .*; found torch.float64 \[2, 2\]"):
+        ops.weigh(gram[0], "mean", None, None, *rest)
+    with pytest.raises(ValueError, match="by its first name; found 'none'"):
+        ops.weigh(gram, "none", None, None, *rest)
+    with pytest.raises(ValueError, match=r"`rho` must be float64 \[3, 2, 2\]; found torch.float64 \[2, 2\]"):
+        ops.weigh(gram, "gradvac", gram[0], None, *rest)
+    with pytest.raises(ValueError, match=r"`order` must be int64 \[2, 2\]; found torch.float64 \[2, 2\]"):
+        ops.weigh(gram, "pcgrad", None, gram[0], *rest)
 
 
 def test_use_backends_raises_when_it_cannot_serve():

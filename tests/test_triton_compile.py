@@ -54,6 +54,13 @@ def _arguments(op, dtype):
             (x, bank[:, 0], lengths, seeds, None, None, 10.0, 40.0),
             (x, bank[:, 0], None, None, x, level, 0.0, 0.0),
         ]
+    if op == "weigh":
+        # Every method of two paths, and those that are served for up to eight.
+        return [
+            args
+            for name, args in inputs.CASES[op](torch.float64)
+            if len(args[0]) and (args[0].shape[1] == 2 or args[1] in ("pcgrad", "gradvac"))
+        ]
     if op in ("gram", "combine_"):
         # The block shrinks above 2 and above 4 paths; the last list has addresses that forbid wide loads.
         lists = [[torch.zeros(5000, dtype=dtype) for _ in range(k)] for k in (2, 4, 8)]
@@ -84,10 +91,12 @@ def _compile(kernel, args, meta, arch, folder):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_"])
+@pytest.mark.parametrize("op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_"])
 def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
-    # notch_draws takes no floats, notch_bank computes in float64 whatever it returns.
-    dtypes = (torch.float32,) if op.startswith("notch") else (torch.float32, torch.bfloat16, torch.float64)
+    # notch_draws takes no floats, notch_bank and weigh compute in float64.
+    dtypes = (
+        (torch.float32,) if op.startswith("notch") or op == "weigh" else (torch.float32, torch.bfloat16, torch.float64)
+    )
     module = rawboost if op in BOOST else gradients
     for dtype in dtypes:
         launches.clear()
@@ -105,7 +114,7 @@ def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
 def test_every_kernel_is_compiled(launches):
     from triton.runtime.jit import JITFunction
 
-    for op in ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "combine_"):
+    for op in ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_"):
         for args in _arguments(op, torch.float32):
             getattr(rawboost if op in BOOST else gradients, op)(*args)
     defined = {

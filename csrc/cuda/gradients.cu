@@ -1,9 +1,11 @@
-// gram and combine_ on CUDA. Equivalent to the functions of these names in gradalign/reference.py.
-// Both are bound by memory: each gradient is read once, in 16-byte accesses where its address allows.
+// gram, weigh and combine_ on CUDA. Equivalent to the functions of these names in gradalign/reference.py.
+// gram and combine_ are bound by memory: each gradient is read once, in 16-byte accesses where its address allows.
 #include <algorithm>
 #include <numeric>
+#include <string>
 
 #include "../layout.h"
+#include "../weigh_options.h"
 #include "tensor_list.cuh"
 
 namespace gradalign::cuda {
@@ -122,6 +124,34 @@ __global__ __launch_bounds__(kThreads) void gram_sum_kernel(const double* partia
   double* matrix = gram + int64_t(bounds.first + s) * num_paths * num_paths;
   matrix[i * num_paths + j] = sum;
   matrix[j * num_paths + i] = sum;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------------------ weigh
+
+// Segments per block: as many as their numbers leave shared memory for.
+constexpr int weigh_threads(int num_paths) { return num_paths <= 2 ? 128 : 16; }
+
+// Numbers per segment in shared memory: its Gram matrix, weights and scratch.
+constexpr int weigh_numbers(int num_paths) { return num_paths * num_paths + num_paths + weigh_scratch(num_paths); }
+
+// One thread per segment: gram [S, K, K] -> weights [S, K] and, for GradVac, targets [S, K, K] from rho (nullptr: zeros).
+__global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const double* rho, const int64_t* order, int num_paths, int64_t num_segments,
+                                                    const WeighOptions options, double* weights, double* targets) {
+  extern __shared__ double numbers[];
+  const int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= num_segments) return;
+  const int size = num_paths * num_paths;
+  const Numbers matrix{numbers + threadIdx.x, int(blockDim.x)}, found = matrix.from(size), scratch = found.from(num_paths);
+  const bool moves = options.method == Weighing::kGradvac;
+  double* target = moves ? targets + s * size : nullptr;
+  GRADALIGN_LOOP
+  for (int i = 0; i < size; ++i) {
+    matrix[i] = gram[s * size + i];
+    if (moves) target[i] = rho ? rho[s * size + i] : 0.0;
+  }
+  weigh_paths(num_paths, matrix, order, target, options, found, scratch);
+  GRADALIGN_LOOP
+  for (int k = 0; k < num_paths; ++k) weights[s * num_paths + k] = found[k];
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------- combine_
@@ -264,6 +294,30 @@ Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vect
   return out;
 }
 
+std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, const std::optional<Tensor>& rho, const std::optional<Tensor>& order,
+                                 double beta, bool always, double c) {
+  STD_TORCH_CHECK(gram.is_cuda(), "`gram` must be on a CUDA device");
+  const OnDevice device(gram);
+  const int64_t num_segments = gram.size(0), num_paths = gram.size(1);
+  const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
+  const bool moves = options.method == Weighing::kGradvac;
+  const auto own = [&](const std::optional<Tensor>& tensor, const char* what) {
+    if (!tensor) return std::optional<Tensor>();
+    check_same_device(*tensor, gram, what);
+    return std::optional(torch::stable::contiguous(*tensor));
+  };
+  const Tensor matrices = torch::stable::contiguous(gram);
+  const std::optional<Tensor> old = own(rho, "`rho`"), met = own(order, "`order`");
+  Tensor weights = torch::stable::new_empty(gram, {num_segments, num_paths});
+  Tensor targets = moves ? torch::stable::new_empty(gram, {num_segments, num_paths, num_paths}) : torch::stable::new_empty(gram, {0});
+  const int threads = weigh_threads(int(num_paths));
+  device.launch_with_memory(int(threads * weigh_numbers(int(num_paths)) * sizeof(double)), weigh_kernel, divide_up<int64_t>(num_segments, threads), threads,
+                            matrices.const_data_ptr<double>(), old ? old->const_data_ptr<double>() : nullptr,
+                            met ? met->const_data_ptr<int64_t>() : nullptr, int(num_paths), num_segments, options, weights.mutable_data_ptr<double>(),
+                            targets.mutable_data_ptr<double>());
+  return {weights, targets};
+}
+
 void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
   const int64_t num_params = int64_t(segments.size()), num_paths = weights.size(1);
   if (num_params == 0) return;
@@ -294,5 +348,6 @@ void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others,
 
 STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gradalign::cuda::gram));
+  m.impl("weigh", TORCH_BOX(&gradalign::cuda::weigh));
   m.impl("combine_", TORCH_BOX(&gradalign::cuda::combine_));
 }
