@@ -81,7 +81,7 @@ class Report:
                 lines += [f"    {line}" for line in wrong[:limit]]
                 if len(wrong) > len(wrong[:limit]):
                     lines.append(f"    ... and {len(wrong) - len(wrong[:limit])} more")
-        lines += [f"{subset}: its list is not there" for subset in self.absent]
+        lines += [f"{subset}: not there" for subset in self.absent]
         lines.append(f"{self.count_wrong} wrong" if self.count_wrong else "nothing is wrong")
         return "\n".join(lines)
 

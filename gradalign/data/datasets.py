@@ -2,10 +2,10 @@
 
 | name | what is read, below the root |
 |---|---|
-| ``corpus`` | ``protocols/{train,dev,test}.txt`` and ``flac/``, as `gradalign corpus build` writes them |
+| ``corpus`` | ``protocols/{train,dev,test}.txt``, ``flac/``, perhaps ``metadata.csv``: see `gradalign corpus build` |
 | ``asvspoof2019-la`` | ``ASVspoof2019_LA_cm_protocols/`` and ``ASVspoof2019_LA_{train,dev,eval}/flac/`` |
 | ``asvspoof2021-la`` | ``keys/LA/CM/trial_metadata.txt`` (the full keys) and ``ASVspoof2021_LA_eval/flac/`` |
-| ``asvspoof2021-df`` | ``keys/DF/CM/trial_metadata.txt`` and ``ASVspoof2021_DF_eval{,_part0?/...}/flac/`` |
+| ``asvspoof2021-df`` | ``keys/DF/CM/trial_metadata.txt`` and ``ASVspoof2021_DF_eval/flac/``, whole or in four parts |
 | ``asvspoof5`` | ``ASVspoof5.{train,dev.track_1,eval.track_1}.tsv`` and ``flac_T/``, ``flac_D/``, ``flac_E_eval/`` |
 | ``in-the-wild`` | ``meta.csv`` (file, speaker, label) and the files beside it |
 | ``for`` | one version of Fake-or-Real: ``{training,validation,testing}/{fake,real}/`` |
@@ -25,7 +25,7 @@ import csv
 import gc
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,15 +223,18 @@ def _corpus_list(root: Path, subset: str) -> Path:
 
 
 def _read_corpus(root: Path, subset: str, protocol: Path) -> Index:
-    return _read_2019_form(protocol, _Files(_folders(root, ["flac"], "the audio files"), (*SUFFIXES, "")))
+    files = _Files(_folders(root, ["flac"], "the audio files"), (*SUFFIXES, ""))
+    metadata = root / "metadata.csv"
+    lines = _table(metadata, ",", ("utterance", "channel"), others=True) if metadata.is_file() else ()
+    return _read_2019_form(protocol, files, {name: _word(channel) for _, (name, channel) in lines})
 
 
-def _read_2019_form(protocol: Path, files: _Files) -> Index:
+def _read_2019_form(protocol: Path, files: _Files, codecs: Mapping[str, str]) -> Index:
     def rows() -> Iterator[tuple[int, Utterance]]:
         word, find = _Words(), files.find
         for number, (speaker, name, _, attack, label) in read_columns(protocol, PROTOCOL_FORM):
             index = label_of(protocol, number, label)
-            yield number, Utterance(name, word[speaker], word[attack], index, "-", find(name))
+            yield number, Utterance(name, word[speaker], word[attack], index, codecs.get(name, "-"), find(name))
 
     return Index(protocol, gather(protocol, PROTOCOL_FORM, rows()), files.missing)
 
@@ -249,7 +252,7 @@ def _asvspoof2019_list(root: Path, subset: str) -> Path:
 
 def _read_asvspoof2019(root: Path, subset: str, protocol: Path) -> Index:
     inner = f"ASVspoof2019_LA_{_NAMES_2019[subset][0]}/flac"
-    return _read_2019_form(protocol, _Files([_first(root, [inner, f"LA/{inner}"], "the audio files")], SUFFIXES))
+    return _read_2019_form(protocol, _Files([_first(root, [inner, f"LA/{inner}"], "the audio files")], SUFFIXES), {})
 
 
 # ---- ASVspoof 2021 -------------------------------------------------------------------------------------------------
