@@ -1,4 +1,5 @@
-"""The command line: ``gradalign train | score | evaluate | conflicts | augment | corpus | data | report | info``.
+"""The command line: ``gradalign train | score | evaluate | conflicts | augment | corpus | data | pack |
+report | info``.
 
 Every command is a thin shell over one library function, which is imported when the command runs, so that ``--help`` is
 instant. Errors a user can mend are one line, ``gradalign: error: ...``, with exit code 2 (the command cannot be
@@ -219,6 +220,43 @@ def _data_check(args: argparse.Namespace) -> int:
     )
     print(report.text(None if args.all else 10))
     return 1 if report.count_wrong else 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from gradalign.data import packed
+    from gradalign.data.datasets import read_dataset, subsets
+
+    if args.verify:
+        found = packed.verify(args.out, progress=True)
+    else:
+        if args.data is None:
+            raise ValueError("expected DATA and OUT, or --verify and OUT; found OUT alone")
+        there = [name for name in ("train", "dev", "test") if name in subsets(args.dataset, args.data)]
+        names = args.splits or there
+        if not names:
+            raise ValueError(f"{args.data}: expected a {args.dataset} data set; found no list of one in it")
+        try:
+            found = packed.pack(
+                {name: read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad) for name in names},
+                args.out,
+                sample_rate=args.sample_rate,
+                resample=args.resample,
+                round_samples=args.round,
+                skip_bad=args.skip_bad,
+                workers=args.jobs,
+                progress=True,
+            )
+        except KeyboardInterrupt:
+            raise _Resumable("the same command goes on from the last finished shard") from None
+    state = "as written" if args.verify else f"{found.samples * 2 / 2**20:.1f} MiB"
+    print(f"{args.out}: {found.utterances} utterances, {state}")
+    if found.rounded:
+        print(f"{found.rounded} rounded to 16 bits, {found.clipped} of them cut to full scale")
+    if found.bad:
+        print(f"{len(found.bad)} bad:")
+        for reason in found.bad:
+            print(f"  {reason}")
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -519,6 +557,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs", type=int, metavar="N", help="files read at the same time (default: CPUs and four more)"
     )
     check.add_argument("--all", action="store_true", help="list everything that is wrong, not ten of each kind")
+
+    pack = _command(
+        commands,
+        "pack",
+        _pack,
+        "decode a data set once into 16-bit shards, which training then maps into memory",
+        "  gradalign pack data packed\n"
+        "  gradalign pack /data/LA packed/2019 --dataset asvspoof2019-la --jobs 16\n"
+        "  gradalign train packed --out runs\n"
+        "  gradalign pack --verify packed\n\n"
+        "Run the same command again to go on where it was stopped.",
+    )
+    pack.add_argument("data", type=Path, nargs="?", metavar="DATA", help="the data set's folder")
+    pack.add_argument("out", type=Path, metavar="OUT", help="the folder to write: new, or begun by the same command")
+    pack.add_argument("--verify", action="store_true", help="check every sample of OUT by its checksum instead")
+    pack.add_argument("--dataset", default="corpus", metavar="NAME", help="what DATA is (default: corpus)")
+    pack.add_argument("--splits", type=_names, metavar="S,...", help="default: those of train, dev and test there are")
+    pack.add_argument("--sample-rate", type=int, default=16000, metavar="HZ", help="of all files (default: 16000)")
+    pack.add_argument("--resample", action="store_true", help="convert files of another rate, rounding them to 16 bits")
+    pack.add_argument("--round", action="store_true", help="round files of more than 16 bits instead of stopping")
+    pack.add_argument("--skip-bad", action="store_true", help="keep unreadable files as bad utterances and go on")
+    pack.add_argument(
+        "--jobs", type=int, metavar="N", help="files decoded at the same time (default: one for each core)"
+    )
 
     report = _command(
         commands,

@@ -34,7 +34,8 @@ from gradalign import alignment
 from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign._files import remove_leftovers, write_text
-from gradalign.data.dataset import Batch, SpeechDataset, epoch_plan, load_batches
+from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches
+from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
@@ -304,15 +305,16 @@ def split_source(config: TrainConfig, split: str) -> tuple[Path, Path] | None:
 def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
     """The data set of a split as the run reads it; None for a test split that is not there.
 
-    Raises DataError for a wrong protocol, or where train or dev lack one of the classes.
+    Raises DataError for a wrong protocol or packed folder, or where train or dev lack one of the classes.
     """
+    if config.data is not None and is_packed(config.data):
+        return _open_packed_split(config, Path(config.data), split)
     source = split_source(config, split)
     if source is None:
         return None
     utterances = read_protocol(source[0])
-    for label, name in ((1, "bonafide"), (0, "spoof")):
-        if split != "test" and all(u.label != label for u in utterances):
-            raise DataError(f"{source[0]}: expected both bonafide and spoof utterances; found no {name}")
+    if split != "test":
+        _expect_both_classes(source[0], utterances)
     if not source[1].is_dir():
         raise DataError(f"{source[1]}: expected a folder of audio files; found nothing there")
     return SpeechDataset(
@@ -327,21 +329,27 @@ def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
     )
 
 
-def augmented_view(boost: RawBoost, wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
-    """RawBoost of a batch in which shorter utterances repeat themselves: each is augmented once, then repeated.
+def _open_packed_split(config: TrainConfig, folder: Path, split: str) -> PackedDataset | None:
+    if split == "test" and split not in packed_splits(folder):
+        return None
+    data = PackedDataset(
+        folder,
+        split,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        random_crop=split == "train" and config.crop == "random",
+    )
+    if data.sample_rate != config.sample_rate:
+        raise DataError(f"{folder}: expected a sample rate of {config.sample_rate} Hz; found {data.sample_rate} Hz")
+    if split != "test":
+        _expect_both_classes(data.audio_dir, data.utterances)
+    return data
 
-    Args:
-        boost: the augmentation.
-        wave: [B, T].
-        length: samples of each utterance before it repeats itself, int64 [B].
-        seed: int64 [B].
 
-    Returns:
-        [B, T], of wave's dtype and device.
-    """
-    length = length.to(wave.device)
-    boosted = boost(wave, lengths=length, seeds=seed.to(wave.device))
-    return boosted.gather(1, torch.arange(wave.shape[1], device=wave.device) % length[:, None])
+def _expect_both_classes(source: Path, utterances: list[Utterance]) -> None:
+    for label, name in ((1, "bonafide"), (0, "spoof")):
+        if all(u.label != label for u in utterances):
+            raise DataError(f"{source}: expected both bonafide and spoof utterances; found no {name}")
 
 
 def make_boost(config: TrainConfig) -> RawBoost:

@@ -19,7 +19,7 @@ from gradalign.data import datasets
 from gradalign.trainer import TrainConfig
 
 COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
-COMMANDS += ["report", "info"]
+COMMANDS += ["pack", "report", "info"]
 
 
 @pytest.fixture(scope="module")

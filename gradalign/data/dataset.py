@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ class Example(NamedTuple):
     """One utterance, ready for a batch.
 
     ``wave`` float32 [T]; ``label`` 1 bona fide, 0 spoof; ``row`` its index in the data set; ``length`` the samples of
-    ``wave`` before it repeats itself, at most T; ``seed`` of its augmentation, in [0, 2^63).
+    ``wave`` before it repeats itself, at most T; ``seed`` of its augmentation, in [0, 2^63). Of a raw data set
+    (`PackedDataset`), ``wave`` is int16 [length]: not yet scaled and repeated.
     """
 
     wave: Tensor
@@ -35,6 +36,9 @@ class Batch(NamedTuple):
     """Several utterances: ``wave`` float32 [B, T]; ``label``, ``row``, ``length`` and ``seed`` int64 [B].
 
     ``bad`` holds (row, message) of the utterances that could not be read, which are in none of the other fields.
+    ``augmented`` is the second view, like ``wave``, where it was made together with the batch (`collate`). Of a raw
+    data set, ``wave`` is int16 [sum of length]: the utterances one after the other, for `DeviceLoader` to scale and
+    repeat.
     """
 
     wave: Tensor
@@ -43,6 +47,7 @@ class Batch(NamedTuple):
     length: Tensor
     seed: Tensor
     bad: list[tuple[int, str]]
+    augmented: Tensor | None = None
 
 
 def utterance_draws(seed: int, epoch: int, name: str) -> tuple[int, int]:
@@ -55,6 +60,17 @@ def utterance_draws(seed: int, epoch: int, name: str) -> tuple[int, int]:
     """
     digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little") >> 1, int.from_bytes(digest[8:], "little") >> 1
+
+
+def window(length: int, num_samples: int, crop: int) -> tuple[int, int]:
+    """Where an utterance of ``length`` samples is cropped to ``num_samples``: (first sample, samples).
+
+    ``crop`` is the random number of `utterance_draws`, 0 for a crop at the start. A shorter utterance is taken whole.
+
+    >>> window(10, 4, crop=9), window(3, 4, crop=9)
+    ((2, 4), (0, 3))
+    """
+    return (crop % (length - num_samples + 1), num_samples) if length > num_samples else (0, length)
 
 
 class SpeechDataset(Dataset[Example]):
@@ -92,24 +108,28 @@ class SpeechDataset(Dataset[Example]):
         self.seed = seed
         self.random_crop = random_crop
         self.resample = resample
-        self.epoch = 0
+        # Shared with the worker processes: those that outlive an epoch (persistent_workers) see the next one too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._cache: dict[int, np.ndarray] = {}
         self._cache_bytes_left = cache_mb * 2**20
 
     def __len__(self) -> int:
         return len(self.utterances)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch of `set_epoch`, at first 0."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose crops and augmentation seeds come next."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Example:
         utterance = self.utterances[index]
         augmentation_seed, crop = utterance_draws(self.seed, self.epoch, utterance.name)
         wave = self._read(index)
-        spare = len(wave) - self.num_samples
-        start = crop % (spare + 1) if self.random_crop and spare > 0 else None
-        length = min(len(wave), self.num_samples)
+        start, length = window(len(wave), self.num_samples, crop if self.random_crop else 0)
         return Example(fit_length(wave, self.num_samples, start), utterance.label, index, length, augmentation_seed)
 
     def _read(self, index: int) -> Tensor:
@@ -132,6 +152,63 @@ class SpeechDataset(Dataset[Example]):
         return wave
 
 
+Augment = Callable[..., Tensor]
+"""An augmentation: (wave [B, T], lengths=int64 [B] or None for T, seeds=int64 [B]) -> [B, T], such as `RawBoost`."""
+
+
+def augmented_view(augment: Augment, wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
+    """Augment a batch in which shorter utterances repeat themselves: each is augmented once, then repeated.
+
+    Args:
+        augment: `RawBoost`, or what is called like it.
+        wave: [B, T].
+        length: samples of each utterance before it repeats itself, int64 [B].
+        seed: int64 [B].
+
+    Returns:
+        [B, T], of wave's dtype and device.
+
+    >>> twice = lambda wave, lengths, seeds: 2 * wave
+    >>> augmented_view(twice, torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([2]), torch.tensor([0]))
+    tensor([[2., 4., 2.]])
+    """
+    length = length.to(wave.device)
+    boosted = augment(wave, lengths=length, seeds=seed.to(wave.device))
+    return boosted.gather(1, torch.arange(wave.shape[1], device=wave.device) % length[:, None])
+
+
+def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batch:
+    """A batch of examples, for a DataLoader over a `SpeechDataset`: ``DataLoader(data, 24, collate_fn=collate)``.
+
+    Args:
+        examples: of one data set; none at all make an empty batch.
+        augment: makes the second view here: in the worker process, on the CPU
+            (``collate_fn=functools.partial(collate, augment=boost)``).
+
+    Raises:
+        ValueError: for ``augment`` with the examples of a raw data set.
+
+    >>> example = Example(torch.zeros(4), 1, 0, 4, 7)
+    >>> collate([example, example]).wave.shape
+    torch.Size([2, 4])
+    """
+    raw = bool(examples) and examples[0].wave.dtype == torch.int16
+    if not examples:
+        wave = torch.zeros(0, 0)
+    else:
+        waves = [e.wave for e in examples]
+        wave = torch.cat(waves) if raw else torch.stack(waves)
+    numbers = torch.tensor([[e.label, e.row, e.length, e.seed] for e in examples], dtype=torch.int64)
+    # Each field contiguous: strided memory is not copied to a device without waiting.
+    label, row, length, seed = numbers.reshape(-1, 4).T.contiguous().unbind(0)
+    augmented = None
+    if augment is not None:
+        if raw:
+            raise ValueError("`augment` needs float32 examples; found those of a raw data set (leave out `raw`)")
+        augmented = augmented_view(augment, wave, length, seed) if examples else wave
+    return Batch(wave, label, row, length, seed, [], augmented)
+
+
 class _Batches(Dataset[Batch]):
     """A data set indexed by lists of rows.
 
@@ -139,8 +216,9 @@ class _Batches(Dataset[Batch]):
     string.
     """
 
-    def __init__(self, dataset: SpeechDataset) -> None:
+    def __init__(self, dataset: SpeechDataset, augment: Augment | None) -> None:
         self.dataset = dataset
+        self.augment = augment
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         examples: list[Example] = []
@@ -150,21 +228,27 @@ class _Batches(Dataset[Batch]):
                 examples.append(self.dataset[i])
             except AudioError as error:
                 bad.append((i, str(error)))
-        waves = torch.stack([e.wave for e in examples]) if examples else torch.zeros(0, self.dataset.num_samples)
-        numbers = torch.tensor([[e.label, e.row, e.length, e.seed] for e in examples], dtype=torch.int64)
-        label, row, length, seed = numbers.reshape(-1, 4).unbind(1)
-        return Batch(waves, label, row, length, seed, bad)
+        batch = collate(examples, self.augment)
+        if not examples:
+            wave = torch.zeros(0, self.dataset.num_samples)
+            batch = batch._replace(wave=wave, augmented=None if self.augment is None else wave)
+        return batch._replace(bad=bad)
 
 
 def load_batches(
-    dataset: SpeechDataset, plan: Iterable[Sequence[int]], *, num_workers: int = 0, pin_memory: bool = False
+    dataset: SpeechDataset,
+    plan: Iterable[Sequence[int]],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """The batches of a plan (lists of rows), in its order, read by ``num_workers`` processes (0: by this one).
 
-    The global random state is not touched.
+    ``augment`` makes the second view there too. The global random state is not touched.
     """
     loader: DataLoader[Batch] = DataLoader(
-        _Batches(dataset),
+        _Batches(dataset, augment),
         sampler=[list(rows) for rows in plan],
         batch_size=None,
         num_workers=num_workers,

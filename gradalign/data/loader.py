@@ -1,0 +1,360 @@
+"""From any PyTorch DataLoader of waveforms to both views of a step, on the device, while the last one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from gradalign._errors import AudioError
+from gradalign.data.audio import fit_length
+from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, utterance_draws, window
+
+
+class Views(NamedTuple):
+    """What a step sees, on its device: ``clean`` and ``augmented`` [B, T]; ``label`` and ``seeds`` int64 [B].
+
+    The views are float32, or of the loader's own floating type; ``seeds`` are those of the augmentation.
+    """
+
+    clean: Tensor
+    augmented: Tensor
+    label: Tensor
+    seeds: Tensor
+
+
+def rank_share(rows: Sequence[int], rank: int, num_ranks: int) -> list[int]:
+    """The part of a step's utterances that one of several ranks takes: all of them once, parts differ by 1 at most.
+
+    A rank's part is empty where there are fewer utterances than ranks.
+
+    >>> [rank_share([7, 8, 9], rank, 2) for rank in (0, 1)]
+    [[7], [8, 9]]
+    """
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"`rank` must be in [0, {num_ranks}); found {rank}")
+    return list(rows[rank * len(rows) // num_ranks : (rank + 1) * len(rows) // num_ranks])
+
+
+class RankSampler(Sampler[list[int]]):
+    """The batches of one rank, as the ``batch_sampler`` of a DataLoader.
+
+    What a step sees in all depends on (seed, epoch) alone: neither on the number of ranks nor on how often a run was
+    resumed. Every rank has the same number of batches.
+
+    Args:
+        size: utterances of the data set.
+        batch_size: utterances of a step, over all ranks together.
+        seed: of the order.
+        shuffle: a new order each epoch, without the last, incomplete batch (`epoch_plan`); otherwise the data set's
+            order, with it. An incomplete batch is shared out evenly too (`rank_share`): with fewer utterances than
+            ranks, some ranks get an empty batch.
+        rank, num_ranks: this process among all; None asks torch.distributed, which means 0 of 1 where it is not set up.
+
+    >>> sampler = RankSampler(10, 4, rank=1, num_ranks=2, shuffle=False)
+    >>> list(sampler)
+    [[2, 3], [6, 7], [9]]
+    >>> sampler.set_epoch(0, start=2)
+    >>> list(sampler)
+    [[9]]
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int | None = None,
+        num_ranks: int | None = None,
+    ) -> None:
+        if size < 0 or batch_size < 1:
+            raise ValueError(f"`size` must be at least 0, `batch_size` at least 1; found {size} and {batch_size}")
+        if (rank is None) != (num_ranks is None):
+            raise ValueError(f"expected both `rank` and `num_ranks` or neither; found {rank} and {num_ranks}")
+        if rank is None or num_ranks is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            num_ranks = torch.distributed.get_world_size() if distributed else 1
+        rank_share([], rank, num_ranks)
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.rank, self.num_ranks = rank, num_ranks
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that comes next, and the first of its batches (where a killed run stopped)."""
+        self.epoch, self.start = epoch, start
+
+    def _plan(self) -> list[list[int]]:
+        if self.size == 0:
+            return []
+        if self.shuffle:
+            return epoch_plan(self.size, self.batch_size, self.seed, self.epoch)
+        steps = range(0, self.size, self.batch_size)
+        return [list(range(i, min(i + self.batch_size, self.size))) for i in steps]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from (rank_share(rows, self.rank, self.num_ranks) for rows in self._plan()[self.start :])
+
+    def __len__(self) -> int:
+        return max(0, len(self._plan()) - self.start)
+
+
+class DeviceLoader:
+    """Both views of every batch of a loader, on a device.
+
+    On a CUDA device the copy and the augmentation of the next batch run on a stream of their own while the consumer
+    computes on this one; the host waits for neither. On other devices they run when a batch is asked for; there the
+    augmentation may be made by the loader's worker processes instead (`collate` with ``augment``).
+
+    Each utterance's augmentation follows from (seed, epoch, utterance) alone: a resumed run, another number of workers
+    or of ranks augments alike.
+
+    Args:
+        loader: a DataLoader, or anything iterable, of `Batch`, or of tuples (wave, label, ids) or (wave, label, ids,
+            lengths): ``wave`` [B, S] floating point or int16 (full scale 32768), ``label`` int64 [B], ``ids`` B names
+            or numbers that are the utterances' own, ``lengths`` int64 [B] the samples of each before its padding.
+        augment: called as ``augment(wave, lengths=..., seeds=...)``, such as `RawBoost`; shorter utterances are
+            augmented once and then repeated. None: the augmented view is the batch's own, or the clean one.
+        device: of the views; None is a GPU where there is one.
+        num_samples: T of the views: longer utterances are cropped, shorter repeated, on the device. None: that of the
+            loader's data set; for tuples of floating point, S.
+        seed: of crops and augmentation, for tuples (a `Batch` brings its own).
+        random_crop: crop tuples' longer utterances at a random place, not at their start.
+        on_bad: called with the (row, message) of utterances that could not be read; None: the first is an AudioError.
+
+    The views of a batch may be used on the stream that is current when it is asked for; whoever uses them on another
+    has to call their ``record_stream``. A batch without any readable utterance comes as B = 0.
+
+    >>> import gradalign as ga
+    >>> loader = [(torch.ones(2, 400), torch.tensor([0, 1]), ["a", "b"])]
+    >>> views = DeviceLoader(loader, augment=ga.RawBoost(algo=4), device="cpu", num_samples=1000)
+    >>> for clean, augmented, label, seeds in views:
+    ...     print(clean.shape, augmented.shape, label.tolist(), seeds.dtype)
+    torch.Size([2, 1000]) torch.Size([2, 1000]) [0, 1] torch.int64
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        augment: Augment | None = None,
+        *,
+        device: str | torch.device | None = None,
+        num_samples: int | None = None,
+        seed: int = 0,
+        random_crop: bool = False,
+        on_bad: Callable[[list[tuple[int, str]]], None] | None = None,
+    ) -> None:
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"`num_samples` must be at least 1; found {num_samples}")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.loader, self.augment, self.device = loader, augment, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        if num_samples is None:
+            num_samples = next((d.num_samples for d in _datasets(loader) if hasattr(d, "num_samples")), None)
+        self.num_samples, self.seed, self.random_crop, self.on_bad = num_samples, seed, random_crop, on_bad
+        self.epoch = 0
+        self._side: torch.cuda.Stream | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that comes next, here and in the loader's data set and samplers."""
+        self.epoch = epoch
+        samplers = [getattr(self.loader, name, None) for name in ("batch_sampler", "sampler")]
+        samplers.append(getattr(samplers[0], "sampler", None))
+        parts = {id(part): part for part in [*_datasets(self.loader), *samplers]}
+        for part in parts.values():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Views]:
+        if self.device.type == "cuda":
+            yield from self._ahead()
+            return
+        for item in self.loader:
+            batch, start = self._batch(item)
+            self._report(batch.bad)
+            yield self._views(batch, start)
+
+    def _ahead(self) -> Iterator[Views]:
+        """Batches whose copy and augmentation were put into the side stream one step before they are asked for.
+
+        The allocator gives memory of the side stream out again on that stream without regard to the consumer's, so the
+        side stream waits, before each batch, for all that the consumer has queued: whatever it has let go of by then is
+        done with. That costs no overlap, since the batch is prepared a whole step early, and unlike record_stream it
+        keeps three batches in memory (the consumer's last, its next, this one) however far the host runs ahead.
+        """
+        if self._side is None:
+            # One for all epochs: the allocator keeps a pool for each stream.
+            self._side = torch.cuda.Stream(self.device)
+        side = self._side
+        ready: tuple[Views, torch.cuda.Event, list[tuple[int, str]]] | None = None
+        for item in self.loader:
+            batch, start = self._batch(item)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                views = self._views(batch, start)
+                done = side.record_event()
+            if ready is not None:
+                yield self._hand_over(*ready)
+            ready = views, done, batch.bad
+            # Otherwise these names would hold a batch while its memory could serve the next one.
+            del views, batch, start, item
+        if ready is not None:
+            yield self._hand_over(*ready)
+
+    def _hand_over(self, views: Views, done: torch.cuda.Event, bad: list[tuple[int, str]]) -> Views:
+        self._report(bad)
+        torch.cuda.current_stream(self.device).wait_event(done)
+        return views
+
+    def _report(self, bad: list[tuple[int, str]]) -> None:
+        if bad and self.on_bad is None:
+            raise AudioError(bad[0][1])
+        if bad and self.on_bad is not None:
+            self.on_bad(bad)
+
+    # ---- one batch ----
+
+    def _batch(self, item: Any) -> tuple[Batch, Tensor | None]:
+        """An item of the loader as a batch, and where in ``wave.flatten()`` each utterance starts; None: it is ready.
+
+        ``length`` of the batch is then that of each utterance's window.
+        """
+        if isinstance(item, Batch):
+            if item.wave.dtype == torch.int16:
+                self._expect_num_samples()
+                return item, item.length.cumsum(0) - item.length
+            if self.num_samples is None or item.wave.shape[1] == self.num_samples:
+                return item, None
+            if len(item.label):
+                raise ValueError(f"a batch must be [B, {self.num_samples}]; found {list(item.wave.shape)}")
+            nothing = item.wave.new_zeros(0, self.num_samples)
+            return item._replace(wave=nothing, augmented=None), None
+        wave, label, ids, lengths = _checked(item)
+        drawn = [utterance_draws(self.seed, self.epoch, str(i)) for i in ids]
+        seeds = torch.tensor([seed for seed, _ in drawn], dtype=torch.int64)
+        if wave.dtype == torch.int16 or lengths is not None:
+            self._expect_num_samples()
+        num_samples = wave.shape[1] if self.num_samples is None else self.num_samples
+        whole = torch.full_like(seeds, wave.shape[1]) if lengths is None else lengths
+        windows = [
+            window(n, num_samples, crop if self.random_crop else 0)
+            for n, (_, crop) in zip(whole.tolist(), drawn, strict=True)
+        ]
+        begin, length = torch.tensor(windows, dtype=torch.int64).reshape(-1, 2).T.contiguous().unbind(0)
+        batch = Batch(wave, label, torch.arange(len(ids)), length, seeds, [])
+        if wave.dtype != torch.int16 and wave.shape[1] == num_samples and bool((length == num_samples).all()):
+            return batch, None
+        return batch, torch.arange(len(ids)) * wave.shape[1] + begin
+
+    def _expect_num_samples(self) -> None:
+        if self.num_samples is None:
+            raise ValueError("`num_samples` must be given for int16 batches and for batches with lengths; found None")
+
+    def _views(self, batch: Batch, start: Tensor | None) -> Views:
+        label, seeds, length = self._put(batch.label), self._put(batch.seed), self._put(batch.length)
+        clean = self._put(batch.wave)
+        if start is not None:
+            assert self.num_samples is not None
+            clean = take_windows(clean.flatten(), self._put(start), length, self.num_samples)
+        if batch.augmented is not None:
+            augmented = self._put(batch.augmented)
+        elif self.augment is None or not len(label):
+            augmented = clean
+        elif bool((batch.length == clean.shape[1]).all()):
+            augmented = self.augment(clean, lengths=None, seeds=seeds)
+        else:
+            augmented = augmented_view(self.augment, clean, length, seeds)
+        return Views(clean, augmented, label, seeds)
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(self.device)
+        # The allocator of pinned memory waits for the copy before it hands the memory out again.
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+
+def take_windows(samples: Tensor, start: Tensor, length: Tensor, num_samples: int) -> Tensor:
+    """Cut utterances out of a row of samples, and repeat each to a fixed length, where the samples are.
+
+    Args:
+        samples: [N], floating point, or int16 with full scale 32768.
+        start, length: of each utterance in ``samples``, int64 [B]; length at least 1.
+        num_samples: T of the result; each length at most this.
+
+    Returns:
+        [B, T]; float32 of int16 samples, otherwise of their dtype. Equal to `fit_length` of each.
+
+    >>> take_windows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 0]), torch.tensor([2, 1]), 3)
+    tensor([[2., 3., 2.],
+            [1., 1., 1.]])
+    """
+    if samples.device.type == "cpu":
+        places = zip(start.tolist(), length.tolist(), strict=True)
+        rows = [fit_length(samples[s : s + n], num_samples) for s, n in places]
+        taken = torch.stack(rows) if rows else samples.new_zeros(0, num_samples)
+    else:
+        taken = gather_windows(samples, start, length, num_samples)
+    return taken.to(torch.float32).mul_(1 / 32768) if samples.dtype == torch.int16 else taken
+
+
+def gather_windows(samples: Tensor, start: Tensor, length: Tensor, num_samples: int) -> Tensor:
+    """`take_windows` without its scaling, by one gather, without waiting for the device.
+
+    >>> gather_windows(torch.tensor([1, 2, 3]), torch.tensor([1, 0]), torch.tensor([2, 1]), 3)
+    tensor([[2, 3, 2],
+            [1, 1, 1]])
+    """
+    # Half the memory of int64 indices, where they do.
+    kind = torch.int32 if samples.numel() < 2**31 else torch.int64
+    index = torch.arange(num_samples, device=samples.device, dtype=kind) % length.to(kind)[:, None]
+    index += start.to(kind)[:, None]
+    return samples.index_select(0, index.flatten()).view(len(length), num_samples)
+
+
+def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
+    """Wave, label, ids and lengths of a loader's tuple; TypeError or ValueError naming expected and found."""
+    if not isinstance(item, (tuple, list)) or len(item) not in (3, 4):
+        found = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(
+            "a batch must be a gradalign.data.Batch, (wave, label, ids) or (wave, label, ids, lengths), the ids so "
+            f"that each utterance has its own augmentation; found {found}"
+        )
+    wave, label, ids = item[:3]
+    if not isinstance(wave, Tensor) or wave.dim() != 2 or not (wave.is_floating_point() or wave.dtype == torch.int16):
+        found = f"{wave.dtype} {list(wave.shape)}" if isinstance(wave, Tensor) else type(wave).__name__
+        raise TypeError(f"a batch's wave must be [B, S], floating point or int16; found {found}")
+    size = len(wave)
+    names = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    label = torch.as_tensor(label)
+    if tuple(label.shape) != (size,) or len(names) != size:
+        raise ValueError(f"a batch of {size} must have {size} labels and ids; found {list(label.shape)}, {len(names)}")
+    if len(item) == 3:
+        if size and not wave.shape[1]:
+            raise ValueError("a batch's utterances must have at least one sample; found none")
+        return wave, label, names, None
+    lengths = torch.as_tensor(item[3])
+    if tuple(lengths.shape) != (size,) or lengths.is_floating_point():
+        raise ValueError(f"lengths must be integers [{size}]; found {lengths.dtype} {list(lengths.shape)}")
+    if size and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[1]:
+        found = f"[{int(lengths.min())}, {int(lengths.max())}]"
+        raise ValueError(f"lengths must lie in [1, S] = [1, {wave.shape[1]}]; found {found}")
+    return wave, label, names, lengths.to("cpu", torch.int64)
+
+
+def _datasets(loader: Any) -> list[Any]:
+    """A loader's data set, and those it wraps (`torch.utils.data.Subset` and the like), outermost first."""
+    found: list[Any] = []
+    while (loader := getattr(loader, "dataset", None)) is not None and len(found) < 16:
+        found.append(loader)
+    return found
