@@ -1,6 +1,6 @@
 """`AlignedOptimizer`: any PyTorch optimizer, fed with the aligned gradients of several paths.
 
-The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.gram` -> `alignment.solve` ->
+The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.gram` -> `alignment.weigh` ->
 `ops.combine_` -> the inner optimizer's step.
 """
 
@@ -513,7 +513,7 @@ class AlignedOptimizer(Optimizer):
         options = dict(self._options)
         if "order" in self._weigh.parameters and num_paths > 2:
             options["order"] = alignment.random_order(num_paths, self._seed, books["steps"])
-        weights, rho = alignment.solve(
+        weights, rho = alignment.weigh(
             self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
         )
 
