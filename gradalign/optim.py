@@ -6,6 +6,7 @@ The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -566,7 +567,7 @@ class AlignedOptimizer(Optimizer):
         for name, shape in shapes.items():
             old = self._books.get(name)
             if old is None or old.shape != shape or old.device != gram.device:
-                new = torch.zeros(shape, dtype=torch.float64 if name == "rho" else torch.int64, device=gram.device)
+                new = torch.zeros(shape, dtype=_book_dtype(name), device=gram.device)
                 if old is not None:
                     new[: len(old)].copy_(old) if shape else new.copy_(old)
                 self._books[name] = new
@@ -632,12 +633,17 @@ class AlignedOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, and under "alignment" the method's state and the counts.
+        """The wrapped optimizer's state_dict; its first parameter group holds the method's state and the counts.
 
-        `torch.load` reads it with ``weights_only=True``. Tensors are references, as with any optimizer.
+        They are one JSON string under the key "alignment" (exact for float64; reading them waits for the device), so
+        that `torch.distributed.checkpoint` carries them like any setting of a group, also into an optimizer that has
+        not seen a path yet. `torch.load` reads it with ``weights_only=True``.
         """
-        own = {"method": self._label, "scope": self.scope, "num_paths": self._num_paths, "tensors": dict(self._books)}
-        return {**self.optimizer.state_dict(), "alignment": own}
+        books = {name: self._books[name].tolist() if name in self._books else [] for name in self._shapes(0, 0, 0)}
+        own = {"method": self._label, "scope": self.scope, "num_paths": self._num_paths, **books}
+        state = self.optimizer.state_dict()
+        first, *rest = state["param_groups"]
+        return {**state, "param_groups": [{**first, "alignment": json.dumps(own)}, *rest]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; nothing is changed if it does not fit.
@@ -646,28 +652,32 @@ class AlignedOptimizer(Optimizer):
             ValueError: if it was saved by a plain optimizer, with another method or scope, for other parameters, or
                 has missing or unknown entries.
         """
-        own = state_dict.get("alignment")
-        if not isinstance(own, dict):
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        saved = groups[0].pop("alignment", None) if groups else None
+        if not isinstance(saved, str):
             raise ValueError(
-                "the state must hold an 'alignment' entry; found none (plain states load into `opt.optimizer`)"
+                "the state's first parameter group must hold an 'alignment' entry; found none (plain states load into "
+                "`opt.optimizer`)"
             )
-        if set(own) != {"method", "scope", "num_paths", "tensors"}:
+        own = json.loads(saved)
+        expected_names = {"method", "scope", "num_paths", *self._shapes(0, 0, 0)}
+        if set(own) != expected_names:
             raise ValueError(
-                f"the state's 'alignment' must hold method, num_paths, scope, tensors; found {', '.join(sorted(own))}"
+                f"the state's 'alignment' must hold {', '.join(sorted(expected_names))}; found {', '.join(sorted(own))}"
             )
         for name, expected in (("method", self._label), ("scope", self.scope)):
             if own[name] != expected:
                 raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
-        tensors, num_paths = own["tensors"], own["num_paths"]
+        num_paths = own["num_paths"]
         segments, num_segments = self._segments()
-        shapes = self._shapes(num_paths or 0, len(segments), num_segments) if tensors else {}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != shapes:
-            raise ValueError(f"the state's tensors must be {shapes}; found {found}")
-        self.optimizer.load_state_dict({name: value for name, value in state_dict.items() if name != "alignment"})
+        shapes = self._shapes(num_paths, len(segments), num_segments) if num_paths else {}
         device = self._params()[0].device
-        self._books = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        self._num_paths, self._gram, self._stepped = num_paths, None, set()
+        books = {name: torch.tensor(own[name], dtype=_book_dtype(name), device=device) for name in shapes}
+        found = {name: tuple(book.shape) for name, book in books.items()}
+        if found != shapes:
+            raise ValueError(f"the state's 'alignment' must have the shapes {shapes}; found {found}")
+        self.optimizer.load_state_dict({**state_dict, "param_groups": groups})
+        self._books, self._num_paths, self._gram, self._stepped = books, num_paths, None, set()
 
 
 def _align_first(optimizer: AlignedOptimizer, args: Any, kwargs: Any) -> None:
@@ -687,6 +697,10 @@ def _named_groups(groups: Groups) -> dict[str, list[Tensor]]:
         problem = "a parameter twice" if found else "no group"
         raise ValueError(f"`scope` must be 'model', 'parameter' or groups of distinct parameters; found {problem}")
     return found
+
+
+def _book_dtype(name: str) -> torch.dtype:
+    return torch.float64 if name == "rho" else torch.int64
 
 
 def _by_subset(paths: list[Gradients]) -> dict[tuple[int, ...], list[int]]:

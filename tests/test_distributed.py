@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -503,6 +504,49 @@ def state_dict_resumes_bit_for_bit():
         # A new DDP sends its first gradients in other buckets, so that sums of four are rounded otherwise.
         assert_same(train(resumed, fresh, steps=2, first=2), expected, 1e-12 if wrap is with_ddp else 0.0)
         assert wrap is with_ddp or str(fresh.stats) == str(opt.stats)
+
+
+@check
+def distributed_checkpoint_resumes_bit_for_bit():
+    """Saved by FSDP2 ranks; loaded by FSDP2 ranks, by one whole copy per rank, and from one rank's whole state."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+        set_state_dict,
+    )
+
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    names = ("model", "optimizer")
+
+    def build(wrap):
+        return wrap(make_model(), "gradvac", "parameter")[:2]
+
+    model, opt = build(with_fsdp)
+    train(model, opt, steps=2)
+    checkpoint.save(dict(zip(names, get_state_dict(model, opt), strict=True)), checkpoint_id=folder[0])
+    on_rank_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = dict(zip(names, copy.deepcopy(get_state_dict(model, opt, options=on_rank_0)), strict=True))
+    expected = train(model, opt, steps=2, first=2)
+    for wrap in (with_fsdp, with_group):
+        resumed, fresh = build(wrap)
+        target = dict(zip(names, get_state_dict(resumed, fresh), strict=True))
+        checkpoint.load(target, checkpoint_id=folder[0])
+        set_state_dict(resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+        assert_same(train(resumed, fresh, steps=2, first=2), expected, 0.0 if wrap is with_fsdp else 1e-12)
+        assert (fresh.stats.steps, fresh.stats.conflicts) == (opt.stats.steps, opt.stats.conflicts)
+    resumed, fresh = build(with_fsdp)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    if dist.get_rank() > 0:
+        full = {"model": {}, "optimizer": {}}
+    set_model_state_dict(resumed, full["model"], options=options)
+    set_optimizer_state_dict(resumed, fresh, full["optimizer"], options=options)
+    assert_same(train(resumed, fresh, steps=2, first=2), expected, 0.0)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
 
 
 # ---- how it is sent ----

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import os
 import pickle
 from collections import Counter
@@ -664,24 +665,56 @@ def test_state_dict_resumes_bit_for_bit(method, count, tmp_path):
     assert str(fresh.stats) == str(opt.stats)
 
 
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
+@pytest.mark.parametrize("inner", ["sgd", "adamw"])
+def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
+    """torch.distributed.checkpoint with its state-dict helpers, into an optimizer that has not seen a path."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def build():
+        model = make_model()
+        groups = [{"params": model[0].parameters()}, {"params": model[2:].parameters(), "lr": 0.02}]
+        return model, AlignedOptimizer(OPTIMIZERS[inner](groups), method, scope="parameter")
+
+    def content(model, opt):
+        return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+
+    whole, opt = build()
+    train(whole, opt, 4)
+    checkpoint.save(content(whole, opt), checkpoint_id=tmp_path, no_dist=True)
+    expected = train(whole, opt, 4)
+
+    resumed, fresh = build()
+    target = content(resumed, fresh)
+    checkpoint.load(target, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+    assert_same(train(resumed, fresh, 4), expected)
+    assert str(fresh.stats) == str(opt.stats)
+
+
 def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
     model = make_model()
     opt = AlignedOptimizer(torch.optim.AdamW(model.parameters()), method="gradvac")
     train(model, opt, 2)
     good = copy.deepcopy(opt.state_dict())
 
-    def change(**entries):
-        return {**good, "alignment": {**good["alignment"], **entries}}
+    first = good["param_groups"][0]
+    own = json.loads(first["alignment"])
 
-    tensors = good["alignment"]["tensors"]
+    def change(**entries):
+        changed = {k: v for k, v in {**own, **entries}.items() if v != "left out"}
+        return {**good, "param_groups": [{**first, "alignment": json.dumps(changed)}]}
+
     for bad, message in (
         (opt.optimizer.state_dict(), "'alignment' entry; found none"),
-        (change(extra=1), "must hold method, num_paths, scope, tensors; found extra, "),
+        (change(extra=1), "must hold conflicts, method, num_paths, .*; found conflicts, extra, "),
         (change(method="pcgrad"), "method 'gradvac'; found 'pcgrad'"),
         (change(scope="parameter"), "scope 'model'; found 'parameter'"),
-        (change(tensors={**tensors, "rho": tensors["rho"][0]}), r"'rho': \(1, 2, 2\).*found.*'rho': \(2, 2\)"),
-        (change(tensors={k: v for k, v in tensors.items() if k != "rho"}), "'rho'"),
-        ({**good, "param_groups": []}, "param"),
+        (change(rho=own["rho"][0]), r"'rho': \(1, 2, 2\).*found.*'rho': \(2, 2\)"),
+        (change(rho="left out"), "must hold .* rho, .*found"),
+        (change() | {"param_groups": [{**change()["param_groups"][0], "params": [0]}]}, "doesn't match the size"),
+        ({**good, "param_groups": []}, "found none"),
     ):
         with pytest.raises(ValueError, match=message):
             opt.load_state_dict(bad)
