@@ -35,10 +35,11 @@ def sinc_filterbank(num_filters: int, num_taps: int, sample_rate: int) -> Tensor
 
 
 class ResidualBlock(nn.Module):
-    """[B, C_in, F, T] -> [B, C_out, F, T // 3]: two 2 x 3 convolutions beside a shortcut, then pooling over time."""
+    """[B, C_in, F, T] -> [B, C_out, F, T // pool]: two 2 x 3 convolutions beside a shortcut, then pooling over time."""
 
-    def __init__(self, channels_in: int, channels_out: int, first: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, first: bool, pool: int = POOL) -> None:
         super().__init__()
+        self.pool = pool
         # The published block normalises its input and then drops the result; the parameters are kept, unused, so that
         # the published weights load whole and the number of parameters is the published one.
         self.unused_norm = None if first else nn.BatchNorm2d(channels_in)
@@ -54,7 +55,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's features."""
         y = self.conv_out(functional.selu(self.norm(self.conv_in(x))))
-        return functional.max_pool2d(y + self.shortcut(x), (1, POOL))
+        y = y + self.shortcut(x)
+        return functional.max_pool2d(y, (1, self.pool)) if self.pool > 1 else y
 
 
 def _score_parameter(size: int) -> nn.Parameter:
@@ -170,14 +172,56 @@ class StackingBranch(nn.Module):
         )
 
 
-class Aasist(nn.Module):
+class GraphReadout(nn.Module):
+    """The second half of AASIST: from spectral and temporal nodes to a readout and logits.
+
+    Args:
+        dim: features of a node.
+        num_spectral: spectral nodes.
+        graph_dims: node features after the first and second kind of graph attention.
+        pool_ratios: share of nodes kept of the spectral graph, the temporal graph and the combined graphs.
+        temperatures: softmax temperatures of the spectral, temporal and combined attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_spectral: int,
+        graph_dims: tuple[int, int],
+        pool_ratios: tuple[float, float, float],
+        temperatures: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+        self.spectral_position = nn.Parameter(torch.randn(1, num_spectral, dim))
+        self.spectral_attention = GraphAttention(dim, graph_dims[0], temperatures[0])
+        self.temporal_attention = GraphAttention(dim, graph_dims[0], temperatures[1])
+        self.pool_spectral = GraphPool(pool_ratios[0], graph_dims[0])
+        self.pool_temporal = GraphPool(pool_ratios[1], graph_dims[0])
+        self.branches = nn.ModuleList(
+            StackingBranch(graph_dims[0], graph_dims[1], pool_ratios[2], temperatures[2]) for _ in range(2)
+        )
+        self.head = nn.Linear(5 * graph_dims[1], 2)
+
+    def readout(self, spectral: Tensor, temporal: Tensor) -> Tensor:
+        """Spectral nodes [B, N_s, D] and temporal nodes [B, N_t, D] -> the readout before the head [B, 5 * D_out]."""
+        spectral = self.pool_spectral(self.spectral_attention(spectral + self.spectral_position))
+        temporal = self.pool_temporal(self.temporal_attention(temporal))
+        (t1, s1, m1), (t2, s2, m2) = (branch(temporal, spectral) for branch in self.branches)
+        temporal, spectral, stack = torch.maximum(t1, t2), torch.maximum(s1, s2), torch.maximum(m1, m2)
+        readout = [temporal.abs().amax(1), temporal.mean(1), spectral.abs().amax(1), spectral.mean(1), stack[:, 0]]
+        return torch.cat(readout, dim=1)
+
+    def classify(self, readout: Tensor) -> Tensor:
+        """The readout -> logits [B, 2]."""
+        return self.head(functional.dropout(readout, 0.5, self.training))
+
+
+class Aasist(GraphReadout):
     """The AASIST detector.
 
     Args:
         channels: output channels of the residual encoder's blocks.
-        graph_dims: node features after the first and second kind of graph attention.
-        pool_ratios: share of nodes kept of the spectral graph, the temporal graph and the combined graphs.
-        temperatures: softmax temperatures of the spectral, temporal and combined attention.
+        graph_dims, pool_ratios, temperatures: see `GraphReadout`.
     """
 
     filters: Tensor
@@ -189,21 +233,12 @@ class Aasist(nn.Module):
         pool_ratios: tuple[float, float, float],
         temperatures: tuple[float, float, float],
     ) -> None:
-        super().__init__()
+        super().__init__(channels[-1], SPECTRAL_NODES, graph_dims, pool_ratios, temperatures)
         filters = sinc_filterbank(NUM_FILTERS, FILTER_TAPS, SAMPLE_RATE)
         self.register_buffer("filters", filters, persistent=False)
         self.front_norm = nn.BatchNorm2d(1)
         pairs = zip((1, *channels[:-1]), channels, strict=True)
         self.encoder = nn.Sequential(*(ResidualBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairs)))
-        self.spectral_position = nn.Parameter(torch.randn(1, SPECTRAL_NODES, channels[-1]))
-        self.spectral_attention = GraphAttention(channels[-1], graph_dims[0], temperatures[0])
-        self.temporal_attention = GraphAttention(channels[-1], graph_dims[0], temperatures[1])
-        self.pool_spectral = GraphPool(pool_ratios[0], graph_dims[0])
-        self.pool_temporal = GraphPool(pool_ratios[1], graph_dims[0])
-        self.branches = nn.ModuleList(
-            StackingBranch(graph_dims[0], graph_dims[1], pool_ratios[2], temperatures[2]) for _ in range(2)
-        )
-        self.head = nn.Linear(5 * graph_dims[1], 2)
         # Time steps that leave one column after the front end's and every block's pooling.
         self.min_samples = FILTER_TAPS - 1 + POOL ** (len(channels) + 1)
 
@@ -220,7 +255,7 @@ class Aasist(nn.Module):
             TypeError: for integer samples.
             ValueError: for another shape or fewer samples.
         """
-        return self.head(functional.dropout(self.embed(wave), 0.5, self.training))
+        return self.classify(self.embed(wave))
 
     def embed(self, wave: Tensor) -> Tensor:
         """Return the readout before the linear head: [B, T] -> [B, 5 * D]."""
@@ -235,15 +270,42 @@ class Aasist(nn.Module):
             # layout, in which a step on a CPU takes 0.7 of the time. The parameters keep theirs.
             bands = bands.squeeze(1).unsqueeze(-1).movedim(-1, 1)
         features = self.encoder(bands).abs()
+        return self.readout(features.amax(3).transpose(1, 2), features.amax(2).transpose(1, 2))
 
-        spectral = features.amax(3).transpose(1, 2) + self.spectral_position
-        spectral = self.pool_spectral(self.spectral_attention(spectral))
-        temporal = self.pool_temporal(self.temporal_attention(features.amax(2).transpose(1, 2)))
 
-        (t1, s1, m1), (t2, s2, m2) = (branch(temporal, spectral) for branch in self.branches)
-        temporal, spectral, stack = torch.maximum(t1, t2), torch.maximum(s1, s2), torch.maximum(m1, m2)
-        readout = [temporal.abs().amax(1), temporal.mean(1), spectral.abs().amax(1), spectral.mean(1), stack[:, 0]]
-        return torch.cat(readout, dim=1)
+class AasistBackEnd(GraphReadout):
+    """AASIST over the features of a self-supervised front end: [B, T', C_in] -> logits [B, 2].
+
+    Source: Tak et al., "Automatic speaker verification spoofing and deepfake detection using wav2vec 2.0 and data
+    augmentation", Odyssey 2022, arXiv 2202.12233, and its public code. In place of the filter bank, a projection to 128
+    features; in place of the maxima over time and frequency, attention over each.
+
+    Args:
+        in_width: features of the front end, C_in.
+    """
+
+    def __init__(self, in_width: int) -> None:
+        width, channels = 128, (32, 32, 64, 64, 64, 64)
+        super().__init__(channels[-1], width // POOL, (64, 32), (0.5, 0.5, 0.5), (2.0, 2.0, 100.0))
+        self.project = nn.Linear(in_width, width)
+        self.front_norm = nn.BatchNorm2d(1)
+        pairs = zip((1, *channels[:-1]), channels, strict=True)
+        self.encoder = nn.Sequential(*(ResidualBlock(a, b, first=i == 0, pool=1) for i, (a, b) in enumerate(pairs)))
+        self.encoder_norm = nn.BatchNorm2d(channels[-1])
+        self.attention = nn.Sequential(
+            nn.Conv2d(channels[-1], 128, 1), nn.SELU(), nn.BatchNorm2d(128), nn.Conv2d(128, channels[-1], 1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Score features [B, T', C_in], T' at least 3; ValueError for fewer frames."""
+        if features.shape[1] < POOL:
+            raise ValueError(f"`features` must be [B, T', C] with T' >= {POOL}; found {list(features.shape)}")
+        x = functional.max_pool2d(self.project(features).transpose(1, 2)[:, None], POOL)
+        x = functional.selu(self.encoder_norm(self.encoder(functional.selu(self.front_norm(x)))))
+        attention = self.attention(x)
+        spectral = (x * attention.softmax(3)).sum(3).transpose(1, 2)
+        temporal = (x * attention.softmax(2)).sum(2).transpose(1, 2)
+        return self.classify(self.readout(spectral, temporal))
 
 
 def aasist() -> Aasist:
@@ -298,6 +360,10 @@ _MODULES = {
     **{f"pool_hS{i}": (f"branches.{i - 1}.pool_spectral", {"proj": "score"}) for i in (1, 2)},
     **{f"pool_hT{i}": (f"branches.{i - 1}.pool_temporal", {"proj": "score"}) for i in (1, 2)},
     "out_layer": ("head", {}),
+    # Over a self-supervised front end.
+    "LL": ("project", {}),
+    "first_bn1": ("encoder_norm", {}),
+    "attention": ("attention", {}),
 }
 
 
