@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_WORKLOAD = ("detector", "parameters", "paths", "batch", "samples", "algo")
+_WORKLOAD = ("detector", "parameters", "paths", "utterances", "batch", "samples", "algo", "workers")
 
 
 def describe(entry: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import gradalign as ga
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import alignment_study
 import batched
 import gpu_check
+import loading
 import measure
 import peers
 import report
@@ -216,6 +219,62 @@ def test_peers_agree_with_our_alignment(results):
     assert {"gradalign reference", "foreach"} <= set(rows)
     assert rows["foreach"]["relative_error"] < 1e-4
     assert not result["failed"]
+
+
+PUBLISHED_LOADER = """
+import numpy as np
+import soundfile
+import torch
+
+class Dataset_train(torch.utils.data.Dataset):
+    def __init__(self, args, names, labels, base, algo):
+        assert (args.N_f, args.SNRmax, args.minBiasLinNonLin, algo) == (5, 40, 5, 4)
+        self.names, self.base, self.labels = names, base, labels
+    def __len__(self):
+        return len(self.names)
+    def __getitem__(self, index):
+        wave, _ = soundfile.read(self.base + "flac/" + self.names[index] + ".flac", dtype="float32")
+        wave = torch.from_numpy(np.tile(wave, self.cut // len(wave) + 1)[: self.cut])
+        return wave, wave * SCALE, self.labels[self.names[index]]
+"""
+
+
+@pytest.fixture
+def small_corpus(tmp_path):
+    (tmp_path / "data" / "protocols").mkdir(parents=True)
+    (tmp_path / "data" / "flac").mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(6):
+        soundfile.write(tmp_path / "data" / "flac" / f"u{i}.flac", 0.1 * rng.standard_normal(1500 + 900 * i), 16000)
+        lines.append(f"s u{i} - {'A01 spoof' if i % 2 else '- bonafide'}\n")
+    (tmp_path / "data" / "protocols" / "train.txt").write_text("".join(lines))
+    return tmp_path / "data"
+
+
+def test_loading_compares_packed_data_with_the_published_loader(small_corpus, results):
+    checkout = small_corpus.parent / "checkout"
+    checkout.mkdir()
+    (checkout / "data_utils.py").write_text(PUBLISHED_LOADER.replace("SCALE", "2"))
+    options = f"{small_corpus} --published {checkout} --published-utterances 3 --batch 2 --samples 4000"
+    assert loading.main([*options.split(), "--rounds", "3", "--detector", "light", "--name", "loading"]) == 0
+    result = json.loads((results / "loading.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == ["published loader", "files", "packed", loading.LOADED]
+    assert [c["faster"] for c in result["comparisons"]] == ["files", "packed"]
+    assert [goal["found"] is not None for goal in result["goals"]] == [True, True]
+    assert 0 < result["rows"][-1]["wait_share"]["median"] < 1
+    assert result["pack"]["utterances"] == 6
+    assert "loading epoch, utterances 6, batch 2" in report.markdown(result)
+
+
+def test_loading_times_nothing_that_reads_other_samples(small_corpus, results, capsys):
+    checkout = small_corpus.parent / "checkout"
+    checkout.mkdir()
+    (checkout / "data_utils.py").write_text(PUBLISHED_LOADER.replace("return wave,", "return wave + 1e-6,"))
+    options = [str(small_corpus), "--published", str(checkout), "--batch", "2", "--samples", "4000"]
+    (checkout / "data_utils.py").write_text((checkout / "data_utils.py").read_text().replace("SCALE", "2"))
+    assert loading.main(options) == 1
+    assert "WRONG, not timed: published loader: utterance 0 is not that of the file" in capsys.readouterr().out
 
 
 def test_report_marks_a_missed_goal_and_keeps_losses():
