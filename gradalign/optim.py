@@ -7,7 +7,7 @@ The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.g
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -30,9 +30,10 @@ class Stats:
     Attributes:
         steps: aligned steps (two or more paths, all gradients finite).
         skipped: steps left out for a non-finite gradient.
-        conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine.
-        cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model in the last step;
-            None before the first.
+        conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine; excluded
+            parameters do not count.
+        cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model, without excluded
+            parameters, in the last step; None before the first.
         groups: names of the groups of the scope, empty for scope "model" and "parameter".
         group_cosine, group_conflicts: float64 [S, K, K] and int64 [S], the same per group.
         parameter_cosine, parameter_conflicts: float64 [N, K, K] and int64 [N], the same per parameter in the order of
@@ -105,6 +106,8 @@ class AlignedOptimizer(Optimizer):
             whole: parameters, the inner optimizer's state and the method's state stay as they are, and
             ``stats.skipped`` counts it. "raise" raises `FloatingPointError` naming path and parameter; it waits for
             the device in every step.
+        exclude: parameters that are not aligned (of batch-norm, of a head, say): their gradients are averaged over the
+            paths as in plain training, and count in no Gram matrix.
         process_group: the ranks over which to average the paths' gradients, which must then not be DTensors. None where
             nothing has to be averaged or others do it (DDP, FSDP2).
         **method_options: the method's options (`alignment.gradvac`, `alignment.cagrad`); ``seed`` for the order of
@@ -138,6 +141,7 @@ class AlignedOptimizer(Optimizer):
     scope: str
     on_nonfinite: str
     _groups: dict[str, list[Tensor]]
+    _exclude: list[Tensor]
     _seed: int
     _options: dict[str, Any]
     process_group: Any
@@ -161,6 +165,7 @@ class AlignedOptimizer(Optimizer):
         method: str | Callable[[Tensor], Tensor] = "pcgrad",
         scope: str | Groups = "model",
         on_nonfinite: str = "skip",
+        exclude: Iterable[Tensor] = (),
         process_group: Any = None,
         **method_options: Any,
     ) -> None:
@@ -189,6 +194,7 @@ class AlignedOptimizer(Optimizer):
                 "_seed": method_options.pop("seed", 0),
                 "_options": method_options,
                 "_groups": {} if isinstance(scope, str) else _named_groups(scope),
+                "_exclude": list(exclude),
                 "_paths": [],
                 "_joint": False,
                 "_inside": False,
@@ -201,6 +207,11 @@ class AlignedOptimizer(Optimizer):
         )
         if isinstance(scope, str) and scope not in ("model", "parameter"):
             raise ValueError(f"`scope` must be 'model', 'parameter' or groups of parameters; found {scope!r}")
+        if bad := {type(param).__name__ for param in self._exclude if not isinstance(param, Tensor)}:
+            raise TypeError(f"`exclude` must hold parameters; found {', '.join(sorted(bad))}")
+        excluded = {id(param) for param in self._exclude}
+        if both := [name for name, group in self._groups.items() if excluded & {id(param) for param in group}]:
+            raise ValueError(f"`exclude` must hold no parameter of a group; found some of {', '.join(both)}")
         self._segments()
         if method_options:
             # An option's value fails here, not in the first step.
@@ -237,6 +248,7 @@ class AlignedOptimizer(Optimizer):
         self.__dict__.update({name: table for name, table in vars(self.optimizer).items() if "state_dict" in name})
         self._fields = tuple(state)
         self._membership: Tensor | None = None
+        self._excluded_segments: Tensor | None = None
         self._shards = _distributed.Shards()
         group = self.process_group
         self._averager = Averager(group) if group is not None and _distributed.num_ranks(group) > 1 else None
@@ -520,6 +532,8 @@ class AlignedOptimizer(Optimizer):
 
         for present, members in subsets.items():
             own = weights if present == complete else self._weigh.partial_weights(weights, present)
+            if self._exclude:
+                own = torch.where(self._is_excluded(segments, own), 1.0 / num_paths, own)
             first, *others = ([paths[k][n] for n in members] for k in present)
             ops.combine_(first, [grad for grads in others for grad in grads], own, [segments[n] for n in members])
 
@@ -528,35 +542,58 @@ class AlignedOptimizer(Optimizer):
             books["rho"].copy_(torch.where(finite, rho, books["rho"]))
         books["steps"] += finite
         books["skipped"] += ~finite
-        books["conflicts"] += _conflicts(gram.sum(0)) & finite
+        books["conflicts"] += _conflicts(self._whole(gram)) & finite
         books["parameter_conflicts"] += _conflicts(gram) & finite
         if self._groups:
             books["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
 
     def _segments(self) -> tuple[list[int], int]:
-        """The segment of each parameter, and how many there are."""
+        """The segment of each parameter, and how many there are; excluded parameters are the last, or one each."""
         params = self._params()
-        if self.scope != "groups":
-            return (list(range(len(params))), len(params)) if self.scope == "parameter" else ([0] * len(params), 1)
+        if self.scope == "model" and not self._exclude:
+            return [0] * len(params), 1
+        excluded = {id(param) for param in self._exclude}
         index = {id(param): s for s, group in enumerate(self._groups.values()) for param in group}
-        segments = [index.pop(id(param), len(self._groups)) for param in params]
-        if index:
+        if unknown := len((excluded | set(index)) - {id(param) for param in params}):
             raise ValueError(
-                f"`scope` must group parameters of the optimizer, each once; found {len(index)} of others in its groups"
+                f"`scope` must group, and `exclude` hold, parameters of the optimizer; found {unknown} of others"
             )
-        return segments, max(max(segments) + 1, len(self._groups))
+        if self.scope == "parameter":
+            return list(range(len(params))), len(params)
+        rest = len(self._groups)
+        last = rest + 1 if self._exclude else rest
+        segments = [last if id(param) in excluded else index.get(id(param), rest) for param in params]
+        return segments, max(max(segments) + 1, rest)
 
     def _sum_segments(self, gram: Tensor, segments: list[int], num_segments: int) -> Tensor:
         """Sum the parameters' Gram matrices [N, K, K] to the segments' [S, K, K], in a fixed order."""
         if self.scope == "parameter":
             return gram
-        if self.scope == "model":
+        if num_segments == 1:
             return gram.sum(0, keepdim=True)
         member = self._membership
         if member is None or member.shape != (num_segments, len(segments)) or member.device != gram.device:
             member = torch.nn.functional.one_hot(torch.tensor(segments), num_segments).T.to(gram)
             self._membership = member
         return (member @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
+
+    def _is_excluded(self, segments: list[int], like: Tensor) -> Tensor:
+        """Which segments hold excluded parameters: bool [S, 1]."""
+        known = self._excluded_segments
+        if known is None or len(known) != len(like) or known.device != like.device:
+            excluded = {id(param) for param in self._exclude}
+            held = {s for param, s in zip(self._params(), segments, strict=True) if id(param) in excluded}
+            known = torch.tensor([[s in held] for s in range(len(like))], device=like.device)
+            self._excluded_segments = known
+        return known
+
+    def _whole(self, gram: Tensor) -> Tensor:
+        """The Gram matrix [K, K] of all parameters that are aligned."""
+        if not self._exclude:
+            return gram.sum(0)
+        segments, num_segments = self._segments()
+        sums = self._sum_segments(gram, segments, num_segments)
+        return torch.where(self._is_excluded(segments, sums)[..., None], 0.0, sums).sum(0)
 
     def _allocate(self, gram: Tensor, num_segments: int) -> dict[str, Tensor]:
         """Return the running tensors on the gradients' device.
@@ -602,7 +639,7 @@ class AlignedOptimizer(Optimizer):
 
         Float64 [K, K] on the gradients' device, without a host sync.
         """
-        return None if self._gram is None else _cosine(self._gram.sum(0))
+        return None if self._gram is None else _cosine(self._whole(self._gram))
 
     @property
     def stats(self) -> Stats:
@@ -614,10 +651,10 @@ class AlignedOptimizer(Optimizer):
         names: tuple[str, ...] = ()
         cosine = group_cosine = parameter_cosine = None
         if self._gram is not None:
-            cosine, parameter_cosine = _cosine(self._gram.sum(0)).cpu(), _cosine(self._gram).cpu()
+            cosine, parameter_cosine = _cosine(self._whole(self._gram)).cpu(), _cosine(self._gram).cpu()
         if self._groups:
             segments, num_segments = self._segments()
-            names = (*self._groups, "rest")[:num_segments]
+            names = (*self._groups, "rest", "excluded")[:num_segments]
             if self._gram is not None:
                 group_cosine = _cosine(self._sum_segments(self._gram, segments, num_segments)).cpu()
         return Stats(

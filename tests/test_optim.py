@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradalign import alignment, detectors
 from gradalign.optim import AlignedOptimizer
@@ -119,6 +120,58 @@ def test_scope_decides_which_gradients_share_weights(scope, method):
         expected = alignment.weights(rows @ rows.T, method) @ rows
         found = torch.cat([params[n].grad.flatten() for n in segment])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["model", "parameter", "groups"])
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad"])
+def test_excluded_parameters_are_averaged_and_do_not_count(scope, method):
+    """Parameters 1 and 4 are excluded; 4 is reached by path 0 only."""
+    torch.manual_seed(0)
+    shapes = [*SHAPES, (2,)]
+    params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    paths = [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2)]
+    paths[1][4] = None
+    aligned = [0, 2, 3]
+    merged = {}
+    for exclude in ((), (params[1], params[4])):
+        chosen = params if exclude else [params[n] for n in aligned]
+        named = {"a": [params[2]]} if scope == "groups" else scope
+        opt = AlignedOptimizer(torch.optim.SGD(chosen, lr=0.0), method, scope=named, exclude=iter(exclude))
+        set_paths(opt, params, paths)
+        opt.step()
+        merged[bool(exclude)] = [params[n].grad for n in aligned], opt.stats
+        found = params[1].grad, params[4].grad
+        for param in params:
+            param.grad = None
+    assert_same(merged[True][0], merged[False][0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found[0], (paths[0][1] + paths[1][1]) / 2)
+    torch.testing.assert_close(found[1], paths[0][4] / 2)
+    stats = merged[True][1]
+    torch.testing.assert_close(stats.cosine, merged[False][1].cosine)
+    assert stats.conflicts == merged[False][1].conflicts
+    torch.testing.assert_close(stats.parameter_cosine[aligned], merged[False][1].parameter_cosine)
+    assert stats.groups == (("a", "rest", "excluded") if scope == "groups" else ())
+
+
+def test_excluded_parameters_survive_copies_checkpoints_and_growth():
+    def build():
+        model = make_model()
+        inner = torch.optim.AdamW(model[:3].parameters(), lr=0.05)
+        return model, AlignedOptimizer(inner, "gradvac", exclude=model[0].parameters())
+
+    model, opt = build()
+    train(model, opt, 2)
+    opt.add_param_group({"params": list(model[4].parameters())})
+    model.zero_grad()
+    train(model, opt, 2)
+    other_model, other = copy.deepcopy((model, opt))
+    resumed, fresh = build()
+    fresh.add_param_group({"params": list(resumed[4].parameters())})
+    resumed.load_state_dict(model.state_dict())
+    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+    expected = train(model, opt, 2)
+    assert_same(train(other_model, other, 2), expected)
+    assert_same(train(resumed, fresh, 2), expected)
 
 
 def test_mean_equals_training_on_the_mean_loss():
@@ -481,22 +534,43 @@ def test_a_nonfinite_path_skips_the_whole_step(inner, bad, first):
     assert torch.equal(opt._books["rho"], twin._books["rho"])
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad"])
+@pytest.mark.parametrize("method", alignment.METHODS)
 @pytest.mark.parametrize("scope", ["model", "parameter", "groups"])
-def test_step_never_reads_a_value_on_the_host(method, scope):
+@pytest.mark.parametrize(("mode", "count"), [("path", 2), ("backward", 2), ("path", 3)])
+def test_step_never_reads_a_value_on_the_host(method, scope, mode, count):
     """Fake tensors hold no data, so that any read of a value raises; with a fused optimizer a whole step needs none."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         model = make_model()
         chosen = {"front": list(model[0].parameters())} if scope == "groups" else scope
-        opt = AlignedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), method, scope=chosen)
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        opt = AlignedOptimizer(inner, method, scope=chosen, exclude=[model[4].bias])
         # As after its first step, in which the state is created and the flag is read once.
         opt._stepped = set(range(6))
-        train(model, opt, 3, "path", 2)
+        train(model, opt, 2, mode, count)
+        assert opt.cosine.shape == (count, count)
         opt._stepped = set()
         with pytest.raises(RuntimeError, match="_local_scalar_dense"):
-            train(model, opt, 1, "path", 2)
+            train(model, opt, 1, mode, count)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "fused sgd"])
+def test_the_flag_is_all_that_is_ever_read(inner, monkeypatch):
+    """Optimizers that are not fused read whether to skip, one number per step; fused ones in their first step only."""
+    read = []
+    with FakeTensorMode():
+        model = make_model()
+        opt = AlignedOptimizer(OPTIMIZERS[inner](model.parameters()), "gradvac")
+
+        def item(tensor):
+            assert tensor.numel() == 1
+            read.append(tensor)
+            return 0.0
+
+        monkeypatch.setattr(torch.Tensor, "item", item)
+        flags = []
+        opt.register_step_pre_hook(lambda optimizer, args, kwargs: flags.append(optimizer._nonfinite))
+        train(model, opt, 3)
+    assert [id(tensor) for tensor in read] == [id(flag) for flag in flags[: 3 if inner == "sgd" else 1]]
 
 
 def test_raise_names_path_and_parameter():
@@ -667,6 +741,7 @@ def test_state_dict_resumes_bit_for_bit(method, count, tmp_path):
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
 @pytest.mark.parametrize("inner", ["sgd", "adamw"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
     """torch.distributed.checkpoint with its state-dict helpers, into an optimizer that has not seen a path."""
     from torch.distributed import checkpoint
@@ -682,12 +757,12 @@ def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
 
     whole, opt = build()
     train(whole, opt, 4)
-    checkpoint.save(content(whole, opt), checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save(content(whole, opt), checkpoint_id=tmp_path)
     expected = train(whole, opt, 4)
 
     resumed, fresh = build()
     target = content(resumed, fresh)
-    checkpoint.load(target, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(target, checkpoint_id=tmp_path)
     set_state_dict(resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
     assert_same(train(resumed, fresh, 4), expected)
     assert str(fresh.stats) == str(opt.stats)
@@ -848,12 +923,18 @@ def setup():
         ({"scope": {}}, ValueError, "found no group"),
         ({"scope": {"a": []}}, ValueError, "group 'a' holds none"),
         ({"scope": {"a": ["weight"]}}, ValueError, "group 'a' holds str"),
-        ({"scope": [[nn.Parameter(torch.ones(1))]]}, ValueError, "parameters of the optimizer, .*found 1 of others"),
+        ({"scope": [[nn.Parameter(torch.ones(1))]]}, ValueError, "parameters of the optimizer; found 1 of others"),
         ({"on_nonfinite": "ignore"}, ValueError, "'skip' or 'raise'; found 'ignore'"),
         ({"method": "cagrad", "alpha": 1}, TypeError, "the options c; found alpha"),
         ({"method": "mean", "seed": 1}, TypeError, "found seed"),
         ({"method": "gradvac", "variant": "v2"}, ValueError, "found 'v2'"),
         ({"method": "gradvac", "rho": 1}, TypeError, "found rho"),
+        ({"exclude": ["0.weight"]}, TypeError, "`exclude` must hold parameters; found str"),
+        (
+            {"exclude": [nn.Parameter(torch.ones(1))]},
+            ValueError,
+            "hold, parameters of the optimizer; found 1 of others",
+        ),
     ],
 )
 def test_construction_errors(arguments, error, message):
@@ -869,6 +950,8 @@ def test_what_can_be_wrapped(setup):
         AlignedOptimizer(list(model.parameters()))
     with pytest.raises(TypeError, match="found LBFGS"):
         AlignedOptimizer(torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="no parameter of a group; found some of front"):
+        AlignedOptimizer(opt.optimizer, scope={"front": [model[0].weight]}, exclude=[model[0].weight])
     twice = [model[0].weight]
     with pytest.raises(ValueError, match="distinct parameters; found a parameter twice"):
         AlignedOptimizer(opt.optimizer, scope=[twice, twice])
