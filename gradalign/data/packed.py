@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -352,6 +353,8 @@ class _Shards:
             self._check_size(path, shard["samples"])
             for columns in self._rows(path.with_suffix(".tsv"), shard["list_checksum"]):
                 name, label, attack, speaker, codec, offset, length, checksum, note = columns
+                # One string for all utterances that share it: there are as many copies as processes.
+                attack, speaker, codec, note = map(sys.intern, (attack, speaker, codec, note))
                 self.utterances.append(Utterance(name, speaker, attack, int(label == "bonafide"), codec))
                 self.checksums.append(checksum)
                 self.notes.append(note)
