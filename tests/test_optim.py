@@ -881,6 +881,122 @@ def test_inner_optimizer_variants(options):
     assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["path", "backward"])
+def test_bfloat16_autocast(mode):
+    """Parameters and gradients stay float32; the merge is that of the gradients autocast gives."""
+    models = [make_model(), make_model()]
+    opt = AlignedOptimizer(torch.optim.SGD(models[0].parameters(), lr=0.1))
+    views, labels = make_batch()
+
+    def losses(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = [model(view) for view in views]
+        assert logits[0].dtype == torch.bfloat16
+        return [nn.functional.cross_entropy(part.float(), labels) for part in logits]
+
+    if mode == "backward":
+        opt.backward(losses(models[0]))
+    else:
+        for k in range(2):
+            with opt.path():
+                losses(models[0])[k].backward()
+    opt.align()
+    params = list(models[1].parameters())
+    paths = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]) for loss in losses(models[1])]
+    rows = torch.stack(paths).double()
+    expected = alignment.weights(rows @ rows.T, "pcgrad") @ rows
+    found = torch.cat([p.grad.flatten() for p in models[0].parameters()])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["path", "backward"])
+def test_compiled_model(mode):
+    """Through the compiler's front end and its ahead-of-time differentiation, without its slow code generation."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    plain, compiled = make_model(), make_model()
+    expected = train(plain, AlignedOptimizer(torch.optim.AdamW(plain.parameters(), lr=0.05)), 3, mode)
+    opt = AlignedOptimizer(torch.optim.AdamW(compiled.parameters(), lr=0.05))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    train(torch.compile(compiled, backend=backend, fullgraph=True), opt, 3, mode)
+    assert len(graphs) == 1
+    assert_same(list(compiled.parameters()), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad"])
+@pytest.mark.parametrize("scope", ["model", "parameter"])
+def test_whole_step_without_syncs_and_in_a_cuda_graph(method, scope):
+    """Forward, both paths, alignment and the fused optimizer: no wait for the device, and the same when captured."""
+
+    def build():
+        model = make_model().cuda()
+        inner = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True, capturable=True)
+        return model, AlignedOptimizer(inner, method, scope=scope)
+
+    batches = [make_batch(step) for step in range(8)]
+    batches = [([view.cuda() for view in views], labels.cuda()) for views, labels in batches]
+    views, labels = [view.clone() for view in batches[0][0]], batches[0][1].clone()
+
+    def step(model, opt):
+        opt.zero_grad()
+        for view in views:
+            with opt.path():
+                loss_of(model, view, labels).backward()
+        opt.step()
+
+    def run(model, opt, do):
+        for batch in batches[3:]:
+            for view, new in zip(views, batch[0], strict=True):
+                view.copy_(new)
+            labels.copy_(batch[1])
+            do(model, opt)
+        return [p.detach().clone() for p in model.parameters()], opt.stats
+
+    def warm_up(model, opt):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(model, opt)
+        torch.cuda.current_stream().wait_stream(side)
+
+    eager, captured = build(), build()
+    warm_up(*eager)
+    torch.cuda.synchronize()
+
+    def without_syncs(model, opt):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(model, opt)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    expected, stats = run(*eager, without_syncs)
+    for view, first in zip(views, batches[0][0], strict=True):
+        view.copy_(first)
+    labels.copy_(batches[0][1])
+    warm_up(*captured)
+    graph = torch.cuda.CUDAGraph()
+    captured[1].zero_grad()
+    with torch.cuda.graph(graph):
+        step(*captured)
+    found, counted = run(*captured, lambda model, opt: graph.replay())
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+    assert (counted.steps, counted.conflicts) == (stats.steps, stats.conflicts)
+    # A step whose gradients are not finite is skipped on the device, in the graph too.
+    views[1][0, 0] = float("nan")
+    graph.replay()
+    assert_same(list(captured[0].parameters()), found)
+    assert captured[1].stats.skipped == 1
+
+
 def test_callable_method_and_options():
     model = make_model()
     opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method=lambda gram: 1 / gram.diagonal())
