@@ -1,7 +1,9 @@
+import contextlib
 import functools
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from gradalign.data import (
     pack,
     utterance_draws,
 )
+from gradalign.data import loader as loader_module
 from gradalign.data.dataset import augmented_view
 from gradalign.data.loader import gather_windows, rank_share, take_windows
 
@@ -364,6 +367,45 @@ def test_windows_taken_by_rows_and_by_one_gather_are_fit_length(kind, num_sample
 
 def test_shares_of_nothing():
     assert rank_share([], 0, 3) == []
+
+
+def test_a_batch_is_prepared_one_step_early_between_the_right_waits(folder, boost, expected, monkeypatch):
+    """What is put into which stream, on stand-ins for the streams: the rest of the discipline needs a GPU, below."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            log.append(f"{self.name} has prepared a batch")
+            return len([line for line in log if "prepared" in line])
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for batch {event}")
+
+    consumer = Stream("consumer")
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(log.append(f"in {stream.name}")))
+    monkeypatch.setattr(loader_module, "to_device", lambda tensor, device: tensor)
+    data = packed(folder, raw=True)
+    views = DeviceLoader(load_batches(data, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]), boost, device="cpu")
+    views.device, views.num_samples = SimpleNamespace(type="cuda"), SAMPLES
+    seen = []
+    for batch in views:
+        log.append("step")
+        seen.append(batch)
+    assert_expected(seen, expected[0])
+    prepare = ["side waits for consumer", "in side", "side has prepared a batch"]
+    hand_over = [[f"consumer waits for batch {i}", "step"] for i in (1, 2, 3)]
+    assert log == prepare + prepare + hand_over[0] + prepare + hand_over[1] + hand_over[2]
+    list(views)
+    assert len(made) == 1
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

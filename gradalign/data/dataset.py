@@ -156,13 +156,27 @@ Augment = Callable[..., Tensor]
 """An augmentation: (wave [B, T], lengths=int64 [B] or None for T, seeds=int64 [B]) -> [B, T], such as `RawBoost`."""
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the host does not wait for a copy to a CUDA device.
+
+    >>> to_device(torch.zeros(2), torch.device("cpu")).device.type
+    'cpu'
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # The allocator of pinned memory waits for the copy before it hands the memory out again.
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
 def augmented_view(augment: Augment, wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
     """Augment a batch in which shorter utterances repeat themselves: each is augmented once, then repeated.
 
     Args:
         augment: `RawBoost`, or what is called like it.
         wave: [B, T].
-        length: samples of each utterance before it repeats itself, int64 [B].
+        length: samples of each utterance before it repeats itself, int64 [B]; best on the host, where it tells without
+            waiting that nothing is to be repeated.
         seed: int64 [B].
 
     Returns:
@@ -172,8 +186,11 @@ def augmented_view(augment: Augment, wave: Tensor, length: Tensor, seed: Tensor)
     >>> augmented_view(twice, torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([2]), torch.tensor([0]))
     tensor([[2., 4., 2.]])
     """
-    length = length.to(wave.device)
-    boosted = augment(wave, lengths=length, seeds=seed.to(wave.device))
+    seed = to_device(seed, wave.device)
+    if length.device.type == "cpu" and bool((length == wave.shape[1]).all()):
+        return augment(wave, lengths=None, seeds=seed)
+    length = to_device(length, wave.device)
+    boosted = augment(wave, lengths=length, seeds=seed)
     return boosted.gather(1, torch.arange(wave.shape[1], device=wave.device) % length[:, None])
 
 
@@ -199,7 +216,7 @@ def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batc
         waves = [e.wave for e in examples]
         wave = torch.cat(waves) if raw else torch.stack(waves)
     numbers = torch.tensor([[e.label, e.row, e.length, e.seed] for e in examples], dtype=torch.int64)
-    # Each field contiguous: strided memory is not copied to a device without waiting.
+    # Each field contiguous: strided memory cannot be copied to a device without waiting.
     label, row, length, seed = numbers.reshape(-1, 4).T.contiguous().unbind(0)
     augmented = None
     if augment is not None:

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from gradalign._errors import AudioError
 from gradalign.data.audio import fit_length
-from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, utterance_draws, window
+from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, to_device, utterance_draws, window
 
 
 class Views(NamedTuple):
@@ -261,27 +261,18 @@ class DeviceLoader:
             raise ValueError("`num_samples` must be given for int16 batches and for batches with lengths; found None")
 
     def _views(self, batch: Batch, start: Tensor | None) -> Views:
-        label, seeds, length = self._put(batch.label), self._put(batch.seed), self._put(batch.length)
-        clean = self._put(batch.wave)
+        label, seeds, clean = (to_device(field, self.device) for field in (batch.label, batch.seed, batch.wave))
         if start is not None:
             assert self.num_samples is not None
-            clean = take_windows(clean.flatten(), self._put(start), length, self.num_samples)
+            start, length = to_device(start, self.device), to_device(batch.length, self.device)
+            clean = take_windows(clean.flatten(), start, length, self.num_samples)
         if batch.augmented is not None:
-            augmented = self._put(batch.augmented)
+            augmented = to_device(batch.augmented, self.device)
         elif self.augment is None or not len(label):
             augmented = clean
-        elif bool((batch.length == clean.shape[1]).all()):
-            augmented = self.augment(clean, lengths=None, seeds=seeds)
         else:
-            augmented = augmented_view(self.augment, clean, length, seeds)
+            augmented = augmented_view(self.augment, clean, batch.length, seeds)
         return Views(clean, augmented, label, seeds)
-
-    def _put(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda" or tensor.device.type != "cpu":
-            return tensor.to(self.device)
-        # The allocator of pinned memory waits for the copy before it hands the memory out again.
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
 
 
 def take_windows(samples: Tensor, start: Tensor, length: Tensor, num_samples: int) -> Tensor:
