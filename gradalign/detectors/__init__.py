@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import nn
 from gradalign.detectors._published import load_official
 from gradalign.detectors.aasist import aasist, aasist_l
 from gradalign.detectors.aasist import our_key as _aasist_key
+from gradalign.detectors.conformer import our_key as _conformer_key
 from gradalign.detectors.light import LightDetector
+from gradalign.detectors.mamba import our_key as _mamba_key
 from gradalign.detectors.rawnet2 import RawNet2
 from gradalign.detectors.rawnet2 import our_key as _rawnet2_key
+from gradalign.detectors.ssl import published_key, xlsr_aasist, xlsr_conformer_tcm, xlsr_mamba, xlsr_mlp
 
 # One line per detector: its name and what builds it.
 _DETECTORS: dict[str, Callable[..., nn.Module]] = {
@@ -22,19 +26,26 @@ _DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "aasist-l": aasist_l,
     "light": LightDetector,
     "rawnet2": RawNet2,
+    "xlsr-aasist": xlsr_aasist,
+    "xlsr-conformer-tcm": xlsr_conformer_tcm,
+    "xlsr-mamba": xlsr_mamba,
+    "xlsr-mlp": xlsr_mlp,
 }
 # Detectors whose published checkpoints load, and their key maps.
 _PUBLISHED: dict[str, Callable[[str], str | None]] = {
     "aasist": _aasist_key,
     "aasist-l": _aasist_key,
     "rawnet2": _rawnet2_key,
+    "xlsr-aasist": partial(published_key, _aasist_key),
+    "xlsr-conformer-tcm": partial(published_key, _conformer_key),
+    "xlsr-mamba": partial(published_key, _mamba_key),
 }
 
 
 def names() -> list[str]:
     """Return the names that `create` takes.
 
-    >>> names()
+    >>> names()[:4]
     ['aasist', 'aasist-l', 'light', 'rawnet2']
     """
     return sorted(_DETECTORS)
@@ -45,7 +56,8 @@ def create(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: one of `names`.
-        options: keyword arguments of that detector.
+        options: keyword arguments of that detector; those with a self-supervised front end take ``frontend``, the
+            keywords of `frontend.create_frontend`.
 
     Returns:
         Module that maps a waveform [B, T] at 16 kHz (floating, in [-1, 1]) to logits [B, 2], index 1 bona fide.
@@ -68,13 +80,15 @@ def create(name: str, **options: Any) -> nn.Module:
     return _DETECTORS[name](**options)
 
 
-def load_published(name: str, path: str | Path) -> nn.Module:
+def load_published(name: str, path: str | Path, **options: Any) -> nn.Module:
     """Build a detector from its officially published weights.
 
     Args:
-        name: "aasist", "aasist-l" or "rawnet2".
+        name: "aasist", "aasist-l", "rawnet2", "xlsr-aasist", "xlsr-conformer-tcm" or "xlsr-mamba".
         path: the official checkpoint, such as ``AASIST.pth`` of https://github.com/clovaai/aasist, or that
-            of the ASVspoof 2021 baseline RawNet2; loaded without executing anything in it.
+            of the ASVspoof 2021 baseline RawNet2, of SSL_Anti-spoofing, of tcm_add or of XLSR-Mamba; loaded without
+            executing anything in it.
+        options: keywords of `create`, where the published model was made with others than its defaults.
 
     Returns:
         The detector in evaluation mode.
@@ -86,6 +100,6 @@ def load_published(name: str, path: str | Path) -> nn.Module:
     """
     if name not in _PUBLISHED:
         raise ValueError(f"published weights load into {', '.join(sorted(_PUBLISHED))}; found {name!r}")
-    model = create(name)
+    model = create(name, **options)
     load_official(model, Path(path), _PUBLISHED[name])
     return model.eval()

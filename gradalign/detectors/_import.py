@@ -263,7 +263,7 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
             inert object stands for (functions of the operating system).
     """
     try:
-        known = [(_inert_dict if name == "collections.defaultdict" else _Inert, name) for name in _globals_of(path)]
+        known: list[Any] = [(_inert_dict if name == "collections.defaultdict" else _Inert, name) for name in _globals_of(path)]
         with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
