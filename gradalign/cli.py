@@ -525,9 +525,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("directory", type=Path, metavar="DIR", help="the folder given to `gradalign corpus build`")
 
     data = commands.add_parser("data", help="look at public data sets", description="Look at public data sets.")
-    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    data_actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = _command(
-        actions,
+        data_actions,
         "check",
         _data_check,
         "count what a data set holds and list its missing, unreadable and odd files",

@@ -425,6 +425,7 @@ def weigh(
     old = torch.zeros_like(gram) if rho is None else rho
     options |= {"variant": "paper" if always else "dual_path", "beta": beta}
     found, new = alignment.solve(gram, alignment.METHODS[method], old, **options)
+    assert new is not None
     return found, torch.where(gram.isfinite().all(-1).all(-1)[:, None, None], new, old)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 try:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore[import-not-found]
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 except ImportError:
     selective_scan_fn = None
 
