@@ -303,7 +303,8 @@ class AlignedOptimizer(Optimizer):
     def backward(self, losses: Sequence[Tensor]) -> None:
         """Differentiate one scalar loss per path; the losses may share their graph.
 
-        Called again before ``step()``, it accumulates path by path.
+        Called again before ``step()``, it accumulates path by path. Through a model compiled with inductor it needs
+        ``torch._functorch.config.donated_buffer = False``, as any second backward through one forward does.
 
         Raises:
             TypeError: if ``losses`` is no sequence of tensors.
@@ -355,6 +356,12 @@ class AlignedOptimizer(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _begin(self, what: str) -> None:
+        if "_fields" not in vars(self):
+            # It would keep the paths where the step does not look for them.
+            raise RuntimeError(
+                f"{what} must be called on the AlignedOptimizer itself; found {type(self).__name__}, which wraps it "
+                "(Lightning: self.optimizers().optimizer)"
+            )
         if self._inside:
             raise RuntimeError(f"{what} cannot be called inside path(); found an open path {len(self._paths)}")
         for n, param in enumerate(self._params()):

@@ -1113,6 +1113,33 @@ def test_path_errors(setup):
     train(model, opt, 1)
 
 
+def test_a_wrapper_that_imitates_the_class_is_refused(setup):
+    """As Lightning's, which keeps its own attributes."""
+    _, opt, loss = setup
+
+    class Wrapper:
+        def __init__(self, wrapped):
+            self._wrapped = wrapped
+            self.__class__ = type("WrappedAlignedOptimizer", (Wrapper, AlignedOptimizer), {})
+
+        optimizer = property(lambda self: self._wrapped)
+
+        def __getattr__(self, name):
+            return getattr(self._wrapped, name)
+
+    wrapper = Wrapper(opt)
+    wrapper.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match=r"the AlignedOptimizer itself; found WrappedAlignedOptimizer"),
+        wrapper.path(),
+    ):
+        loss().backward()
+    with pytest.raises(RuntimeError, match=r"Lightning: self\.optimizers\(\)\.optimizer"):
+        wrapper.backward([loss(), loss(1)])
+    with wrapper.optimizer.path():
+        loss().backward()
+
+
 def test_a_path_that_raises_can_be_tried_again(setup):
     model, opt, loss = setup
     with opt.path():
