@@ -263,11 +263,15 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
             inert object stands for (functions of the operating system).
     """
     try:
-        known: list[Any] = [(_inert_dict if name == "collections.defaultdict" else _Inert, name) for name in _globals_of(path)]
+        known: list[Any] = [
+            (_inert_dict if name == "collections.defaultdict" else _Inert, name) for name in _globals_of(path)
+        ]
         with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = re.sub(r".*WeightsUnpickler error: *|\n.*", "", str(error), flags=re.DOTALL)
+        # PyTorch's own advice stands around the reason.
+        reason = re.sub(r"\s*Check the documentation of torch\.load.*", "", str(error), flags=re.DOTALL)
+        reason = re.sub(r".*(trusted source\.|WeightsUnpickler error:)\s*", "", reason, flags=re.DOTALL)
         raise CheckpointError(f"{path}: expected tensors and plain values; found pickled code: {reason}") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: expected a PyTorch file; found a damaged or another one: {error}") from None
