@@ -12,7 +12,7 @@ the time until they are there. On a GPU, where the host runs ahead, it is the di
 already.
 
     python benchmarks/loading.py corpus --threads 1 --published DPDA_CHECKOUT --name cpu-loading
-    python benchmarks/loading.py corpus --device cuda --batch 24 --workers 8 --detector aasist --name h100-loading
+    python benchmarks/loading.py --device cuda --batch 24 --workers 8 --detector aasist --steps 8 --name h100-loading
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import numpy as np
 import torch
 from measure import Contender
 from torch import Tensor
@@ -70,6 +71,22 @@ def published_dataset(checkout: Path, data: SpeechDataset, algo: int) -> Any:
     published = module.Dataset_train(published_arguments(ga.RawBoostConfig(algo=algo)), names, labels, base, algo)
     published.cut = data.num_samples
     return published
+
+
+def make_noise(folder: Path, split: str, count: int) -> Path:
+    """Write noise of 1 to 6 seconds in corpus layout, where there is no speech: what is timed does not hear it."""
+    import soundfile
+
+    (folder / "protocols").mkdir(parents=True)
+    (folder / "flac").mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        wave = 0.1 * rng.standard_normal(rng.integers(16000, 96000))
+        soundfile.write(folder / "flac" / f"u{i}.flac", wave, 16000, subtype="PCM_16")
+        lines.append(f"s u{i} - {'A01 spoof' if i % 2 else '- bonafide'}\n")
+    (folder / "protocols" / f"{split}.txt").write_text("".join(lines))
+    return folder
 
 
 class Epoch:
@@ -145,7 +162,9 @@ class Steps:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder in the layout of `gradalign corpus build`")
+    parser.add_argument(
+        "data", type=Path, nargs="?", help="a folder in the layout of `gradalign corpus build` (default: noise is made)"
+    )
     parser.add_argument("--published", type=Path, help="checkout of ductuantruong/dpda_ga (needs librosa)")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--utterances", type=int, default=192, help="of the epoch, at most (default %(default)s)")
@@ -172,11 +191,12 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.comparisons: list[dict[str, Any]] = []
         self.skipped: list[str] = []
-        utterances = read_dataset("corpus", options.data, options.split)
+        root = options.data or make_noise(folder / "noise", options.split, options.utterances)
+        utterances = read_dataset("corpus", root, options.split)
         step = max(1, len(utterances) // options.utterances)
         utterances = utterances[::step][: options.utterances]
         # As published: crops at the start.
-        self.files = SpeechDataset(utterances, options.data / "flac", num_samples=options.samples)
+        self.files = SpeechDataset(utterances, root / "flac", num_samples=options.samples)
         start = time.perf_counter()
         result = pack({options.split: utterances}, folder / "packed")
         seconds = time.perf_counter() - start

@@ -267,6 +267,14 @@ def test_loading_compares_packed_data_with_the_published_loader(small_corpus, re
     assert "loading epoch, utterances 6, batch 2" in report.markdown(result)
 
 
+def test_loading_makes_noise_where_there_is_no_speech(results):
+    options = "--utterances 4 --batch 2 --samples 4000 --workers 1 --rounds 3 --name loading"
+    assert loading.main(options.split()) == 0
+    result = json.loads((results / "loading.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == ["files", "packed"]
+    assert [what.split(":")[0] for what in result["skipped"]] == ["the published loader", "training steps"]
+
+
 def test_loading_times_nothing_that_reads_other_samples(small_corpus, results, capsys):
     checkout = small_corpus.parent / "checkout"
     checkout.mkdir()
