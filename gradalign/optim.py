@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 
 from gradalign import _distributed, alignment, ops
 from gradalign._distributed import Averaged, Averager, Gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Groups = Mapping[str, Sequence[Tensor]] | Sequence[Sequence[Tensor]]
 
@@ -109,7 +112,8 @@ class AlignedOptimizer(Optimizer):
         exclude: parameters that are not aligned (of batch-norm, of a head, say): their gradients are averaged over the
             paths as in plain training, and count in no Gram matrix.
         process_group: the ranks over which to average the paths' gradients, which must then not be DTensors. None where
-            nothing has to be averaged or others do it (DDP, FSDP2).
+            nothing has to be averaged or others do it (DDP, FSDP2). Like a process group, such an optimizer cannot
+            be pickled; its state_dict can.
         **method_options: the method's options (`alignment.gradvac`, `alignment.cagrad`); ``seed`` for the order of
             projections of pcgrad and gradvac when K > 2.
 
@@ -144,7 +148,7 @@ class AlignedOptimizer(Optimizer):
     _exclude: list[Tensor]
     _seed: int
     _options: dict[str, Any]
-    process_group: Any
+    process_group: ProcessGroup | None
     # Gradients of the finished paths, path after path; one entry per parameter. With a process group, on their way.
     _paths: list[Gradients | Averaged]
     _joint: bool
@@ -166,7 +170,7 @@ class AlignedOptimizer(Optimizer):
         scope: str | Groups = "model",
         on_nonfinite: str = "skip",
         exclude: Iterable[Tensor] = (),
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
         **method_options: Any,
     ) -> None:
         if isinstance(optimizer, AlignedOptimizer):
@@ -283,7 +287,8 @@ class AlignedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: inside another path, after ``backward(losses)`` in the same step, if gradients were left in
-                ``.grad``, or if nothing in the block called ``backward``.
+                ``.grad``, or if nothing in the block called ``backward`` (with ``process_group``: on no rank, and then
+                in `step`).
         """
         self._begin("path()")
         if self._joint:

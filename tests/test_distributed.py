@@ -174,6 +174,40 @@ def ddp_backward_of_a_joint_graph():
 
 
 @check
+def ddp_options():
+    for option in ("find_unused_parameters", "static_graph"):
+
+        def wrap(model, method, scope, option=option):
+            model = DistributedDataParallel(model, **{option: True})
+            return model, make_optimizer(model, method, scope), None
+
+        assert_trains_like_one_process(wrap, ["gradvac"])
+
+
+@check
+def ddp_join():
+    """A rank that has run out of batches shadows the others' all-reduces, one per path."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(make_model())
+    opt = make_optimizer(model, "gradvac")
+    with model.join():
+        train(model, opt, steps=2 + (rank > 0))
+    # The last steps of the others have divided by all ranks; they end alike, on the rank that had no more too.
+    assert_equal_on_all_ranks(*whole(model))
+    assert opt.stats.steps == 2 + (rank > 0)
+    alone = make_model()
+    reference = make_optimizer(alone, "gradvac")
+    train(alone, reference, own=False, steps=2)
+    views, labels = make_batch(2, world * PER_RANK)
+    reference.zero_grad()
+    for view in views:
+        with reference.path():
+            loss_of(alone, view[PER_RANK:], labels[PER_RANK:], (world - 1) / world).backward()
+    reference.step()
+    assert_same(whole(model), whole(alone))
+
+
+@check
 def ddp_that_averages_too_does_no_harm():
     def wrap(model, method, scope):
         return (*with_ddp_and_group(model, method, scope)[:2], None)
@@ -581,6 +615,30 @@ def averaging_starts_when_a_path_ends():
     assert model_bytes <= padded <= model_bytes + 16 * (6 + dist.get_world_size())
     assert sent["reduce_scatter_tensor"] == 2 * padded
     assert sent["all_reduce"] == 2 * 6 * 4 + 6 * 4 * 8
+
+
+@check
+def no_value_is_read_on_the_host():
+    """After a fused optimizer's first step, on CPU tensors that would allow it."""
+
+    def refuse(tensor):
+        raise AssertionError(f"a value was read: {tensor}")
+
+    for wrap in (with_ddp, with_group, with_fsdp):
+        model, _, _ = wrap(make_model(), "pcgrad", "model")
+        group = dist.group.WORLD if wrap is with_group else None
+        opt = make_optimizer(model, "gradvac", "parameter", INNER["fused adamw"], process_group=group)
+        train(model, opt, steps=1)
+        views, labels = make_batch(1, PER_RANK)
+        opt.zero_grad()
+        for view in views:
+            with opt.path():
+                loss_of(model, view, labels).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__"):
+                patch.setattr(torch.Tensor, name, refuse)
+            opt.step()
+        assert opt.stats.steps == 2
 
 
 # ---- misuse ----
