@@ -1,4 +1,5 @@
 import fcntl
+import json
 import os
 import pickle
 import shutil
@@ -246,6 +247,18 @@ def test_a_run_that_stops_between_any_two_files_goes_on(folder, tmp_path, monkey
     monkeypatch.undo()
     pack(names, tmp_path / "out", **options)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damaged", ["00000.npy", "00001.tsv"])
+def test_a_shard_damaged_before_the_end_is_written_anew(folder, packed, damaged):
+    whole = content(packed)
+    # As a kill before the index leaves it.
+    plan = json.loads((packed / "index.json").read_text())["plan"]
+    (packed / "plan.json").write_text(json.dumps({"plan": plan}))
+    (packed / "index.json").unlink()
+    os.truncate(packed / "train" / damaged, 60)
+    pack({"train": utterances()}, packed, audio_dir=folder, shard_utterances=3)
+    assert content(packed) == whole
 
 
 def test_packing_again_changes_nothing_and_other_data_are_refused(folder, packed):

@@ -275,8 +275,11 @@ def _finished(shard: Path) -> int | None:
     """The samples of a shard that an earlier run finished, by its list, which is written last; None for any other."""
     if not (shard.is_file() and shard.with_suffix(".tsv").is_file()):
         return None
-    last = shard.with_suffix(".tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")[-1].split("\t")
-    samples = int(last[COLUMNS.index("offset")]) + int(last[COLUMNS.index("length")])
+    try:
+        last = shard.with_suffix(".tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")[-1].split("\t")
+        samples = int(last[COLUMNS.index("offset")]) + int(last[COLUMNS.index("length")])
+    except (ValueError, IndexError):
+        return None
     return samples if shard.stat().st_size == _HEADER_BYTES + 2 * samples else None
 
 
