@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint, load_weights
+from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, GradalignError
 from gradalign._files import atomic_path
 from gradalign.data.dataset import SpeechDataset, load_batches
@@ -29,7 +31,8 @@ class TrainedDetector:
 def choose_device(name: str) -> torch.device:
     """The device of a name; ``auto`` is a GPU where there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Under torchrun each process has a GPU of its own.
+        return torch.device("cuda", _ranks.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -74,7 +77,7 @@ def predict(
     skip_bad: bool = False,
     progress: str = "",
 ) -> tuple[Tensor, list[tuple[int, str]]]:
-    """Run a model over a data set, in order, in evaluation mode.
+    """Run a model over a data set, in order, in evaluation mode; under torchrun each process takes a part.
 
     Args:
         model: wave [B, T] -> logits [B, 2].
@@ -101,7 +104,8 @@ def predict(
     model.eval()
     try:
         with torch.inference_mode(), tqdm(total=len(dataset), desc=progress, disable=not progress, leave=False) as bar:
-            for batch in load_batches(dataset, plan, num_workers=num_workers, pin_memory=device.type == "cuda"):
+            mine = plan[_ranks.rank() :: num_ranks()]
+            for batch in load_batches(dataset, mine, num_workers=num_workers, pin_memory=device.type == "cuda"):
                 if batch.bad and not skip_bad:
                     raise AudioError(batch.bad[0][1])
                 bad += batch.bad
@@ -109,9 +113,15 @@ def predict(
                     with autocast(device, amp):
                         found = model(batch.wave.to(device, non_blocking=True))
                     logits[batch.row] = found.float().cpu()
-                bar.update(len(batch.row) + len(batch.bad))
+                bar.update(num_ranks() * (len(batch.row) + len(batch.bad)))
     finally:
         model.train(was_training)
+    if num_ranks() > 1:
+        rows = [row for batch in mine for row in batch]
+        parts = _ranks.gather((rows, logits[rows], bad))
+        for theirs, found, _ in parts:
+            logits[theirs] = found
+        bad = [one for _, _, found in parts for one in found]
     return logits, bad
 
 

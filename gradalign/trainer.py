@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradalign import alignment
+from gradalign import _ranks, alignment
 from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign._files import remove_leftovers, write_text
-from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches
+from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.optim import AlignedOptimizer
@@ -220,6 +221,10 @@ def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[s
 
     A finished run is left as it is, unless ``epochs`` or ``patience`` allow more than it had.
 
+    Under torchrun every process calls it. Each takes its part of every step's batch, so that the run is the same on any
+    number of processes, up to rounding, and can go on on another number; but for the random numbers of dropout, and for
+    statistics over the batch, which are each process' own on a CPU and synchronised on GPUs. The first process writes.
+
     Args:
         config: the run.
         progress: show a progress bar and messages on stderr.
@@ -231,12 +236,17 @@ def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[s
     """
     run = config.run_dir
     run.mkdir(parents=True, exist_ok=True)
-    with _exclusive(run), _torch_settings(config):
-        remove_leftovers(run)
+    _ranks.join(choose_device(config.device))
+    first = _ranks.rank() == 0
+    with _exclusive(run) if first else nullcontext(), _torch_settings(config):
+        _ranks.wait()
+        if first:
+            remove_leftovers(run)
         if not finished(config):
-            training = _Training(config, progress, on_epoch)
+            training = _Training(config, progress and first, on_epoch if first else None)
             training.fit()
             training.finish()
+        _ranks.wait()
     return run
 
 
@@ -415,6 +425,11 @@ class _Training:
         from gradalign import detectors
 
         self.config, self.run, self.show, self.on_epoch = config, config.run_dir, progress, on_epoch
+        self.first = _ranks.rank() == 0
+        if config.batch_size < num_ranks():
+            raise ConfigError(
+                f"`batch_size` must be at least the number of processes, {num_ranks()}; found {config.batch_size}"
+            )
         self.device = choose_device(config.device)
         self.train_data, self.dev_data = _train_and_dev(config)
         self.test_data = open_split(config, "test")
@@ -426,23 +441,38 @@ class _Training:
             model = detectors.create(config.detector, **config.detector_options)
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"detector: {error}") from None
+        if num_ranks() > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device)
         self.optimizer = _make_optimizer(config, self.model, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss(config)
+        self.class_weights = torch.tensor(config.class_weights, device=self.device)
         self.at = _Progress()
+        self._seed_own_dropout()
         self.data_digest = _digest(self.train_data, self.dev_data)
         if (self.run / "checkpoint.pt").exists():
             self._restore(self.run / "checkpoint.pt")
-        write_text(self.run / "config.json", config.to_json())
-        write_text(self.run / "environment.json", json.dumps(_environment(self.device), indent=2) + "\n")
+        self._write("config.json", config.to_json())
+        self._write("environment.json", json.dumps(_environment(self.device), indent=2) + "\n")
         if self.at.history:
             self._write_metrics()
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file of the run; every process calls it, the first one writes."""
+        if self.first:
+            write_text(self.run / name, text)
+
+    def _seed_own_dropout(self) -> None:
+        """Give each further process random numbers of its own, from the run's seed and progress."""
+        if not self.first:
+            torch.manual_seed(utterance_draws(self.config.seed, self.at.epoch, f"rank {_ranks.rank()}")[0])
 
     def fit(self) -> None:
         from tqdm import tqdm
 
-        (self.run / "results.json").unlink(missing_ok=True)
+        if self.first:
+            (self.run / "results.json").unlink(missing_ok=True)
         steps = len(self._plan())
         with tqdm(
             total=steps * self.config.epochs,
@@ -474,13 +504,15 @@ class _Training:
         steps: list[Tensor] = []
         for batch in load_batches(
             self.train_data,
-            plan[at.position :],
+            [_ranks.share(rows) for rows in plan[at.position :]],
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
         ):
             self._note_bad(self.train_data, batch.bad)
-            if len(batch.row):
-                steps.append(self._step(batch))
+            # What the loss is divided by: the class weights of the step's labels, over all processes.
+            total = _ranks.add_up(self.class_weights[batch.label.to(self.device)].sum())
+            if num_ranks() > 1 or len(batch.row):
+                steps.append(self._step(batch, total))
             at.position += 1
             save = config.checkpoint_steps > 0 and at.position % config.checkpoint_steps == 0
             # A GPU works ahead of the host, which asks for results only now and then.
@@ -494,11 +526,11 @@ class _Training:
             if save and at.position < len(plan):
                 self._save()
 
-    def _step(self, batch: Batch) -> Tensor:
-        """One step, without waiting for the device.
+    def _step(self, batch: Batch, total: Tensor) -> Tensor:
+        """One step, without waiting for the device; ``total`` is the class weights' sum over all processes' labels.
 
-        Returns float64 [4]: the clean and the augmented loss, the cosine between their gradients, and 1 for a step that
-        was taken, 0 for one that was skipped.
+        Returns float64 [4]: this process' part of the clean and the augmented loss, the cosine between their gradients,
+        and 1 for a step that was taken, 0 for one that was skipped.
         """
         optimizer, scaler = self.optimizer, self.scaler
         labels = batch.label.to(self.device, non_blocking=True)
@@ -506,16 +538,17 @@ class _Training:
         augmented = augmented_view(self.boost, clean, batch.length, batch.seed)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         optimizer.zero_grad()
+        losses = [clean.new_zeros(())] * 2
         if self.config.path == "split":
-            losses = []
-            for view in (clean, augmented):
+            for k, view in enumerate((clean, augmented)):
                 with optimizer.path():
-                    loss = self.criterion(self._logits(view), labels)
-                    scaler.scale(loss).backward()
-                losses.append(loss.detach())
+                    # None of this process' files could be read: the others' gradients are the step's.
+                    if len(labels):
+                        losses[k] = self._step_loss(self._logits(view), labels, total)
+                        scaler.scale(losses[k]).backward()
         else:
             logits = self._logits(torch.cat([clean, augmented]))
-            losses = [self.criterion(part, labels) for part in logits.split(len(labels))]
+            losses = [self._step_loss(part, labels, total) for part in logits.split(len(labels))]
             optimizer.backward([scaler.scale(loss) for loss in losses])
         optimizer.align()
         cosine = optimizer.cosine
@@ -527,11 +560,21 @@ class _Training:
         for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
             # The forward passes have moved running statistics, perhaps to NaN: a skipped step leaves no trace at all.
             buffer.copy_(torch.where(taken, buffer, kept))
-        return torch.stack([*(loss.detach().double() for loss in losses), cosine[0, 1], taken.double()])
+        parts = [loss.detach().double() / num_ranks() for loss in losses]
+        return torch.stack([*parts, cosine[0, 1], taken.double()])
+
+    def _step_loss(self, logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+        """The loss whose mean over the processes is that of the whole step."""
+        loss = self.criterion(logits, labels)
+        return loss if num_ranks() == 1 else loss * (num_ranks() * self.class_weights[labels].sum() / total)
 
     def _book(self, steps: list[Tensor]) -> None:
         at = self.at
-        for clean, augmented, cosine, taken in torch.stack(steps).tolist() if steps else ():
+        if not steps:
+            return
+        found = torch.stack(steps)
+        found[:, :2] = _ranks.add_up(found[:, :2].contiguous())
+        for clean, augmented, cosine, taken in found.tolist():
             at.cosines.append(cosine if taken else math.nan)
             new = (clean, augmented, 1.0, 0.0) if taken else (0.0, 0.0, 0.0, 1.0)
             at.sums = [a + b for a, b in zip(at.sums, new, strict=True)]
@@ -550,6 +593,8 @@ class _Training:
                 f"finite, {len(at.bad)} audio files are bad; a lower `lr` or `amp` off may help"
             )
         started = time.monotonic()
+        _ranks.copy_first(list(self.model.buffers()))
+        at.bad = {name: message for bad in _ranks.gather(at.bad) for name, message in bad.items()}
         logits, bad = self._predict(self.dev_data, "")
         loss = self._loss(logits, bad)
         done = int(steps + skipped)
@@ -575,10 +620,11 @@ class _Training:
         at.history.append(row)
         if loss is not None and loss < at.best_loss:
             at.best_epoch, at.best_loss = at.epoch, loss
-            save_checkpoint(
-                self.run / "best.pt",
-                {"config": _plain(config), "model": self.model.state_dict(), "epoch": at.epoch, "dev_loss": loss},
-            )
+            if self.first:
+                save_checkpoint(
+                    self.run / "best.pt",
+                    {"config": _plain(config), "model": self.model.state_dict(), "epoch": at.epoch, "dev_loss": loss},
+                )
         self._save()
         self._write_metrics()
         if skipped:
@@ -591,6 +637,7 @@ class _Training:
         at = self.at
         if not at.best_epoch:
             raise GradalignError(f"{self.run}: the dev loss was never finite; a lower `lr` or `amp` off may help")
+        _ranks.wait()
         best = load_checkpoint(self.run / "best.pt", keys=("model", "epoch"))
         if best["epoch"] != at.best_epoch:
             raise CheckpointError(f"{self.run / 'best.pt'}: expected epoch {at.best_epoch}; found {best['epoch']}")
@@ -616,13 +663,14 @@ class _Training:
                 logits, bad = self._predict(data, f"{self.run.name} {split}")
                 expect_finite(logits, bad, data)
                 scores = scores_of(logits)
-                write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
+                if self.first:
+                    write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
                 results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
         self._write_conflict_map()
         results["bad_files"] = len(at.bad)
         if at.bad:
-            write_text(self.run / "skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
-        write_text(self.run / "results.json", json.dumps(results, indent=2) + "\n")
+            self._write("skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
+        self._write("results.json", json.dumps(results, indent=2) + "\n")
 
     def _write_conflict_map(self) -> None:
         stats = self.optimizer.stats
@@ -632,7 +680,7 @@ class _Training:
             f"{name},{size},{count},{count / stats.steps:.9g}\n"
             for (name, size), count in zip(names, stats.parameter_conflicts.tolist(), strict=True)
         ]
-        write_text(self.run / "parameters.csv", "parameter,size,conflicts,conflict_rate\n" + "".join(rows))
+        self._write("parameters.csv", "parameter,size,conflicts,conflict_rate\n" + "".join(rows))
 
     def _predict(self, data: SpeechDataset, title: str) -> tuple[Tensor, list[tuple[int, str]]]:
         logits, bad = predict(
@@ -669,6 +717,10 @@ class _Training:
 
     def _save(self) -> None:
         at = self.at
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        states = _ranks.gather((torch.get_rng_state(), cuda))
+        if not self.first:
+            return
         save_checkpoint(
             self.run / "checkpoint.pt",
             {
@@ -676,8 +728,9 @@ class _Training:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "rng_cpu": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                # One entry for each process.
+                "rng_cpu": [cpu for cpu, _ in states],
+                "rng_cuda": [cuda for _, cuda in states],
                 "data_digest": self.data_digest,
                 "progress": {**vars(at), "cosines": torch.tensor(at.cosines, dtype=torch.float64)},
             },
@@ -696,21 +749,25 @@ class _Training:
             self.at = _Progress(**{**content["progress"], "cosines": content["progress"]["cosines"].tolist()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: expected the state of this run; found: {error}") from None
-        torch.set_rng_state(content["rng_cpu"])
-        if self.device.type == "cuda" and content["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng_cuda"], self.device)
+        if _ranks.rank() >= len(content["rng_cpu"]):
+            self._seed_own_dropout()
+            return
+        torch.set_rng_state(content["rng_cpu"][_ranks.rank()])
+        state = content["rng_cuda"][_ranks.rank()]
+        if self.device.type == "cuda" and state is not None:
+            torch.cuda.set_rng_state(state, self.device)
 
     def _write_metrics(self) -> None:
         # Whole files from the checkpointed history: a kill can neither lose nor repeat a row.
         at = self.at
-        write_text(self.run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in at.history))
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in at.history))
         table = io.StringIO()
         writer = csv.DictWriter(table, list(at.history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(at.history)
-        write_text(self.run / "metrics.csv", table.getvalue())
+        self._write("metrics.csv", table.getvalue())
         steps = [f"{i},{'' if math.isnan(c) else format(c, '.9g')}\n" for i, c in enumerate(at.cosines, start=1)]
-        write_text(self.run / "steps.csv", "step,cosine\n" + "".join(steps))
+        self._write("steps.csv", "step,cosine\n" + "".join(steps))
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
@@ -730,7 +787,10 @@ def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device)
     else:
         base = torch.optim.Adam(parameters, **settings)
     try:
-        return AlignedOptimizer(base, method=config.align, scope=config.scope, **config.align_options)
+        group = torch.distributed.group.WORLD if num_ranks() > 1 else None
+        return AlignedOptimizer(
+            base, method=config.align, scope=config.scope, process_group=group, **config.align_options
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"align_options: {error}") from None
 
