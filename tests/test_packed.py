@@ -276,11 +276,12 @@ def test_packing_again_changes_nothing_and_other_data_are_refused(folder, packed
             pack(splits, packed, audio_dir=folder, **options)
 
 
-def test_a_folder_with_something_else_in_it_is_refused(folder):
-    before = content(folder)
+def test_a_folder_with_something_else_in_it_is_refused(own):
+    (own / ".unfinished.tmp").write_bytes(b"somebody else's")
+    before = content(own)
     with pytest.raises(DataError, match=r"expected a new or empty folder; found 'u0\.flac' in it"):
-        pack({"train": utterances()}, folder, audio_dir=folder)
-    assert content(folder) == before
+        pack({"train": utterances()}, own, audio_dir=own)
+    assert content(own) == before
 
 
 def test_the_number_of_threads_changes_nothing(folder, tmp_path):

@@ -113,8 +113,9 @@ def pack(
     plan = hashlib.blake2b(json.dumps([settings, lines]).encode(), digest_size=16).hexdigest()
     out.mkdir(parents=True, exist_ok=True)
     with _exclusive(out):
+        begun = _begun(out, plan)
         remove_leftovers(out)
-        if not _begun(out, plan):
+        if not begun:
             write_text(out / _PLAN, json.dumps({"plan": plan}) + "\n")
         if not (out / INDEX).exists():
             packer = _Packer(sample_rate, resample, round_samples, skip_bad)
@@ -176,7 +177,7 @@ def _begun(out: Path, plan: str) -> bool:
                     "folder, or remove this one)"
                 )
             return True
-    others = sorted(p.name for p in out.iterdir())
+    others = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if others:
         raise DataError(f"{out}: expected a new or empty folder; found {others[0]!r} in it")
     return False
