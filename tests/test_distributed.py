@@ -435,6 +435,50 @@ def parameters_missing_on_some_ranks():
         assert_same(results[1], results[0])
 
 
+class TwoHeads(nn.Sequential):
+    """A trunk, and one head per path."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3))
+        self.double()
+
+    def forward(self, views, only=None):
+        return [self[1 + k](self[0](view).tanh()) for k, view in enumerate(views) if only in (None, k)]
+
+
+@check
+def a_head_per_path():
+    part, total, _ = mine()
+
+    def steps(model, opt, mode, part):
+        for step in range(2):
+            views, labels = make_batch(step, total)
+            views = [view[part] for view in views]
+            opt.zero_grad()
+            if mode == "path":
+                for k in range(2):
+                    with opt.path():
+                        nn.functional.cross_entropy(model(views, k)[0], labels[part]).backward()
+            else:
+                opt.backward([nn.functional.cross_entropy(logits, labels[part]) for logits in model(views)])
+            opt.step()
+        return whole(model)
+
+    def unused(model, method, scope):
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+        return model, make_optimizer(model, method, scope), None
+
+    for mode in ("path", "backward"):
+        for method in ("pcgrad", "cagrad"):
+            alone = TwoHeads()
+            expected = steps(alone, make_optimizer(alone, method, "parameter"), mode="path", part=slice(None))
+            for wrap in (unused, with_group, with_fsdp)[mode == "backward" :]:
+                model, opt, _ = wrap(TwoHeads(), method, "parameter")
+                assert_same(steps(model, opt, mode, part), expected)
+                assert_equal_on_all_ranks(opt.stats)
+
+
 # ---- non-finite gradients ----
 
 INNER = {
