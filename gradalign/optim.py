@@ -85,14 +85,15 @@ class AlignedOptimizer(Optimizer):
     On several ranks, every rank takes the same steps, with the same number of paths, and all ranks' weights and
     ``stats`` are equal:
 
-    - DistributedDataParallel with ``path()`` needs nothing: DDP averages each path's gradients over the ranks during
-      its backward, before they are aligned.
-    - ``backward(losses)`` under DDP needs ``process_group=torch.distributed.group.WORLD``: DDP averages in the first
-      backward through a forward only, and leaves each rank its own gradient in the others. The optimizer then averages
-      every path itself, from the moment it is finished, while the next one runs; inside ``with model.no_sync():`` DDP
-      does not do it as well. ``path()`` takes the same argument: K + 1 halves of an all-reduce in place of K whole
-      ones, each rank aligns its own part of the gradients, and a rank that has run out of batches enters
-      ``with opt.path(): pass``.
+    - DistributedDataParallel with forward and backward inside ``path()`` needs nothing: DDP averages each path's
+      gradients over the ranks during its backward, before they are aligned.
+    - Anything else under DDP, and a model without it, needs ``process_group=torch.distributed.group.WORLD``. DDP
+      averages one backward after a forward only: the second of ``backward(losses)``, and the second of two forwards
+      made before their backwards, it leaves each rank's own. With a process group the optimizer averages every path
+      itself, from the moment it is finished, while the next one runs, whatever DDP does (``with model.no_sync():``
+      spares the second averaging). It sends K + 1 halves of an all-reduce in place of K whole ones, each rank keeps and
+      aligns its own part of each path's gradients, and a rank that has run out of batches enters ``with opt.path():
+      pass``.
     - FSDP2 (``fully_shard``), its hybrid form and tensor parallelism need nothing: gradients that are DTensors are
       aligned where they lie, and one all-reduce per mesh dimension adds up the K x K matrices.
 
