@@ -291,11 +291,25 @@ def test_bfloat16_autocast(variant, checkpointing, wave):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_compiles_to_one_graph_with_layer_drop(wave):
+    # A layer that is not computed when it is dropped would need a decision on the host, and break the graph.
+    torch._dynamo.reset()
+    model = build(replace(TINY, layer_drop=0.5)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = model(wave)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled(wave), expected)
+
+
 def test_float64_model(wave):
     model = build(TINY).double().eval()
     features = model(wave)
     assert features.dtype == torch.float64
-    torch.testing.assert_close(features.float(), build(TINY).eval()(wave), rtol=1e-4, atol=1e-5)
+    single = build(TINY).eval()
+    torch.testing.assert_close(features.float(), single(wave), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single(wave.double()), single(wave), rtol=0, atol=0)
 
 
 def test_torchaudio_missing(monkeypatch):
