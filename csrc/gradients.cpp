@@ -1,6 +1,9 @@
-// gram, weigh and combine_ on the CPU. Equivalent to the functions of these names in gradalign/reference.py.
+// gram, weigh, combine_ and align_ on the CPU. Equivalent to the functions of these names in gradalign/reference.py.
 // Work is cut into fixed chunks whose partial sums are added in order: the same bits for every number of threads.
 #include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
 
 #include "common.h"
 #include "layout.h"
@@ -61,37 +64,72 @@ GRADALIGN_CHUNK(Half)
 GRADALIGN_CHUNK(BFloat16)
 #undef GRADALIGN_CHUNK
 
+// K*N gradients, path after path; parameters that cannot be walked in memory order are replaced by contiguous copies.
+struct Paths {
+  std::vector<Tensor> tensors;
+  int64_t num_paths, num_params;
+
+  Paths(std::vector<Tensor> first, const std::vector<Tensor>& others, int64_t paths, int64_t params)
+      : tensors(std::move(first)), num_paths(paths), num_params(params) {
+    tensors.insert(tensors.end(), others.begin(), others.end());
+    for (int64_t n = 0; n < num_params; ++n) {
+      bool in_memory_order = true;
+      for (int64_t k = 0; k < num_paths; ++k) in_memory_order = check_paths(at(0, n), at(k, n)) && in_memory_order;
+      for (int64_t k = 0; !in_memory_order && k < num_paths; ++k) tensors[k * num_params + n] = torch::stable::contiguous(at(k, n));
+    }
+  }
+
+  const Tensor& at(int64_t k, int64_t n) const { return tensors[k * num_params + n]; }
+
+  // Inner products of a chunk's pieces, one per pair of paths i <= j.
+  void multiply(const Chunk& chunk, double* products) const {
+    dispatch_floating(at(0, chunk.param).scalar_type(), "a gradient", [&](auto type) {
+      using T = decltype(type);
+      auto piece = [&](int64_t k) { return static_cast<const T*>(at(k, chunk.param).const_data_ptr()) + chunk.begin; };
+      for (int64_t i = 0, pair = 0; i < num_paths; ++i)
+        for (int64_t j = i; j < num_paths; ++j, ++pair) products[pair] = dot_chunk(piece(i), piece(j), chunk.end - chunk.begin);
+    });
+  }
+
+  void add(const double* products, double* matrix) const {
+    for (int64_t i = 0, pair = 0; i < num_paths; ++i)
+      for (int64_t j = i; j < num_paths; ++j, ++pair) {
+        matrix[i * num_paths + j] += products[pair];
+        if (i != j) matrix[j * num_paths + i] += products[pair];
+      }
+  }
+
+  // Path 0's piece becomes the weighted sum of all paths'.
+  void combine(const Chunk& chunk, const double* weights) const {
+    dispatch_floating(at(0, chunk.param).scalar_type(), "a gradient", [&](auto type) {
+      using T = decltype(type);
+      std::vector<const T*> pieces(num_paths - 1);
+      for (int64_t k = 1; k < num_paths; ++k) pieces[k - 1] = static_cast<const T*>(at(k, chunk.param).const_data_ptr());
+      combine_chunk(static_cast<T*>(at(0, chunk.param).mutable_data_ptr()), pieces.data(), weights, num_paths, chunk.begin, chunk.end);
+    });
+  }
+
+  // Bring what was merged in a copy to where it belongs.
+  void write_back(const std::vector<Tensor>& out) const {
+    for (int64_t n = 0; n < num_params; ++n) {
+      if (at(0, n).const_data_ptr() == out[n].const_data_ptr()) continue;
+      Tensor destination = out[n];
+      torch::stable::copy_(destination, at(0, n));
+    }
+  }
+};
+
 Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
   const int64_t num_params = int64_t(segments.size()), pairs = num_paths * (num_paths + 1) / 2;
-  std::vector<Tensor> flat = grads;
-  for (int64_t n = 0; n < num_params; ++n) {
-    bool in_memory_order = true;
-    for (int64_t k = 0; k < num_paths; ++k) in_memory_order = check_paths(grads[n], grads[k * num_params + n]) && in_memory_order;
-    for (int64_t k = 0; !in_memory_order && k < num_paths; ++k) flat[k * num_params + n] = torch::stable::contiguous(grads[k * num_params + n]);
-  }
+  const Paths paths(grads, {}, num_paths, num_params);
   const std::vector<Chunk> chunks = chunks_of(grads, num_params);
   std::vector<double> partial(chunks.size() * pairs);
   torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Chunk& chunk = chunks[c];
-      dispatch_floating(flat[chunk.param].scalar_type(), "a gradient", [&](auto type) {
-        using T = decltype(type);
-        auto piece = [&](int64_t k) { return static_cast<const T*>(flat[k * num_params + chunk.param].const_data_ptr()) + chunk.begin; };
-        for (int64_t i = 0, pair = 0; i < num_paths; ++i)
-          for (int64_t j = i; j < num_paths; ++j, ++pair) partial[c * pairs + pair] = dot_chunk(piece(i), piece(j), chunk.end - chunk.begin);
-      });
-    }
+    for (int64_t c = begin; c < end; ++c) paths.multiply(chunks[c], &partial[c * pairs]);
   });
   Tensor out = torch::stable::new_zeros(grads[0], {num_segments, num_paths, num_paths}, ScalarType::Double);
   double* g = out.mutable_data_ptr<double>();
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    double* matrix = g + segments[chunks[c].param] * num_paths * num_paths;
-    for (int64_t i = 0, pair = 0; i < num_paths; ++i)
-      for (int64_t j = i; j < num_paths; ++j, ++pair) {
-        matrix[i * num_paths + j] += partial[c * pairs + pair];
-        if (i != j) matrix[j * num_paths + i] += partial[c * pairs + pair];
-      }
-  }
+  for (size_t c = 0; c < chunks.size(); ++c) paths.add(&partial[c * pairs], g + segments[chunks[c].param] * num_paths * num_paths);
   return out;
 }
 
@@ -120,34 +158,73 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, 
 }
 
 void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
-  const int64_t num_params = int64_t(segments.size()), num_paths = weights.size(1);
-  Tensor w = torch::stable::contiguous(weights);
-  std::vector<Tensor> target = out, source = others;
-  for (int64_t n = 0; n < num_params; ++n) {
-    bool in_memory_order = is_dense(out[n]);
-    for (int64_t k = 0; k + 1 < num_paths; ++k) in_memory_order = check_paths(out[n], others[k * num_params + n]) && in_memory_order;
-    if (in_memory_order) continue;
-    target[n] = torch::stable::contiguous(out[n]);
-    for (int64_t k = 0; k + 1 < num_paths; ++k) source[k * num_params + n] = torch::stable::contiguous(others[k * num_params + n]);
-  }
-  const std::vector<Chunk> chunks = chunks_of(out, num_params);
+  const int64_t num_paths = weights.size(1);
+  const Tensor w = torch::stable::contiguous(weights);
+  const Paths paths(out, others, num_paths, int64_t(out.size()));
+  const std::vector<Chunk> chunks = chunks_of(out, paths.num_params);
   torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Chunk& chunk = chunks[c];
-      dispatch_floating(target[chunk.param].scalar_type(), "a gradient", [&](auto type) {
-        using T = decltype(type);
-        std::vector<const T*> pieces(num_paths - 1);
-        for (int64_t k = 0; k + 1 < num_paths; ++k) pieces[k] = static_cast<const T*>(source[k * num_params + chunk.param].const_data_ptr());
-        combine_chunk(static_cast<T*>(target[chunk.param].mutable_data_ptr()), pieces.data(),
-                      w.const_data_ptr<double>() + segments[chunk.param] * num_paths, num_paths, chunk.begin, chunk.end);
-      });
+    for (int64_t c = begin; c < end; ++c) paths.combine(chunks[c], w.const_data_ptr<double>() + segments[chunks[c].param] * num_paths);
+  });
+  paths.write_back(out);
+}
+
+// Each parameter on its own, so that its gradients are still in the cache when they are merged: small parameters side by side, one thread each,
+// large ones one after the other, all threads on each. The sums are those of gram, bit for bit.
+std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const std::string& method,
+                                  const std::optional<Tensor>& rho, const std::optional<Tensor>& order, double beta, bool always, double c) {
+  const int64_t num_params = int64_t(out.size()), num_paths = 1 + int64_t(others.size()) / num_params;
+  const int64_t pairs = num_paths * (num_paths + 1) / 2, size = num_paths * num_paths;
+  const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
+  const bool moves = options.method == Weighing::kGradvac;
+  const Paths paths(out, others, num_paths, num_params);
+  const std::optional<Tensor> own_order = order ? std::optional(torch::stable::contiguous(*order)) : std::nullopt;
+  const int64_t* met = own_order ? own_order->const_data_ptr<int64_t>() : nullptr;
+  Tensor matrices = torch::stable::new_zeros(out[0], {num_params, num_paths, num_paths}, ScalarType::Double);
+  Tensor targets = moves ? torch::stable::new_zeros(matrices, {num_params, num_paths, num_paths}) : torch::stable::new_empty(matrices, {0});
+  if (moves && rho) torch::stable::copy_(targets, *rho);
+  double *g = matrices.mutable_data_ptr<double>(), *target = targets.mutable_data_ptr<double>();
+
+  const std::vector<Chunk> chunks = chunks_of(out, num_params);
+  std::vector<int64_t> first(num_params + 1, 0);
+  for (const Chunk& chunk : chunks) ++first[chunk.param + 1];
+  for (int64_t n = 0; n < num_params; ++n) first[n + 1] += first[n];
+  auto weigh_param = [&](int64_t n, double* weights) {
+    double scratch[weigh_scratch(kWeighPaths)];
+    weigh_paths(int(num_paths), {g + n * size, 1}, met, moves ? target + n * size : nullptr, options, {weights, 1}, {scratch, 1});
+  };
+
+  constexpr int64_t kSmall = 8;  // chunks: K = 2 paths of them are 1 MiB in float32
+  std::vector<int64_t> small, large;
+  for (int64_t n = 0; n < num_params; ++n) (first[n + 1] - first[n] <= kSmall ? small : large).push_back(n);
+  torch::stable::parallel_for(0, int64_t(small.size()), 1, [&](int64_t begin, int64_t end) {
+    double products[kWeighPaths * (kWeighPaths + 1) / 2], weights[kWeighPaths];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = small[i];
+      for (int64_t at = first[n]; at < first[n + 1]; ++at) {
+        paths.multiply(chunks[at], products);
+        paths.add(products, g + n * size);
+      }
+      weigh_param(n, weights);
+      // Backwards: what was read last is nearest.
+      for (int64_t at = first[n + 1]; at-- > first[n];) paths.combine(chunks[at], weights);
     }
   });
-  for (int64_t n = 0; n < num_params; ++n) {
-    if (target[n].get() == out[n].get() || target[n].const_data_ptr() == out[n].const_data_ptr()) continue;
-    Tensor destination = out[n];
-    torch::stable::copy_(destination, target[n]);
+  std::vector<double> partial;
+  for (int64_t n : large) {
+    const int64_t count = first[n + 1] - first[n];
+    double weights[kWeighPaths];
+    partial.resize(count * pairs);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) paths.multiply(chunks[first[n] + i], &partial[i * pairs]);
+    });
+    for (int64_t i = 0; i < count; ++i) paths.add(&partial[i * pairs], g + n * size);
+    weigh_param(n, weights);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end; i-- > begin;) paths.combine(chunks[first[n] + i], weights);
+    });
   }
+  paths.write_back(out);
+  return {matrices, targets};
 }
 
 }  // namespace gradalign
@@ -156,4 +233,5 @@ STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CPU, m) {
   m.impl("gram", TORCH_BOX(&gradalign::gram));
   m.impl("weigh", TORCH_BOX(&gradalign::weigh));
   m.impl("combine_", TORCH_BOX(&gradalign::combine_));
+  m.impl("align_", TORCH_BOX(&gradalign::align_));
 }

@@ -581,7 +581,9 @@ GRADALIGN_HD void weigh_many(int n, const Numbers& gram, const int64_t* order, d
   }
 }
 
-// Weights of one problem: one path has exactly 1; a Gram matrix with an entry that is not finite gives NaN, and leaves the targets as they are.
+// Weights of one problem, of at most two paths where kMany is false: one path has exactly 1; a Gram matrix with an entry that is not finite
+// gives NaN, and leaves the targets as they are.
+template <bool kMany = true>
 GRADALIGN_HD void weigh_paths(int n, const Numbers& gram, const int64_t* order, double* targets, const WeighOptions& o, const Numbers& weights,
                               const Numbers& scratch) {
   bool good = true;
@@ -592,7 +594,7 @@ GRADALIGN_HD void weigh_paths(int n, const Numbers& gram, const int64_t* order, 
     for (int k = 0; k < n; ++k) weights[k] = NAN;
   } else if (n == 1) {
     weights[0] = 1;
-  } else if (n == 2) {
+  } else if (n == 2 || !kMany) {
     double rho_ab = targets ? targets[1] : 0, rho_ba = targets ? targets[2] : 0;
     const Two found = weigh_two(gram[0], gram[1], gram[3], rho_ab, rho_ba, o);
     if (targets) {
@@ -601,7 +603,7 @@ GRADALIGN_HD void weigh_paths(int n, const Numbers& gram, const int64_t* order, 
     }
     weights[0] = found.a;
     weights[1] = found.b;
-  } else {
+  } else if constexpr (kMany) {
     weigh_many(n, gram, order, targets, o, weights, scratch);
   }
 }

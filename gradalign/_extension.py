@@ -30,6 +30,8 @@ def load() -> tuple[ModuleType | None, str]:
 def _num_paths(op: str, args: tuple[Any, ...]) -> int:
     if op == "gram":
         return args[1]
+    if op == "align_":
+        return 1 + len(args[1]) // len(args[0])
     return args[2].shape[1] if op == "combine_" else args[0].shape[1] if op == "weigh" else 1
 
 
@@ -56,7 +58,7 @@ def _supports(device: str, args: tuple[Any, ...]) -> str:
 
 
 def _cpp_supports(op: str, args: tuple[Any, ...]) -> str:
-    if op == "weigh" and (paths := _num_paths(op, args)) > MAX_PATHS:
+    if op in ("weigh", "align_") and (paths := _num_paths(op, args)) > MAX_PATHS:
         return f"takes up to {MAX_PATHS} paths, found {paths}"
     return _supports("cpu", args)
 

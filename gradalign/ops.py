@@ -59,6 +59,21 @@ def _check_method(method, rho, order, shape):
         raise ValueError(f"`order` must be int64 {list(shape[1:])}; found {order.dtype} {list(order.shape)}")
 
 
+def _like_gram(out, others, method, *_):
+    num_paths = 1 + len(others) // len(out)
+    gram = out[0].new_empty(len(out), num_paths, num_paths, dtype=torch.float64)
+    return gram, gram.new_empty(gram.shape if method == "gradvac" else 0)
+
+
+def _check_align(out, others, method, rho, order, beta, always, c):
+    if not out or len(others) % len(out):
+        raise ValueError(
+            f"`others` must hold (K - 1) * len(out) tensors, and `out` at least one; found {len(others)} and {len(out)}"
+        )
+    num_paths = 1 + len(others) // len(out)
+    _check_method(method, rho, order, torch.Size((len(out), num_paths, num_paths)))
+
+
 def _check_segments(segments, num_segments):
     if min(segments) < 0 or max(segments) >= num_segments:
         raise ValueError(f"`segments` must lie in [0, {num_segments}); found [{min(segments)}, {max(segments)}]")
@@ -78,8 +93,9 @@ ssi.differentiate(ssi_backward)
 gram = Op(reference.gram, check=_check_gram)
 weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh)
 combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
+align_ = Op(reference.align_, mutates=("out",), fake=_like_gram, check=_check_align)
 
-for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, weigh, combine_):
+for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, weigh, combine_, align_):
     _extension.register(_op)
 for _op in (lnl_backward, isd_backward, ssi_backward):
     _extension.register_cpp(_op)

@@ -444,3 +444,25 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
         for k in range(1, weights.shape[1]):
             total = total + w[k] * others[(k - 1) * num_params + n].to(wide.dtype)
         out[n].copy_(total)
+
+
+def align_(
+    out: Sequence[Tensor],
+    others: Sequence[Tensor],
+    method: str,
+    rho: Tensor | None,
+    order: Tensor | None,
+    beta: float,
+    always: bool,
+    c: float,
+) -> tuple[Tensor, Tensor]:
+    """`gram`, `weigh` and `combine_` of each parameter on its own, in place into the first path's gradients.
+
+    ``out`` holds path 0's N tensors, ``others`` the (K-1)*N of the further paths, path after path; the rest as for
+    `weigh`, with S = N. Returns the Gram matrices float64 [N, K, K] and GradVac's new targets.
+    """
+    segments = list(range(len(out)))
+    matrices = gram([*out, *others], 1 + len(others) // len(out), segments, len(out))
+    weights, targets = weigh(matrices, method, rho, order, beta, always, c)
+    combine_(out, others, weights, segments)
+    return matrices, targets

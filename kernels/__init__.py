@@ -65,7 +65,17 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
 
 if _missing:
     # The ops still know a backend "triton" and say why it is not there; its body is never reached.
-    for _op in (ops.notch_draws, ops.notch_bank, ops.lnl, ops.isd, ops.ssi, ops.gram, ops.weigh, ops.combine_):
+    for _op in (
+        ops.notch_draws,
+        ops.notch_bank,
+        ops.lnl,
+        ops.isd,
+        ops.ssi,
+        ops.gram,
+        ops.weigh,
+        ops.combine_,
+        ops.align_,
+    ):
         _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
 else:
     from gradalign.kernels import gradients, rawboost  # noqa: F401  (their import registers the launchers)

@@ -1,4 +1,4 @@
-"""gram, weigh and combine_ in Triton. Equivalent to the functions of these names in gradalign/reference.py.
+"""gram, weigh, combine_ and align_ in Triton. Equivalent to the functions of these names in gradalign/reference.py.
 
 K paths of N tensors each are walked by chunks: each program owns one chunk of one parameter, in all paths. Which chunks
 there are (the plan) depends on the tensors' sizes and dtypes alone and is kept; where the tensors lie (the addresses)
@@ -30,6 +30,13 @@ CHUNK = 32768
 KEPT = 64
 # A row of the plan: parameter, first element, number of elements, slot of its partial sums, segment.
 ROW = tl.constexpr(5)
+# align_: elements per item, few, so that what all running programs hold is a part of the second-level cache; items of
+# other parameters between the last product of a parameter and its first merge, so that nobody waits for the sum.
+ALIGN_CHUNK = 8192
+ALIGN_LAG = 256
+# A row of its plan: parameter, first element, number of elements, slot of its partial sums, first slot and number of
+# slots of the parameter, 1 for merging.
+ALIGN_ROW = tl.constexpr(7)
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -75,6 +82,53 @@ def _make_plan(
             launches.append((dtype, len(rows), len(mine)))
         rows += mine
     return Plan(_send(rows, device), _send(bounds, device), tuple(launches), len(chunks))
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """The items of align_ in the order in which they are drawn; ``rows`` [items, 7] int64 is on the device."""
+
+    rows: Tensor
+    # Per dtype: its first row and its number of rows.
+    launches: tuple[tuple[torch.dtype, int, int], ...]
+    num_slots: int
+
+
+def _make_align_plan(sizes: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> AlignPlan:
+    rows, launches, num_slots = align_items(sizes, dtypes)
+    return AlignPlan(_send(rows, device), launches, num_slots)
+
+
+def align_items(
+    sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> tuple[list[tuple[int, ...]], tuple[tuple[torch.dtype, int, int], ...], int]:
+    """Return the rows of an `AlignPlan`, its launches and the number of slots.
+
+    Each parameter's chunks are multiplied, and ALIGN_LAG items later merged, backwards: what was read last is in the
+    cache for certain.
+    """
+    rows: list[tuple[int, ...]] = []
+    launches, num_slots = [], 0
+    for dtype in dict.fromkeys(dtypes):
+        start, waiting = len(rows), []
+        for n, (size, own) in enumerate(zip(sizes, dtypes, strict=True)):
+            if own != dtype:
+                continue
+            # A parameter without elements has a Gram matrix too.
+            begins = range(0, max(size, 1), ALIGN_CHUNK)
+            items = [
+                (n, begin, min(ALIGN_CHUNK, size - begin), num_slots + i, num_slots, len(begins))
+                for i, begin in enumerate(begins)
+            ]
+            num_slots += len(items)
+            rows.extend((*item, 0) for item in items)
+            waiting.append((len(rows) + ALIGN_LAG, items))
+            while waiting and waiting[0][0] <= len(rows):
+                rows.extend((*item, 1) for item in reversed(waiting.pop(0)[1]))
+        for _, items in waiting:
+            rows.extend((*item, 1) for item in reversed(items))
+        launches.append((dtype, start, len(rows) - start))
+    return rows, tuple(launches), num_slots
 
 
 def _send(values: Sequence, device: torch.device) -> Tensor:
@@ -521,6 +575,137 @@ def combine__kernel(
         tl.store(bases[0] + full + offset, total.to(TYPE), mask=own)
 
 
+@triton.jit(do_not_specialize=["num_params", "num_slots", "first_row", "index", "num_launches"])
+def align__kernel(
+    addresses,
+    rows,
+    counters,
+    partials,
+    weights,
+    gram,
+    rho,
+    targets,
+    num_params,
+    num_slots,
+    first_row,
+    index,
+    num_launches,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
+    BETA: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each program draws an item of two paths, in order.
+
+    Whoever has multiplied a parameter's last chunk adds up its sums, in a fixed order, and finds its weights; whoever
+    is to merge a chunk waits for them. All of a parameter's products are drawn before any of its merges, by programs
+    that run and do not wait themselves; so it does not matter how many programs run at once, nor in which order they
+    start. ``counters`` are zero at the start: the next item per launch, then per parameter how many of its chunks are
+    multiplied, then per parameter whether its weights are there.
+    """
+    drawn = tl.atomic_add(counters + index, 1)
+    row = rows + (first_row + drawn).to(tl.int64) * ALIGN_ROW
+    n = tl.load(row)
+    begin = tl.load(row + 1)
+    size = tl.load(row + 2).to(tl.int32)
+    multiplied = counters + num_launches + n
+    ready = multiplied + num_params
+    offset = tl.arange(0, BLOCK)
+    base_a = _base(addresses, n, begin, TYPE, ALIGNED)
+    base_b = _base(addresses, num_params + n, begin, TYPE, ALIGNED)
+    full = size // BLOCK * BLOCK
+    if tl.load(row + 6) == 0:
+        slot = tl.load(row + 3)
+        first_slot = tl.load(row + 4)
+        num_chunks = tl.load(row + 5).to(tl.int32)
+        aa = tl.zeros([BLOCK], WIDE)
+        ab = tl.zeros([BLOCK], WIDE)
+        bb = tl.zeros([BLOCK], WIDE)
+        for at in range(0, full, BLOCK):
+            a = tl.load(base_a + at + offset).to(WIDE)
+            b = tl.load(base_b + at + offset).to(WIDE)
+            aa += a * a
+            ab += a * b
+            bb += b * b
+        if full < size:
+            a = tl.load(base_a + full + offset, mask=offset < size - full, other=0.0).to(WIDE)
+            b = tl.load(base_b + full + offset, mask=offset < size - full, other=0.0).to(WIDE)
+            aa += a * a
+            ab += a * b
+            bb += b * b
+        tl.store(partials + slot, tl.sum(aa.to(tl.float64), 0))
+        tl.store(partials + num_slots + slot, tl.sum(ab.to(tl.float64), 0))
+        tl.store(partials + 2 * num_slots.to(tl.int64) + slot, tl.sum(bb.to(tl.float64), 0))
+        tl.debug_barrier()
+        if tl.atomic_add(multiplied, 1) == num_chunks - 1:
+            sum_aa = tl.zeros([256], tl.float64)
+            sum_ab = tl.zeros([256], tl.float64)
+            sum_bb = tl.zeros([256], tl.float64)
+            for at in range(0, num_chunks, 256):
+                place = at + tl.arange(0, 256)
+                own = partials + first_slot + place
+                # Past the first-level cache, which may hold what was there before.
+                sum_aa += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                own += num_slots
+                sum_ab += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                own += num_slots
+                sum_bb += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+            total_aa = tl.sum(sum_aa, 0)
+            total_ab = tl.sum(sum_ab, 0)
+            total_bb = tl.sum(sum_bb, 0)
+            good = _is_finite(total_aa) & _is_finite(total_ab) & _is_finite(total_bb)
+            rho_ab = total_aa * 0.0
+            rho_ba = total_aa * 0.0
+            if METHOD == "gradvac" and rho is not None:
+                rho_ab = tl.load(rho + n * 4 + 1)
+                rho_ba = tl.load(rho + n * 4 + 2)
+            one, two, new_ab, new_ba = _weigh_two(
+                tl.where(good, total_aa, 1.0),
+                tl.where(good, total_ab, 0.0),
+                tl.where(good, total_bb, 1.0),
+                rho_ab,
+                rho_ba,
+                METHOD,
+                BETA,
+                ALWAYS,
+                C,
+            )
+            if METHOD == "gradvac":
+                for i in tl.static_range(0, 4, 3):
+                    old = total_aa * 0.0
+                    if rho is not None:
+                        old = tl.load(rho + n * 4 + i)
+                    tl.store(targets + n * 4 + i, old)
+                tl.store(targets + n * 4 + 1, tl.where(good, new_ab, rho_ab))
+                tl.store(targets + n * 4 + 2, tl.where(good, new_ba, rho_ba))
+            tl.store(gram + n * 4, total_aa)
+            tl.store(gram + n * 4 + 1, total_ab)
+            tl.store(gram + n * 4 + 2, total_ab)
+            tl.store(gram + n * 4 + 3, total_bb)
+            tl.store(weights + n * 2, tl.where(good, one, float("nan")))
+            tl.store(weights + n * 2 + 1, tl.where(good, two, float("nan")))
+            tl.debug_barrier()
+            tl.atomic_xchg(ready, 1)
+    else:
+        done = tl.atomic_add(ready, 0)
+        while done == 0:
+            done = tl.atomic_add(ready, 0)
+        w_a = tl.load(weights + n * 2, cache_modifier=".cg").to(WIDE)
+        w_b = tl.load(weights + n * 2 + 1, cache_modifier=".cg").to(WIDE)
+        for at in range(0, full, BLOCK):
+            total = w_a * tl.load(base_a + at + offset).to(WIDE) + w_b * tl.load(base_b + at + offset).to(WIDE)
+            tl.store(base_a + at + offset, total.to(TYPE))
+        if full < size:
+            own = offset < size - full
+            a = tl.load(base_a + full + offset, mask=own, other=0.0).to(WIDE)
+            b = tl.load(base_b + full + offset, mask=own, other=0.0).to(WIDE)
+            tl.store(base_a + full + offset, (w_a * a + w_b * b).to(TYPE), mask=own)
+
+
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
@@ -659,3 +844,74 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
     for n in walk.copied:
         if flat[n] is not out[n]:
             out[n].copy_(flat[n])
+
+
+def _supports_align(
+    out: Sequence[Tensor],
+    others: Sequence[Tensor],
+    method: str,
+    rho: Tensor | None,
+    order: Tensor | None,
+    beta: float,
+    always: bool,
+    c: float,
+) -> str:
+    if len(others) != len(out):
+        return f"takes two paths, found {1 + len(others) // len(out)}"
+    return why_unsupported([*out, *others, rho])
+
+
+@ops.align_.backend("triton", available=available, supports=_supports_align)
+def align_(
+    out: Sequence[Tensor],
+    others: Sequence[Tensor],
+    method: str,
+    rho: Tensor | None,
+    order: Tensor | None,
+    beta: float,
+    always: bool,
+    c: float,
+) -> tuple[Tensor, Tensor]:
+    """Two paths of N gradients, the first written. Equivalent to `reference.align_`."""
+    num_params, flat, moves, device = len(out), [*out, *others], method == "gradvac", out[0].device
+    walk = _walk(flat, range(num_params), num_params)
+    layout = (tuple(t.numel() for t in out), tuple(t.dtype for t in out))
+    plan = _keep(("align", *layout, device), lambda: _make_align_plan(*layout, device), device)
+    counters = torch.zeros(len(plan.launches) + 2 * num_params, dtype=torch.int32, device=device)
+    partials = torch.empty(3, plan.num_slots, dtype=torch.float64, device=device)
+    weights = torch.empty(num_params, 2, dtype=torch.float64, device=device)
+    gram = torch.empty(num_params, 2, 2, dtype=torch.float64, device=device)
+    targets = torch.empty(gram.shape if moves else (0,), dtype=torch.float64, device=device)
+    for index, (dtype, first_row, count) in enumerate(plan.launches):
+        launch(
+            align__kernel,
+            count,
+            device,
+            walk.addresses,
+            plan.rows,
+            counters,
+            partials,
+            weights,
+            gram,
+            rho.contiguous() if moves and rho is not None else None,
+            targets,
+            num_params,
+            plan.num_slots,
+            first_row,
+            index,
+            len(plan.launches),
+            TYPE=_TYPES[dtype],
+            WIDE=_wide(dtype),
+            ALIGNED=walk.aligned,
+            METHOD=method,
+            # What a method does not read must not compile it anew.
+            BETA=beta if moves else 0.0,
+            ALWAYS=always if moves else False,
+            C=c if method == "cagrad" else 0.0,
+            BLOCK=1024 if dtype == torch.float64 else 2048,
+            num_warps=4,
+        )
+    for n in walk.copied:
+        if flat[n] is not out[n]:
+            out[n].copy_(flat[n])
+    return gram, targets

@@ -204,6 +204,24 @@ def weigh(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     yield "no segment", (grams(2, device)[:0], "pcgrad", None, None, 0.5, False, 0.5)
 
 
+def align_(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    n = len(SHAPES)
+    for k in (1, 2, 3, 8):
+        g = gradients(k, dtype, device)
+        cases = [(method, None, None, 0.5, False, 0.5) for method in (METHODS if k == 2 else ("mean", "pcgrad"))]
+        rho = torch.linspace(0, 1, k * k, dtype=torch.float64, device=device).reshape(k, k).expand(n, k, k)
+        order = alignment.random_order(k, 0, 0, torch.device(device))
+        cases += [("pcgrad", None, order, 0.5, False, 0.0), ("gradvac", rho, order, 0.3, True, 0.0)]
+        for method, rho, *rest in cases:
+            # Scalars are parallel. Of such gradients Aligned-MTL tells the smallest eigenvalue, and GradVac the cosine
+            # with a path that was pulled to zero, from the rounding of float32 products.
+            whole = method not in ("alignedmtl", "gradvac")
+            kept = [i for i in range(n) if whole or len(SHAPES[i]) > 1 or SHAPES[i][:1] > (1,)]
+            own = [[g[path * n + i] for i in kept] for path in range(k)]
+            rho = None if rho is None else rho[: len(kept)]
+            yield f"{method}, {k} paths", (own[0], [t for path in own[1:] for t in path], method, rho, *rest)
+
+
 CASES = {
     "notch_draws": notch_draws,
     "notch_bank": notch_bank,
@@ -216,6 +234,7 @@ CASES = {
     "gram": gram,
     "weigh": weigh,
     "combine_": combine_,
+    "align_": align_,
 }
 
 
@@ -229,17 +248,17 @@ def widen(value):
 
 
 def run(op: str, backend: str, args: tuple) -> list[torch.Tensor]:
-    """The op's results as a list of tensors; for an op that writes its argument, what it wrote."""
+    """The op's results as a list of tensors; for an op that writes its argument, first what it wrote."""
     from gradalign._dispatch import ops
 
-    if op == "combine_":
+    written = op in ("combine_", "align_")
+    if written:
         args = ([g.clone() for g in args[0]], *args[1:])
     with ga.use_backends(backend):
         result = ops()[op](*args)
-    if op == "combine_":
+    results = [] if result is None else list(result) if isinstance(result, tuple) else [result]
+    if written:
         # One gradient: its error is relative to all of it, not to a scalar parameter whose terms happen to cancel.
-        return [torch.cat([g.reshape(-1) for g in args[0]])]
-    if op == "weigh":
-        # Where one side has no weights, the other must have none either.
-        return [torch.nan_to_num(value, nan=2.0) for value in result]
-    return list(result) if isinstance(result, tuple) else [result]
+        results.insert(0, torch.cat([g.reshape(-1) for g in args[0]]))
+    # Where one side has no weights, the other must have none either.
+    return [torch.nan_to_num(value, nan=2.0) for value in results] if op == "weigh" else results

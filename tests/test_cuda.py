@@ -10,7 +10,7 @@ from tolerances import DRAWN, RELATIVE, WEIGHED, max_norm_error
 import gradalign as ga
 from gradalign import ops, reference
 
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_")
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ops that draw, and the place of their seeds.
 DRAWING = {"isd": 2, "ssi": 3}
@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a 
 def _tolerance(op, args, dtype):
     if op == "weigh":
         return WEIGHED
+    if op == "align_":
+        # Weights are as exact as the Gram matrix, which is of float32 sums.
+        return RELATIVE[torch.float32 if dtype == torch.float64 else dtype]
     if op == "gram":
         # float64 results of float32 sums.
         return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]

@@ -26,7 +26,7 @@ KERNELS = {
         "ssi_fft",
         "ssi_finish",
     },
-    "gradients": {"gram", "gram_sum", "weigh", "combine"},
+    "gradients": {"gram", "gram_sum", "weigh", "combine", "align"},
 }
 
 pytestmark = [

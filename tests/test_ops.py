@@ -29,6 +29,9 @@ def test_backend_equals_float64_reference(backend, op, dtype):
             drawn = op in DRAWING and args[DRAWING[op]] is not None
             # gram accumulates and returns float64 for every dtype; a gradient's own rounding is in both sides' input.
             tolerance = 1e-12 if op == "gram" else WEIGHED if op == "weigh" else (DRAWN if drawn else RELATIVE)[dtype]
+            if op == "align_":
+                # What it wrote, the Gram matrices, GradVac's targets.
+                tolerance = (max(RELATIVE[dtype], WEIGHED), 1e-12, WEIGHED)[i]
             assert max_norm_error(f, e) <= tolerance, f"{name}, result {i}"
 
 
@@ -37,8 +40,8 @@ def test_results_keep_dtype(op):
     for _, args in inputs.CASES[op](torch.bfloat16, samples=(127,)):
         if op in ("lnl", "isd", "ssi"):
             assert inputs.run(op, "cpp", args)[0].dtype == torch.bfloat16
-        if op == "combine_":
-            assert all(t.dtype == torch.bfloat16 for t in inputs.run(op, "cpp", args))
+        if op in ("combine_", "align_"):
+            assert inputs.run(op, "cpp", args)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("op", inputs.CASES)
@@ -160,6 +163,70 @@ def test_wrong_matrices_and_methods_never_reach_a_kernel():
         ops.weigh(gram, "gradvac", gram[0], None, *rest)
     with pytest.raises(ValueError, match=r"`order` must be int64 \[2, 2\]; found torch.float64 \[2, 2\]"):
         ops.weigh(gram, "pcgrad", None, gram[0], *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_paths", [2, 3])
+def test_align_is_gram_weigh_combine_bit_for_bit(num_paths, dtype):
+    # A parameter of more chunks than one thread takes, strided and channels-last ones, and a scalar.
+    generator = torch.Generator().manual_seed(0)
+    large = [torch.randn(200_001, generator=generator).to(dtype) for _ in range(num_paths)]
+    small = inputs.gradients(num_paths, dtype)
+    count = len(inputs.SHAPES)
+    first, others = [*small[:count], large[0]], []
+    for k in range(1, num_paths):
+        others += [*small[k * count : (k + 1) * count], large[k]]
+    rho = torch.rand(count + 1, num_paths, num_paths, dtype=torch.float64)
+    for method in inputs.METHODS:
+        options = (method, rho if method == "gradvac" else None, None, 0.5, False, 0.5)
+        merged, expected = ([g.clone() for g in first] for _ in range(2))
+        with ga.use_backends("cpp"):
+            found, found_rho = ops.align_(merged, others, *options)
+            gram = ops.gram([*expected, *others], num_paths, list(range(count + 1)), count + 1)
+            weights, new_rho = ops.weigh(gram, *options)
+            ops.combine_(expected, others, weights, list(range(count + 1)))
+        assert torch.equal(found, gram), method
+        assert torch.equal(found_rho, new_rho), method
+        assert all(torch.equal(a, b) for a, b in zip(merged, expected, strict=True)), method
+
+
+def test_thousands_of_tiny_parameters_and_channels_last_ones():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1 + n % 5,) for n in range(3000)] + [(4, 3, 2, 5)] * 3
+    paths = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    # Alike in both paths, in one path only, and with gaps.
+    for k, grads in enumerate(paths):
+        grads[-1] = grads[-1].to(memory_format=torch.channels_last)
+        if k:
+            grads[-2] = grads[-2].to(memory_format=torch.channels_last)
+        grads[-3] = grads[-3].repeat(1, 1, 1, 2)[..., ::2]
+    expected = [g.clone() for g in paths[0]]
+    options = ("pcgrad", None, None, 0.5, False, 0.5)
+    with ga.use_backends("reference"):
+        gram, _ = ops.align_(expected, paths[1], *options)
+    with ga.use_backends("cpp"):
+        found, _ = ops.align_(paths[0], paths[1], *options)
+    torch.testing.assert_close(found, gram, rtol=1e-12, atol=0)
+    for a, b in zip(paths[0], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_more_than_2_to_the_31_elements_are_described():
+    # Fake kernels only: such tensors are never made here.
+    huge = torch.empty(2**31 + 7, dtype=torch.bfloat16, device="meta")
+    gram, rho = torch.ops.gradalign.align_([huge], [huge], "gradvac", None, None, 0.5, False, 0.5)
+    assert gram.shape == rho.shape == (1, 2, 2)
+    assert gram.dtype == torch.float64
+
+
+def test_wrong_lists_never_reach_align():
+    g = [torch.ones(3), torch.ones(3)]
+    with pytest.raises(ValueError, match=r"\(K - 1\) \* len\(out\) tensors, .*; found 1 and 2"):
+        ops.align_(g, g[:1], "mean", None, None, 0.5, False, 0.5)
+    with pytest.raises(ValueError, match="by its first name; found 'sgd'"):
+        ops.align_(g, g, "sgd", None, None, 0.5, False, 0.5)
+    with pytest.raises(ValueError, match=r"`rho` must be float64 \[2, 2, 2\]; found torch.float64 \[2\]"):
+        ops.align_(g, g, "gradvac", torch.zeros(2, dtype=torch.float64), None, 0.5, False, 0.5)
 
 
 def test_use_backends_raises_when_it_cannot_serve():

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_")
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The interpreter takes about a millisecond per tap and tile.
 SMALL_SAMPLES = {torch.float16: (127,), torch.bfloat16: (2,), torch.float32: (1, 700), torch.float64: (127,)}
@@ -74,6 +74,9 @@ def test_without_a_gpu_the_backend_says_so():
 def _tolerance(op, args, dtype):
     if op == "weigh":
         return WEIGHED
+    if op == "align_":
+        # Weights are as exact as the Gram matrix, which is of float32 sums.
+        return RELATIVE[torch.float32 if dtype == torch.float64 else dtype]
     drawn = op in ("isd", "ssi") and args[2 if op == "isd" else 3] is not None
     if op == "gram":
         # float64 results of float32 sums.
@@ -89,10 +92,13 @@ def test_equals_float64_reference(op, dtype, monkeypatch):
         monkeypatch.setattr(inputs, "bank", lambda dtype, device="cpu": _short_bank(3, dtype))
     samples = inputs.SAMPLES if DEVICE == "cuda" else SMALL_SAMPLES[dtype]
     for name, args in inputs.CASES[op](dtype, device=DEVICE, samples=samples):
-        if op == "weigh" and declared()[op].why_not("triton", *args):
-            # Iterative methods of more than two paths.
-            assert args[0].shape[1] > 2
-            assert args[1] not in ("mean", "pcgrad", "gradvac")
+        if op in ("weigh", "align_") and declared()[op].why_not("triton", *args):
+            # align_ is for two paths; so is weigh where the method is iterative for more.
+            if op == "align_":
+                assert len(args[1]) != len(args[0])
+            else:
+                assert args[0].shape[1] > 2
+                assert args[1] not in ("mean", "pcgrad", "gradvac")
             continue
         if op == "weigh" and INTERPRETED and args[1] == "gradvac" and args[0].shape[1] == 8:
             # Ten thousand tiny operations: half a minute.
@@ -260,6 +266,89 @@ def test_gradients_that_do_not_match_raise():
 def _served(op):
     cases = inputs.CASES[op](torch.float32, device=DEVICE, samples=(4097,))
     return [(name, args) for name, args in cases if not declared()[op].why_not("triton", *args)]
+
+
+def test_the_items_of_align_are_each_drawn_once_and_never_wait_for_later_ones():
+    from gradalign.kernels.gradients import ALIGN_CHUNK, ALIGN_LAG, align_items
+
+    sizes = [3, 0, 40 * ALIGN_CHUNK + 1, 5, ALIGN_CHUNK, 2**31 + 70_001, 1]
+    dtypes = [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    rows, launches, num_slots = align_items(sizes, dtypes)
+    assert [first for _, first, _ in launches] == [0, launches[0][2]]
+    assert sum(count for *_, count in launches) == len(rows) == 2 * num_slots
+    for dtype, first, count in launches:
+        own = rows[first : first + count]
+        for n, size in enumerate(sizes):
+            products = [(at, row) for at, row in enumerate(own) if row[0] == n and not row[6]]
+            merges = [(at, row) for at, row in enumerate(own) if row[0] == n and row[6]]
+            if dtypes[n] != dtype:
+                assert not products
+                assert not merges
+                continue
+            # The same chunks, backwards, and every element in one of them.
+            assert [row[:6] for _, row in merges] == [row[:6] for _, row in reversed(products)]
+            assert sum(row[2] for _, row in products) == size
+            assert all(row[1] == i * ALIGN_CHUNK and row[5] == len(products) for i, (_, row) in enumerate(products))
+            assert all(row[3] == row[4] + i for i, (_, row) in enumerate(products))
+            assert products[-1][0] < merges[0][0]
+            # As far apart as there are other items left.
+            assert merges[0][0] - products[-1][0] > min(ALIGN_LAG, len(own) - merges[-1][0] - 1) or n == 6
+    assert sorted({row[3] for row in rows}) == list(range(num_slots))
+
+
+@kernels
+def test_align_of_many_chunks_mixed_dtypes_and_layouts(monkeypatch):
+    # Small chunks: parameters of several of them, and merges between other parameters' products.
+    from gradalign.kernels import gradients
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(gradients, "ALIGN_CHUNK", 2048)
+        monkeypatch.setattr(gradients, "ALIGN_LAG", 2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3 * 8192 + 5,), (3, 7), (4096,), (40, 30), (0,), (2,)]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32, torch.float32]
+    paths = []
+    for path in range(2):
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+            # Layouts that differ between the paths, and one with gaps.
+            paths.append(g.t().contiguous().t() if i == 3 and path else g.repeat(2, 1)[::2] if i == 1 else g)
+    count = len(shapes)
+    rho = torch.rand(count, 2, 2, generator=generator, dtype=torch.float64).to(DEVICE)
+    for method in ("pcgrad", "gradvac", "cagrad"):
+        options = (method, rho if method == "gradvac" else None, None, 0.5, False, 0.5)
+        merged = [g.clone() if i != 1 else g.repeat(2, 1)[::2] for i, g in enumerate(paths[:count])]
+        wanted = [g.double().clone() for g in merged]
+        gram, moved = reference.align_(wanted, inputs.widen(paths[count:]), *options)
+        with ga.use_backends("triton"):
+            found, targets = ops.align_(merged, paths[count:], *options)
+        assert max_norm_error(found, gram) <= RELATIVE[torch.float32]
+        assert max_norm_error(targets, moved) <= RELATIVE[torch.float32]
+        for f, e in zip(merged, wanted, strict=True):
+            assert max_norm_error(f, e) <= RELATIVE[torch.float32 if f.dtype == torch.float64 else f.dtype]
+
+
+@kernels
+def test_align_of_a_nonfinite_parameter_leaves_the_others_alone():
+    g = [torch.randn(50, device=DEVICE) for _ in range(4)]
+    g[0][3] = float("nan")
+    expected = [t.clone() for t in g]
+    options = ("gradvac", torch.full((2, 2, 2), 0.3, dtype=torch.float64, device=DEVICE), None, 0.5, False, 0.5)
+    _, moved = reference.align_(expected[:2], expected[2:], *options)
+    with ga.use_backends("triton"):
+        gram, targets = ops.align_(g[:2], g[2:], *options)
+    assert g[0].isnan().all()
+    assert not bool(gram[0].isfinite().all())
+    assert max_norm_error(g[1], expected[1]) <= RELATIVE[torch.float32]
+    torch.testing.assert_close(targets, moved, rtol=1e-6, atol=1e-6)
 
 
 @gpu

@@ -22,6 +22,7 @@ from gradalign.kernels import gradients, rawboost
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_SAMPLES = 64600
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
 BOOST = {"notch_draws", "notch_bank", "lnl", "isd", "ssi"}
 
 
@@ -61,6 +62,13 @@ def _arguments(op, dtype):
             for name, args in inputs.CASES[op](torch.float64)
             if len(args[0]) and (args[0].shape[1] == 2 or args[1] in ("pcgrad", "gradvac"))
         ]
+    if op == "align_":
+        cases = [args for name, args in inputs.CASES[op](dtype) if len(args[1]) == len(args[0])]
+        # The dearest methods, one of them in every dtype, and addresses that forbid wide loads.
+        odd = [torch.zeros(5001, dtype=dtype)[1:] for _ in range(2)]
+        dear = ("gradvac", "cagrad", "alignedmtl") if dtype == torch.float32 else ("gradvac",)
+        cases = [args for args in cases if args[2] in dear]
+        return [*cases, (odd[:1], odd[1:], "mean", None, None, 0.5, False, 0.5)]
     if op in ("gram", "combine_"):
         # The block shrinks above 2 and above 4 paths; the last list has addresses that forbid wide loads.
         lists = [[torch.zeros(5000, dtype=dtype) for _ in range(k)] for k in (2, 4, 8)]
@@ -91,7 +99,9 @@ def _compile(kernel, args, meta, arch, folder):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_"])
+@pytest.mark.parametrize(
+    "op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_"]
+)
 def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
     # notch_draws takes no floats, notch_bank and weigh compute in float64.
     dtypes = (
@@ -114,7 +124,7 @@ def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
 def test_every_kernel_is_compiled(launches):
     from triton.runtime.jit import JITFunction
 
-    for op in ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_"):
+    for op in OPS:
         for args in _arguments(op, torch.float32):
             getattr(rawboost if op in BOOST else gradients, op)(*args)
     defined = {
