@@ -57,8 +57,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _print_report(runs: str | Path) -> None:
-    from gradalign import report
+    from gradalign import _ranks, report
 
+    if _ranks.rank() > 0:
+        return
     path = report.write_report(runs)
     print(report.text_summary(runs))
     print(f"report: {path}")

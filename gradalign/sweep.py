@@ -49,6 +49,8 @@ def sweep(
             raise ConfigError(f"`{name}` must be among {', '.join(METHODS)}; found {', '.join(map(repr, unknown))}")
     if jobs < 1:
         raise ConfigError(f"`jobs` must be at least 1; found {jobs}")
+    if jobs > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(f"`jobs` must be 1 under torchrun, whose processes train one run together; found {jobs}")
     if config.align_options and len(methods) > 1:
         raise ConfigError(f"`align_options` belong to one method; found {len(methods)} methods")
     runs = [replace(config, align=method, seed=seed) for seed in seeds for method in methods]

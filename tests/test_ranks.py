@@ -1,0 +1,102 @@
+"""Training on two processes: the same as on one, and continued on one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradalign import _ranks
+from gradalign._checkpoint import load_checkpoint
+from gradalign._errors import ConfigError
+from gradalign.trainer import TrainConfig, train
+
+CLIPS = Path(__file__).parent / "data" / "clips"
+
+
+def config_of(out: Path, **changes) -> TrainConfig:
+    """Without dropout, whose random numbers are each process' own."""
+    settings = TrainConfig(
+        data=str(CLIPS),
+        out=str(out),
+        detector="light",
+        detector_options={"dropout": 0.0},
+        num_samples=8000,
+        batch_size=4,
+        epochs=3,
+        lr=1e-3,
+        threads=1,
+    )
+    return replace(settings, **changes)
+
+
+def torchrun(config: TrainConfig, num_ranks: int = 2) -> str:
+    """Train as a user does; returns what was printed."""
+    path = Path(config.out).with_suffix(".json")
+    path.write_text(config.to_json())
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
+    command += ["-m", "gradalign", "train", "--config", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Weights, losses and scores agree to 1e-5; conflicts and epochs exactly."""
+    ours, theirs = (load_checkpoint(folder / "checkpoint.pt") for folder in (found, expected))
+    for key, value in theirs["model"].items():
+        scale = float(value.abs().max()) or 1.0
+        assert float((ours["model"][key] - value).abs().max()) <= 1e-5 * scale, key
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (found, expected)]
+    for a, b in zip(*rows, strict=True):
+        for key in ("train_loss_clean", "train_loss_augmented", "dev_loss", "cosine_mean"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
+        assert a["conflict_rate"] == b["conflict_rate"]
+        assert a["steps"] == b["steps"]
+    scores = [(f / "scores_test.txt").read_text().split() for f in (found, expected)]
+    for a, b in zip(*(s[3::4] for s in scores), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("align", "path"), [("pcgrad", "split"), ("gradvac", "joint")])
+def test_two_processes_train_as_one_with_the_whole_batch(align, path, tmp_path):
+    one = train(config_of(tmp_path / "one", align=align, path=path), progress=False)
+    config = config_of(tmp_path / "two", align=align, path=path)
+    printed = torchrun(config)
+    assert printed.count("report:") == 1
+    assert_same_run(config.run_dir, one)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
+    one = train(config_of(tmp_path / "one"), progress=False)
+    config = config_of(tmp_path / "two", epochs=2)
+    torchrun(config)
+    assert len(load_checkpoint(config.run_dir / "checkpoint.pt")["rng_cpu"]) == 2
+    again = Path(shutil.copytree(config.run_dir, tmp_path / "two_again" / config.run_dir.name))
+    train(replace(config, epochs=3), progress=False)
+    assert_same_run(config.run_dir, one)
+    # And bit for bit with two, if it is killed there and goes on.
+    torchrun(replace(config, out=str(tmp_path / "two_again"), epochs=3))
+    assert_same_run(again, one)
+
+
+def test_more_processes_than_utterances_in_a_step(monkeypatch, tmp_path):
+    monkeypatch.setattr("gradalign.trainer.num_ranks", lambda: 8)
+    with pytest.raises(ConfigError, match="`batch_size` must be at least the number of processes, 8; found 4"):
+        train(config_of(tmp_path / "runs"), progress=False)
+
+
+def test_alone_everything_is_free():
+    value = torch.ones(2)
+    assert _ranks.rank() == 0
+    assert _ranks.add_up(value) is value
+    assert _ranks.gather("a") == ["a"]
+    assert _ranks.share([3, 4]) == [3, 4]
+    _ranks.wait()
+    _ranks.copy_first([value])
