@@ -516,39 +516,42 @@ class AlignedOptimizer(Optimizer):
         if sharded:
             paths = [_distributed.local(grads) for grads in paths]
 
-        # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
-        grams = {
-            present: _embed(
-                ops.gram([paths[k][n] for k in present for n in members], len(present), members, num_params),
-                present,
-                num_paths,
-            )
-            for present, members in subsets.items()
-        }
-        if self._averager is not None:
-            grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
-        elif sharded:
-            grams = {present: self._shards.sum(gram, merged, self._name) for present, gram in grams.items()}
-        gram = reduce(torch.add, grams.values())
+        each = self.scope == "parameter" and [*subsets] == [complete] and bool(self._weigh.name)
+        each = each and self._averager is None and not sharded and not self._exclude
+        if each:
+            gram, rho = self._align_each(paths)
+        else:
+            # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
+            grams = {
+                present: _embed(
+                    ops.gram([paths[k][n] for k in present for n in members], len(present), members, num_params),
+                    present,
+                    num_paths,
+                )
+                for present, members in subsets.items()
+            }
+            if self._averager is not None:
+                grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
+            elif sharded:
+                grams = {present: self._shards.sum(gram, merged, self._name) for present, gram in grams.items()}
+            gram = reduce(torch.add, grams.values())
         finite = gram.isfinite().all()
         if self.on_nonfinite == "raise" and not finite.item():
             raise FloatingPointError(self._describe_nonfinite(gram))
         books = self._allocate(gram, num_segments)
+        if not each:
+            weighed = grams.get(complete, torch.zeros_like(gram)) if self._weigh.partial == "apart" else gram
+            options = self._weigh_options(num_paths)
+            weights, rho = alignment.weigh(
+                self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
+            )
 
-        weighed = grams.get(complete, torch.zeros_like(gram)) if self._weigh.partial == "apart" else gram
-        options = dict(self._options)
-        if "order" in self._weigh.parameters and num_paths > 2:
-            options["order"] = alignment.random_order(num_paths, self._seed, books["steps"])
-        weights, rho = alignment.weigh(
-            self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
-        )
-
-        for present, members in subsets.items():
-            own = weights if present == complete else self._weigh.partial_weights(weights, present)
-            if self._exclude:
-                own = torch.where(self._is_excluded(segments, own), 1.0 / num_paths, own)
-            first, *others = ([paths[k][n] for n in members] for k in present)
-            ops.combine_(first, [grad for grads in others for grad in grads], own, [segments[n] for n in members])
+            for present, members in subsets.items():
+                own = weights if present == complete else self._weigh.partial_weights(weights, present)
+                if self._exclude:
+                    own = torch.where(self._is_excluded(segments, own), 1.0 / num_paths, own)
+                first, *others = ([paths[k][n] for n in members] for k in present)
+                ops.combine_(first, [grad for grads in others for grad in grads], own, [segments[n] for n in members])
 
         self._gram, self._nonfinite = gram, (~finite).float()
         if rho is not None:
@@ -559,6 +562,28 @@ class AlignedOptimizer(Optimizer):
         books["parameter_conflicts"] += _conflicts(gram) & finite
         if self._groups:
             books["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
+
+    def _align_each(self, paths: list[Gradients]) -> tuple[Tensor, Tensor | None]:
+        """Align each parameter on its own, while its gradients are in the cache; return Gram matrices and new rho."""
+        first, *others = paths
+        some = next(grad for grad in first if grad is not None)
+        books = self._allocate(some.new_empty(len(first), len(paths), len(paths)), len(first))
+        options = self._weigh_options(len(paths))
+        gram, rho = ops.align_(
+            first,
+            [grad for grads in others for grad in grads],
+            self._weigh.name,
+            books.get("rho"),
+            options.get("order"),
+            *alignment.kernel_options(options),
+        )
+        return gram, rho if "rho" in books else None
+
+    def _weigh_options(self, num_paths: int) -> dict[str, Any]:
+        options = dict(self._options)
+        if "order" in self._weigh.parameters and num_paths > 2:
+            options["order"] = alignment.random_order(num_paths, self._seed, self._books["steps"])
+        return options
 
     def _segments(self) -> tuple[list[int], int]:
         """The segment of each parameter, and how many there are; excluded parameters are the last, or one each."""

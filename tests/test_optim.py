@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradalign import alignment, detectors
+from gradalign import alignment, detectors, ops
 from gradalign.optim import AlignedOptimizer
 
 FIXTURE = Path(__file__).parent / "data" / "alignment_published.npz"
@@ -1206,3 +1206,41 @@ def test_sparse_gradients_are_refused():
         opt.path(),
     ):
         table(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad", "nashmtl"])
+@pytest.mark.parametrize("num_paths", [2, 3])
+def test_parameters_on_their_own_are_aligned_in_one_pass(method, num_paths, monkeypatch):
+    """The op `align_` where each parameter has every path's gradient, with what the three ops in turn give."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 4), (7,), (300,)]
+    steps = [[[torch.randn(s, generator=generator) for s in shapes] for _ in range(num_paths)] for _ in range(3)]
+
+    def run():
+        params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+        optimizer = AlignedOptimizer(torch.optim.SGD(params, lr=1.0), method=method, scope="parameter")
+        for paths in steps:
+            optimizer.zero_grad()
+            for grads in paths:
+                with optimizer.path():
+                    sum((p * g).sum() for p, g in zip(params, grads, strict=True)).backward()
+            optimizer.step()
+        return params, optimizer.stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "gram", None)
+        patch.setattr(ops, "combine_", None)
+        found, stats = run()
+
+    def in_turn(first, others, method, rho, order, *options):
+        count = len(first)
+        gram = ops.gram([*first, *others], num_paths, list(range(count)), count)
+        weights, rho = ops.weigh(gram, method, rho, order, *options)
+        ops.combine_(first, others, weights, list(range(count)))
+        return gram, rho
+
+    monkeypatch.setattr(ops, "align_", in_turn)
+    expected, expected_stats = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(stats.parameter_cosine, expected_stats.parameter_cosine)
+    assert stats.steps == 3
