@@ -25,8 +25,8 @@ import numpy as np
 
 from gradalign import figures, report
 from gradalign._files import atomic_path, write_text
+from gradalign.config import TrainConfig
 from gradalign.sweep import sweep
-from gradalign.trainer import TrainConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("none", "pcgrad", "gradvac", "cagrad")

@@ -36,8 +36,8 @@ def _train(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from gradalign._errors import GradalignError
+    from gradalign.config import TrainConfig
     from gradalign.sweep import sweep
-    from gradalign.trainer import TrainConfig
 
     config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
     given = {name: getattr(args, name) for name in ("data", "out", *(setting[0] for setting in _SETTINGS))}
@@ -114,7 +114,7 @@ def _score_files(model: Path, paths: Sequence[Path], output: Path, options: dict
 
 def _conflicts(args: argparse.Namespace) -> int:
     from gradalign import conflicts
-    from gradalign.trainer import TrainConfig
+    from gradalign.config import TrainConfig
 
     runs, measured = [], {}
     for path in args.sources:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gradalign._errors import ConfigError, GradalignError
-from gradalign.trainer import METHODS, TrainConfig, finished, open_split, train
+from gradalign.config import METHODS, TrainConfig
+from gradalign.trainer import finished, open_split, train
 
 
 def sweep(

@@ -11,6 +11,7 @@ import csv
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -21,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,190 +32,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradalign import _ranks, alignment
+from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign._files import remove_leftovers, write_text
+from gradalign.config import TrainConfig
+from gradalign.data import datasets
 from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, write_scores
-
-METHODS = tuple(alignment.METHODS)
-"""What ``align`` can be; ``none`` and ``mean`` are plain training on the mean of both views' losses."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a training run.
-
-    Data are either a folder in corpus layout (``data``) or one protocol and one audio folder per split.
-
-    Attributes:
-        data: folder with ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, as `gradalign corpus build`
-            writes it; None: the six paths below.
-        train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
-            missing.
-        train_audio, dev_audio, test_audio: folder of each split's audio files, named by utterance.
-        out: folder of the runs; the run's own folder is ``out/<align>-seed<seed>``.
-        align: none | pcgrad | gradvac | cagrad | another of `METHODS`.
-        align_options: keywords of the method (``beta`` of GradVac, ``c`` of CAGrad, ...).
-        path: split (one view after the other: less work and half the memory) | joint (both in one batch, as published).
-        scope: model (one Gram matrix, as published) | parameter (one for each parameter tensor).
-        seed: decides initial weights, order, crops and augmentation.
-        detector: name in `gradalign.detectors`.
-        detector_options: keywords of the detector.
-        algo: RawBoost algorithm 0..8 of the augmented view.
-        rawboost: further `RawBoostConfig` parameters by name.
-        sample_rate: of the detector's input, Hz.
-        resample: convert audio of another sample rate; otherwise such a file is an error.
-        num_samples: length of the detector's input; longer audio is cropped, shorter repeated.
-        crop: random | start: where longer training audio is cropped (dev and test: always at its start).
-        batch_size: utterances in a step; each is seen in both views.
-        epochs: at most this many.
-        patience: stop after this many epochs without a lower dev loss; 0: never.
-        optimizer: adam | adamw | sgd (momentum 0.9).
-        lr, weight_decay: of the optimizer.
-        class_weights: of the cross-entropy, [spoof, bona fide].
-        amp: off | bf16 | fp16 (with loss scaling): the type of the forward pass under autocast.
-        device: as PyTorch names it, or auto (a GPU where there is one).
-        threads: CPU threads of PyTorch; 0 leaves its own choice.
-        num_workers: processes that read audio ahead; 0 reads in the training process.
-        cache_mb: memory for decoded audio, so that files are decoded once; without effect where num_workers > 0.
-        checkpoint_steps: write a checkpoint every so many steps too, not only at the end of an epoch; 0: only there.
-        skip_bad: leave out and list audio files that cannot be read, instead of stopping.
-    """
-
-    data: str | None = None
-    train_protocol: str | None = None
-    dev_protocol: str | None = None
-    test_protocol: str | None = None
-    train_audio: str | None = None
-    dev_audio: str | None = None
-    test_audio: str | None = None
-    out: str = "runs"
-    align: str = "pcgrad"
-    align_options: dict[str, Any] = field(default_factory=dict)
-    path: str = "split"
-    scope: str = "model"
-    seed: int = 0
-    detector: str = "aasist"
-    detector_options: dict[str, Any] = field(default_factory=dict)
-    algo: int = 4
-    rawboost: dict[str, Any] = field(default_factory=dict)
-    sample_rate: int = 16000
-    resample: bool = False
-    num_samples: int = 64600
-    crop: str = "random"
-    batch_size: int = 24
-    epochs: int = 50
-    patience: int = 7
-    optimizer: str = "adam"
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    class_weights: tuple[float, float] = (0.1, 0.9)
-    amp: str = "off"
-    device: str = "auto"
-    threads: int = 0
-    num_workers: int = 0
-    cache_mb: int = 1024
-    checkpoint_steps: int = 0
-    skip_bad: bool = False
-
-    def __post_init__(self) -> None:
-        choices = {
-            "align": METHODS,
-            "path": ("split", "joint"),
-            "scope": ("model", "parameter"),
-            "crop": ("random", "start"),
-            "optimizer": ("adam", "adamw", "sgd"),
-            "amp": ("off", "bf16", "fp16"),
-        }
-        for f in fields(self):
-            value = getattr(self, f.name)
-            kind = str(f.type).removesuffix(" | None")
-            if value is None and "None" in str(f.type):
-                continue
-            if kind.startswith("tuple"):
-                ok = (
-                    isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
-                )
-                _expect(ok, f.name, "two numbers above 0", value)
-                object.__setattr__(self, f.name, (float(value[0]), float(value[1])))
-            elif kind.startswith("dict"):
-                _expect(
-                    isinstance(value, dict) and all(isinstance(k, str) for k in value),
-                    f.name,
-                    "a dict with names as keys",
-                    value,
-                )
-            elif kind == "bool":
-                _expect(isinstance(value, bool), f.name, "true or false", value)
-            elif kind == "int":
-                _expect(isinstance(value, int) and not isinstance(value, bool), f.name, "a whole number", value)
-            elif kind == "float":
-                _expect(_is_number(value) and value >= 0, f.name, "a finite number, 0 or above", value)
-                object.__setattr__(self, f.name, float(value))
-            else:
-                _expect(isinstance(value, str), f.name, "a string", value)
-            if f.name in choices:
-                _expect(value in choices[f.name], f.name, "one of " + ", ".join(choices[f.name]), value)
-        for name in ("sample_rate", "num_samples", "batch_size", "epochs"):
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("seed", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps"):
-            _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _expect(0 <= self.algo <= 8, "algo", "one of 0..8", self.algo)
-
-    def to_json(self) -> str:
-        """The configuration as a JSON object, one field a line."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> TrainConfig:
-        """Build from a dict; ``source`` is named in errors.
-
-        Raises:
-            ConfigError: for an unknown name, a wrong type or a value out of range.
-
-        >>> TrainConfig.from_dict({"data": "corpus", "algo": 5}).algo
-        5
-        """
-        names = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ConfigError(f"{source}: unknown setting {', '.join(map(repr, unknown))}; expected {', '.join(names)}")
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> TrainConfig:
-        """Read a file that `to_json` wrote; settings it lacks are defaults. Raises ConfigError naming the file."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: expected JSON; found: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object; found {type(values).__name__}")
-        return cls.from_dict(values, str(path))
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's own folder."""
-        return Path(self.out) / f"{self.align}-seed{self.seed}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _expect(ok: bool, name: str, expected: str, found: Any) -> None:
-    if not ok:
-        raise ConfigError(f"`{name}` must be {expected}; found {found!r}")
 
 
 def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
@@ -317,6 +148,8 @@ def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
 
     Raises DataError for a wrong protocol or packed folder, or where train or dev lack one of the classes.
     """
+    if config.data is not None and config.dataset != "corpus":
+        return _open_dataset(config, config.dataset, config.data, split)
     if config.data is not None and is_packed(config.data):
         return _open_packed_split(config, Path(config.data), split)
     source = split_source(config, split)
@@ -330,6 +163,29 @@ def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
     return SpeechDataset(
         utterances,
         source[1],
+        sample_rate=config.sample_rate,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        random_crop=split == "train" and config.crop == "random",
+        resample=config.resample,
+        cache_mb=config.cache_mb,
+    )
+
+
+def _open_dataset(config: TrainConfig, name: str, root: str, split: str) -> SpeechDataset | None:
+    """A subset of a public data set; None for a test subset that it does not have."""
+    try:
+        known = datasets.subsets(name, root)
+    except ValueError as error:
+        raise ConfigError(f"dataset: {error}") from None
+    if split == "test" and split not in known:
+        return None
+    utterances = datasets.read_dataset(name, root, split, allow_missing=config.skip_bad)
+    if split in ("train", "dev"):
+        _expect_both_classes(Path(root), utterances)
+    return SpeechDataset(
+        utterances,
+        root,
         sample_rate=config.sample_rate,
         num_samples=config.num_samples,
         seed=config.seed,
@@ -362,28 +218,56 @@ def _expect_both_classes(source: Path, utterances: list[Utterance]) -> None:
             raise DataError(f"{source}: expected both bonafide and spoof utterances; found no {name}")
 
 
-def make_boost(config: TrainConfig) -> RawBoost:
-    """The augmentation of a run. Raises ConfigError for parameters RawBoost does not take."""
+View = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(wave [B, T], length int64 [B] before an utterance repeats itself, seeds int64 [B]) -> what a path sees [B, T]."""
+
+
+def make_views(config: TrainConfig) -> list[View]:
+    """What the paths of a run see. Raises ConfigError for a view or RawBoost parameters that are not there."""
+    return [_make_view(config, name) for name in config.views]
+
+
+def _make_view(config: TrainConfig, name: str) -> View:
+    if name == "clean":
+        return lambda wave, length, seed: wave
+    kind, _, detail = name.partition(":")
+    if kind == "rawboost":
+        try:
+            return partial(augmented_view, RawBoost(int(detail or config.algo), config.sample_rate, **config.rawboost))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"views: {name}: {error}") from None
     try:
-        return RawBoost(config.algo, config.sample_rate, **config.rawboost)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"rawboost: {error}") from None
+        function = getattr(importlib.import_module(kind), detail)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"`views` must name clean, rawboost, rawboost:ALGO or module:function; found {name!r} ({error})"
+        ) from None
+
+    def view(wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
+        seen = function(wave, seed.to(wave.device))
+        if not isinstance(seen, Tensor) or seen.shape != wave.shape:
+            found = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+            raise ConfigError(f"view {name} must return {list(wave.shape)}, as it gets; found {found}")
+        return seen
+
+    return view
 
 
 def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the steps of a run's epoch see, on its device: (clean [B, T], augmented [B, T], labels int64 [B]) a step.
+    """What the steps of a run's epoch see, on its device: the first and the second view [B, T], labels int64 [B].
 
     Raises as `train` does where data or audio are not as expected.
     """
-    data, boost, device = _train_and_dev(config)[0], make_boost(config), choose_device(config.device)
+    data, views, device = _train_and_dev(config)[0], make_views(config), choose_device(config.device)
     data.set_epoch(epoch)
     plan = epoch_plan(len(data), config.batch_size, config.seed, epoch)
     for batch in load_batches(data, plan, num_workers=config.num_workers):
         if batch.bad and not config.skip_bad:
             raise AudioError(batch.bad[0][1])
         if len(batch.row):
-            clean = batch.wave.to(device)
-            yield clean, augmented_view(boost, clean, batch.length, batch.seed), batch.label.to(device)
+            wave = batch.wave.to(device)
+            first, second = (view(wave, batch.length, batch.seed) for view in views[:2])
+            yield first, second, batch.label.to(device)
 
 
 def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
@@ -396,8 +280,8 @@ def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 # What may differ when a run goes on: where things are, how fast they are read, and how long it lasts.
 _FREE_TO_CHANGE = {
-    "data", "train_protocol", "dev_protocol", "test_protocol", "train_audio", "dev_audio", "test_audio", "out",
-    "epochs", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps",
+    "data", "train_protocol", "dev_protocol", "test_protocol", "train_audio", "dev_audio", "test_audio", "test_sets",
+    "out", "epochs", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps", "tensorboard",
 }  # fmt: skip
 
 
@@ -435,7 +319,7 @@ class _Training:
         self.test_data = open_split(config, "test")
         if self.test_data is not None:
             _expect_disjoint(train=self.train_data, dev=self.dev_data, test=self.test_data)
-        self.boost = make_boost(config)
+        self.views = make_views(config)
         torch.manual_seed(config.seed)
         try:
             model = detectors.create(config.detector, **config.detector_options)
@@ -444,6 +328,7 @@ class _Training:
         if num_ranks() > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.optimizer = _make_optimizer(config, self.model, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss(config)
@@ -529,27 +414,32 @@ class _Training:
     def _step(self, batch: Batch, total: Tensor) -> Tensor:
         """One step, without waiting for the device; ``total`` is the class weights' sum over all processes' labels.
 
-        Returns float64 [4]: this process' part of the clean and the augmented loss, the cosine between their gradients,
-        and 1 for a step that was taken, 0 for one that was skipped.
+        Returns float64 [4]: this process' part of the first view's loss and of the others' mean loss, the smallest
+        cosine between any two views' gradients, and 1 for a step that was taken, 0 for one that was skipped.
         """
         optimizer, scaler = self.optimizer, self.scaler
         labels = batch.label.to(self.device, non_blocking=True)
-        clean = batch.wave.to(self.device, non_blocking=True)
-        augmented = augmented_view(self.boost, clean, batch.length, batch.seed)
+        wave = batch.wave.to(self.device, non_blocking=True)
+        seen = [view(wave, batch.length, batch.seed) for view in self.views]
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         optimizer.zero_grad()
-        losses = [clean.new_zeros(())] * 2
+        losses = [wave.new_zeros(()) for _ in seen]
+        # None of this process' files could be read: the others' gradients are the step's.
+        size = max(1, -(-len(labels) // self.config.accumulate))
+        parts = labels.split(size) if len(labels) else ()
         if self.config.path == "split":
-            for k, view in enumerate((clean, augmented)):
+            for k, view in enumerate(seen):
                 with optimizer.path():
-                    # None of this process' files could be read: the others' gradients are the step's.
-                    if len(labels):
-                        losses[k] = self._step_loss(self._logits(view), labels, total)
-                        scaler.scale(losses[k]).backward()
+                    for own, part in zip(view.split(size), parts, strict=False):
+                        loss = self._step_loss(self._logits(own), part, total)
+                        scaler.scale(loss).backward()
+                        losses[k] += loss.detach()
         else:
-            logits = self._logits(torch.cat([clean, augmented]))
-            losses = [self._step_loss(part, labels, total) for part in logits.split(len(labels))]
-            optimizer.backward([scaler.scale(loss) for loss in losses])
+            for *own, part in zip(*(view.split(size) for view in seen), parts, strict=False):
+                logits = self._logits(torch.cat(own)).split(len(part))
+                found = [self._step_loss(one, part, total) for one in logits]
+                optimizer.backward([scaler.scale(loss) for loss in found])
+                losses = [total_loss + loss.detach() for total_loss, loss in zip(losses, found, strict=True)]
         optimizer.align()
         cosine = optimizer.cosine
         assert cosine is not None
@@ -560,13 +450,16 @@ class _Training:
         for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
             # The forward passes have moved running statistics, perhaps to NaN: a skipped step leaves no trace at all.
             buffer.copy_(torch.where(taken, buffer, kept))
-        parts = [loss.detach().double() / num_ranks() for loss in losses]
-        return torch.stack([*parts, cosine[0, 1], taken.double()])
+        reference, *others = (loss.double() / num_ranks() for loss in losses)
+        pairs = torch.ones_like(cosine).triu(1) > 0
+        return torch.stack([reference, torch.stack(others).mean(), cosine[pairs].min(), taken.double()])
 
     def _step_loss(self, logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """The loss whose mean over the processes is that of the whole step."""
         loss = self.criterion(logits, labels)
-        return loss if num_ranks() == 1 else loss * (num_ranks() * self.class_weights[labels].sum() / total)
+        if num_ranks() == 1 and self.config.accumulate == 1:
+            return loss
+        return loss * (num_ranks() * self.class_weights[labels].sum() / total)
 
     def _book(self, steps: list[Tensor]) -> None:
         at = self.at
@@ -581,8 +474,7 @@ class _Training:
 
     def _logits(self, wave: Tensor) -> Tensor:
         with autocast(self.device, self.config.amp):
-            logits: Tensor = self.model(wave)
-        return logits
+            return self.forward(wave)
 
     def _close_epoch(self) -> None:
         config, at = self.config, self.at
@@ -620,23 +512,56 @@ class _Training:
         at.history.append(row)
         if loss is not None and loss < at.best_loss:
             at.best_epoch, at.best_loss = at.epoch, loss
-            if self.first:
-                save_checkpoint(
-                    self.run / "best.pt",
-                    {"config": _plain(config), "model": self.model.state_dict(), "epoch": at.epoch, "dev_loss": loss},
-                )
+        self._keep_weights(loss)
         self._save()
         self._write_metrics()
+        if config.tensorboard and self.first:
+            self._write_tensorboard(row)
         if skipped:
             self._say(f"epoch {at.epoch}: {int(skipped)} steps skipped: losses or gradients that are not finite")
         if self.on_epoch is not None:
             self.on_epoch(row)
 
+    def _best_epochs(self) -> list[int]:
+        """The epochs with the lowest dev losses, as many as are averaged, best first."""
+        rows = [row for row in self.at.history if row["dev_loss"] is not None]
+        rows.sort(key=lambda row: (row["dev_loss"], row["epoch"]))
+        return [row["epoch"] for row in rows[: self.config.average_best]]
+
+    def _keep_weights(self, loss: float | None) -> None:
+        """Keep the weights of the epoch that has ended while it is among the best."""
+        if not self.first:
+            return
+        best = self._best_epochs()
+        if self.at.epoch in best:
+            weights = {"model": self.model.state_dict(), "epoch": self.at.epoch, "dev_loss": loss}
+            save_checkpoint(self._weights_of(self.at.epoch), {"config": _plain(self.config), **weights})
+        kept = {self._weights_of(epoch) for epoch in best}
+        for path in self.run.glob("best-*.pt"):
+            if path not in kept:
+                path.unlink()
+
+    def _weights_of(self, epoch: int) -> Path:
+        return self.run / ("best.pt" if self.config.average_best == 1 else f"best-{epoch:03d}.pt")
+
+    def _average_weights(self) -> None:
+        """Write best.pt, the mean of the best epochs' weights (of whole numbers, the best epoch's)."""
+        epochs = self._best_epochs()
+        found = [load_checkpoint(self._weights_of(epoch), keys=("model", "epoch")) for epoch in epochs]
+        mean = dict(found[0]["model"])
+        for name, value in mean.items():
+            if value.is_floating_point():
+                total = sum(one["model"][name].double() for one in found)
+                mean[name] = (total / len(found)).to(value.dtype)
+        save_checkpoint(self.run / "best.pt", {**found[0], "model": mean, "averaged_epochs": epochs})
+
     def finish(self) -> None:
-        """Score dev and test with the best weights and write the results."""
+        """Score dev, test and further test sets with the best weights and write the results."""
         at = self.at
         if not at.best_epoch:
             raise GradalignError(f"{self.run}: the dev loss was never finite; a lower `lr` or `amp` off may help")
+        if self.config.average_best > 1 and self.first:
+            self._average_weights()
         _ranks.wait()
         best = load_checkpoint(self.run / "best.pt", keys=("model", "epoch"))
         if best["epoch"] != at.best_epoch:
@@ -666,11 +591,24 @@ class _Training:
                 if self.first:
                     write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
                 results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
+        for name, test in self.config.test_sets.items():
+            results.setdefault("test_sets", {})[name] = self._score_set(name, **test)
         self._write_conflict_map()
         results["bad_files"] = len(at.bad)
         if at.bad:
             self._write("skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
         self._write("results.json", json.dumps(results, indent=2) + "\n")
+
+    def _score_set(self, name: str, dataset: str, data: str, subset: str = "test") -> dict[str, Any]:
+        """Score a further test set; returns its errors."""
+        opened = _open_dataset(self.config, dataset, data, subset)
+        if opened is None:
+            raise ConfigError(f"test_sets.{name}: {dataset} must have the subset {subset!r}; found none")
+        logits, bad = self._predict(opened, f"{self.run.name} {name}")
+        expect_finite(logits, bad, opened)
+        if self.first:
+            write_scores(self.run / f"scores_{name}.txt", opened.utterances, scores_of(logits))
+        return _errors(opened.utterances, scores_of(logits), set())
 
     def _write_conflict_map(self) -> None:
         stats = self.optimizer.stats
@@ -768,6 +706,16 @@ class _Training:
         self._write("metrics.csv", table.getvalue())
         steps = [f"{i},{'' if math.isnan(c) else format(c, '.9g')}\n" for i, c in enumerate(at.cosines, start=1)]
         self._write("steps.csv", "step,cosine\n" + "".join(steps))
+
+    def _write_tensorboard(self, row: dict[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"`tensorboard` needs `pip install tensorboard` ({error})") from None
+        with SummaryWriter(str(self.run / "tensorboard")) as writer:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, row["steps"])
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 import soundfile
 
 from gradalign import cli, evaluation
+from gradalign.config import TrainConfig
 from gradalign.data import datasets
-from gradalign.trainer import TrainConfig
 
 COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
 COMMANDS += ["pack", "report", "info"]

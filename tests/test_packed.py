@@ -15,6 +15,7 @@ import torch
 
 from gradalign import cli
 from gradalign._checkpoint import load_checkpoint
+from gradalign.config import TrainConfig
 from gradalign.data import (
     AudioError,
     DataError,
@@ -27,7 +28,7 @@ from gradalign.data import (
     packed_splits,
 )
 from gradalign.data.packed import verify
-from gradalign.trainer import TrainConfig, open_split, train
+from gradalign.trainer import open_split, train
 
 # One sample, shorter than, as long as and longer than the crop of 1000.
 LENGTHS = [400, 1, 1000, 4000, 1001, 2500, 999]

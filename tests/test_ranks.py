@@ -14,7 +14,8 @@ import torch
 from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import ConfigError
-from gradalign.trainer import TrainConfig, train
+from gradalign.config import TrainConfig
+from gradalign.trainer import train
 
 CLIPS = Path(__file__).parent / "data" / "clips"
 

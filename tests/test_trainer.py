@@ -19,11 +19,12 @@ import torch
 from gradalign import _files
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
+from gradalign.config import METHODS, TrainConfig
 from gradalign.data import SpeechDataset, fit_length, read_protocol
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import load_detector, predict, score_files, score_protocol, scores_of
 from gradalign.sweep import sweep
-from gradalign.trainer import METHODS, TrainConfig, augmented_view, train, training_views
+from gradalign.trainer import augmented_view, train, training_views
 
 SPLITS = {"train": (16, ("tts",)), "dev": (8, ("tts",)), "test": (12, ("tts", "vc"))}
 
@@ -562,7 +563,8 @@ def test_a_full_disk_is_one_error_and_the_old_checkpoint_stays(config, monkeypat
 
 LITTLE_SPACE = """
 import resource, sys
-from gradalign.trainer import TrainConfig, train
+from gradalign.config import TrainConfig
+from gradalign.trainer import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     train(TrainConfig.from_json(sys.argv[1]), progress=False)

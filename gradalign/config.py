@@ -1,0 +1,297 @@
+"""What decides a training run: `TrainConfig`, and how it is read from a file and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gradalign import alignment
+from gradalign._errors import ConfigError
+
+METHODS = tuple(alignment.METHODS)
+"""What ``align`` can be; ``none`` and ``mean`` are plain training on the mean of both views' losses."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Data are either a data set (``dataset`` and the folder ``data``) or one protocol and one audio folder per split.
+
+    Attributes:
+        dataset: name of a data set in `gradalign.data.datasets`. "corpus" is the layout that `gradalign corpus build`
+            writes, ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, or a folder that `gradalign pack`
+            wrote.
+        data: folder of the data set; None: the six paths below.
+        test_sets: further data sets to score at the end: from a name for it to ``dataset``, ``data`` and, where it is
+            not "test", ``subset``.
+        train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
+            missing.
+        train_audio, dev_audio, test_audio: folder of each split's audio files, named by utterance.
+        out: folder of the runs; the run's own folder is ``out/<align>-seed<seed>``.
+        align: none | pcgrad | gradvac | cagrad | another of `METHODS`.
+        align_options: keywords of the method (``beta`` of GradVac, ``c`` of CAGrad, ...).
+        path: split (one view after the other: less work and half the memory) | joint (both in one batch, as published).
+        scope: model (one Gram matrix, as published) | parameter (one for each parameter tensor).
+        seed: decides initial weights, order, crops and augmentation.
+        detector: name in `gradalign.detectors`.
+        detector_options: keywords of the detector.
+        algo: RawBoost algorithm 0..8 of the augmented view.
+        views: what the paths see, two or more: "clean", "rawboost" (by ``algo``), "rawboost:5" (by another), or
+            "module:function" for a callable (wave [B, T], seeds int64 [B]) -> wave.
+        rawboost: further `RawBoostConfig` parameters by name.
+        sample_rate: of the detector's input, Hz.
+        resample: convert audio of another sample rate; otherwise such a file is an error.
+        num_samples: length of the detector's input; longer audio is cropped, shorter repeated.
+        crop: random | start: where longer training audio is cropped (dev and test: always at its start).
+        batch_size: utterances in a step, over all processes; each is seen in every view.
+        accumulate: parts in which a step's batch goes through the detector, one after the other, to save memory.
+        epochs: at most this many.
+        patience: stop after this many epochs without a lower dev loss; 0: never.
+        average_best: score with the mean weights of so many epochs with the lowest dev losses.
+        optimizer: adam | adamw | sgd (momentum 0.9).
+        lr, weight_decay: of the optimizer.
+        class_weights: of the cross-entropy, [spoof, bona fide].
+        amp: off | bf16 | fp16 (with loss scaling): the type of the forward pass under autocast.
+        compile: compile the detector with torch.compile.
+        device: as PyTorch names it, or auto (a GPU where there is one).
+        threads: CPU threads of PyTorch; 0 leaves its own choice.
+        num_workers: processes that read audio ahead; 0 reads in the training process.
+        cache_mb: memory for decoded audio, so that files are decoded once; without effect where num_workers > 0.
+        checkpoint_steps: write a checkpoint every so many steps too, not only at the end of an epoch; 0: only there.
+        tensorboard: write the metrics for TensorBoard too, into the run's folder.
+        skip_bad: leave out and list audio files that cannot be read, instead of stopping.
+    """
+
+    data: str | None = None
+    dataset: str = "corpus"
+    test_sets: dict[str, Any] = field(default_factory=dict)
+    train_protocol: str | None = None
+    dev_protocol: str | None = None
+    test_protocol: str | None = None
+    train_audio: str | None = None
+    dev_audio: str | None = None
+    test_audio: str | None = None
+    out: str = "runs"
+    align: str = "pcgrad"
+    align_options: dict[str, Any] = field(default_factory=dict)
+    path: str = "split"
+    scope: str = "model"
+    seed: int = 0
+    detector: str = "aasist"
+    detector_options: dict[str, Any] = field(default_factory=dict)
+    algo: int = 4
+    views: list[str] = field(default_factory=lambda: ["clean", "rawboost"])
+    rawboost: dict[str, Any] = field(default_factory=dict)
+    sample_rate: int = 16000
+    resample: bool = False
+    num_samples: int = 64600
+    crop: str = "random"
+    batch_size: int = 24
+    accumulate: int = 1
+    epochs: int = 50
+    patience: int = 7
+    average_best: int = 1
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    class_weights: tuple[float, float] = (0.1, 0.9)
+    amp: str = "off"
+    compile: bool = False
+    device: str = "auto"
+    threads: int = 0
+    num_workers: int = 0
+    cache_mb: int = 1024
+    checkpoint_steps: int = 0
+    tensorboard: bool = False
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "align": METHODS,
+            "path": ("split", "joint"),
+            "scope": ("model", "parameter"),
+            "crop": ("random", "start"),
+            "optimizer": ("adam", "adamw", "sgd"),
+            "amp": ("off", "bf16", "fp16"),
+        }
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind = str(f.type).removesuffix(" | None")
+            if value is None and "None" in str(f.type):
+                continue
+            if kind.startswith("tuple"):
+                ok = (
+                    isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
+                )
+                _expect(ok, f.name, "two numbers above 0", value)
+                object.__setattr__(self, f.name, (float(value[0]), float(value[1])))
+            elif kind.startswith("list"):
+                _expect(
+                    isinstance(value, list) and all(isinstance(v, str) for v in value), f.name, "a list of names", value
+                )
+            elif kind.startswith("dict"):
+                _expect(
+                    isinstance(value, dict) and all(isinstance(k, str) for k in value),
+                    f.name,
+                    "a dict with names as keys",
+                    value,
+                )
+            elif kind == "bool":
+                _expect(isinstance(value, bool), f.name, "true or false", value)
+            elif kind == "int":
+                _expect(isinstance(value, int) and not isinstance(value, bool), f.name, "a whole number", value)
+            elif kind == "float":
+                _expect(_is_number(value) and value >= 0, f.name, "a finite number, 0 or above", value)
+                object.__setattr__(self, f.name, float(value))
+            else:
+                _expect(isinstance(value, str), f.name, "a string", value)
+            if f.name in choices:
+                _expect(value in choices[f.name], f.name, "one of " + ", ".join(choices[f.name]), value)
+        for name in ("sample_rate", "num_samples", "batch_size", "epochs", "accumulate", "average_best"):
+            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("seed", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps"):
+            _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _expect(0 <= self.algo <= 8, "algo", "one of 0..8", self.algo)
+        _expect(len(self.views) >= 2, "views", "at least two", self.views)
+        _expect(
+            self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of {self.batch_size}", self.accumulate
+        )
+        for name, test in self.test_sets.items():
+            ok = isinstance(test, dict) and {"dataset", "data"} <= set(test) <= {"dataset", "data", "subset"}
+            _expect(ok, f"test_sets.{name}", "a section with dataset, data and perhaps subset", test)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, one field a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> TrainConfig:
+        """Build from a dict; ``source`` is named in errors.
+
+        Raises:
+            ConfigError: for an unknown name, a wrong type or a value out of range.
+
+        >>> TrainConfig.from_dict({"data": "corpus", "algo": 5}).algo
+        5
+        """
+        names = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ConfigError(f"{source}: unknown setting {', '.join(map(repr, unknown))}; expected {', '.join(names)}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrainConfig:
+        """Read a file that `to_json` wrote; settings it lacks are defaults. Raises ConfigError naming the file."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: expected JSON; found: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object; found {type(values).__name__}")
+        return cls.from_dict(values, str(path))
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder."""
+        return Path(self.out) / f"{self.align}-seed{self.seed}"
+
+
+# ---- files and overrides -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One configuration, and the methods and seeds with which it is trained.
+
+    Attributes:
+        config: all settings; its ``align`` and ``seed`` are the first of the lists.
+        methods, seeds: one run for each combination.
+        jobs: runs at the same time.
+    """
+
+    config: TrainConfig
+    methods: list[str]
+    seeds: list[int]
+    jobs: int = 1
+
+
+def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a YAML (or JSON) file of settings by the names of `TrainConfig`.
+
+    ``align`` and ``seed`` may be lists, ``jobs`` says how many runs go on at the same time, and the section ``data``
+    may hold the data set's ``name`` and ``root``.
+
+    Args:
+        path: the file.
+        overrides: ``key=value`` each, the value in YAML; a dotted key reaches into a section (``data.root=/data``).
+
+    Raises:
+        ConfigError: naming the file and the setting, with what was expected and found.
+        FileNotFoundError: when the file is not there.
+        ImportError: without PyYAML.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs `pip install 'gradalign[train]'`") from None
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes 1e-6 for a string; nobody who writes a learning rate does."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+    def parse(text: str, source: str) -> Any:
+        try:
+            return yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source}: expected YAML; found: {' '.join(str(error).split())}") from None
+
+    values = parse(Path(path).read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected settings by name; found {type(values).__name__}")
+    if isinstance(values.get("data"), str):
+        values["data"] = {"root": values["data"]}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected key=value; found {override!r}")
+        *sections, name = {"data": "data.root", "dataset": "data.name"}.get(key, key).split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{override}: expected `{section}` to be a section; found {target!r}")
+        target[name] = parse(text, override)
+    source = values.pop("data", {})
+    if set(source) - {"name", "root"}:
+        raise ConfigError(f"{path}: `data` must hold name and root; found {', '.join(map(str, source))}")
+    values |= {ours: source[name] for name, ours in (("name", "dataset"), ("root", "data")) if name in source}
+    methods, seeds, jobs = values.pop("align", "pcgrad"), values.pop("seed", 0), values.pop("jobs", 1)
+    methods, seeds = ([v] if not isinstance(v, list) else v for v in (methods, seeds))
+    if not methods or not seeds or not isinstance(jobs, int):
+        raise ConfigError(
+            f"{path}: `align` and `seed` must name at least one each, `jobs` a number; found {methods}, {seeds}, {jobs}"
+        )
+    config = TrainConfig.from_dict({**values, "align": methods[0], "seed": seeds[0]}, str(path))
+    return Sweep(config, methods, seeds, jobs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _expect(ok: bool, name: str, expected: str, found: Any) -> None:
+    if not ok:
+        raise ConfigError(f"`{name}` must be {expected}; found {found!r}")
