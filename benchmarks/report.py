@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_WORKLOAD = ("detector", "parameters", "paths", "utterances", "batch", "samples", "algo", "workers")
+_WORKLOAD = (
+    *("detector", "parameters", "method", "paths", "segments"),
+    *("utterances", "batch", "samples", "algo", "workers"),
+)
 
 
 def describe(entry: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ struct WeighOptions {
 };
 
 // The same numbers as in alignment.py.
-constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kVanishing = 1e-12, kNashRidge = 1e-10;
+constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kNothing = 1e-7, kVanishing = 1e-12, kNashRidge = 1e-10;
 constexpr int kNashRounds = 16, kNashSearch = 4, kJacobiSweeps = 12;
 
 GRADALIGN_HD double larger(double a, double b) { return a > b ? a : b; }
@@ -49,7 +49,7 @@ GRADALIGN_HD double exact_step(double slope, double k, double alpha, double beta
 
 // How much of path j path i gains when it meets it with this inner product, and the target that is left.
 GRADALIGN_HD double pull_up(double norm_i, double norm_j, double inner, double& rho, const WeighOptions& o) {
-  const double cosine = smaller(larger(inner / larger(norm_i * norm_j, kTiny), -1.0), 1.0);
+  const double cosine = norm_i > 0 ? smaller(larger(inner / larger(norm_i * norm_j, kTiny), -1.0), 1.0) : 0.0;
   const double old = rho, target = smaller(old, kMaxTarget);
   const double sine = root(1 - cosine * cosine), target_sine = sqrt(1 - target * target);
   if (o.always || cosine > 0) rho = old + o.beta * (cosine - old);
@@ -216,7 +216,12 @@ GRADALIGN_HD void meet(int n, const Numbers& gram, const int64_t* order, double*
         if (inner < 0) row[j] -= inner / larger(gram[j * n + j], kTiny);
         continue;
       }
-      const double norm_i = sqrt(quadratic(n, gram, row, 0, product)), norm_j = sqrt(gram[j * n + j]);
+      double norm_i = sqrt(quadratic(n, gram, row, 0, product)), sum = 0;
+      const double norm_j = sqrt(gram[j * n + j]);
+      GRADALIGN_LOOP
+      for (int k = 0; k < n; ++k) sum += fabs(row[k]) * sqrt(gram[k * n + k]);
+      // Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
+      if (!(norm_i > kNothing * sum)) norm_i = 0;
       row[j] += pull_up(norm_i, norm_j, product[j], targets[i * n + j], o);
     }
     GRADALIGN_LOOP

@@ -39,6 +39,8 @@ JACOBI_SWEEPS = 10
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
+# Of the lengths that were added up to a path: a shorter sum is rounding.
+_NOTHING = 1e-7
 # GradVac's rate by variant.
 _BETA = {"dual_path": 0.5, "paper": 0.01}
 
@@ -125,9 +127,11 @@ def gradvac(
     for met, others in steps:
         products = rows @ gram
         norm_i = (products * rows).sum(-1).clamp_min(0.0).sqrt()
+        # Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
+        norm_i = torch.where(norm_i > _NOTHING * (rows.abs() * norms[..., None, :]).sum(-1), norm_i, 0.0)
         norm_j = (norms[..., None, :] * met).sum(-1)
-        # Of a path that was pulled to nothing, rounding is all that is left.
         cosine = ((products * met).sum(-1) / (norm_i * norm_j).clamp_min(_TINY)).clamp(-1.0, 1.0)
+        cosine = torch.where(norm_i > 0, cosine, 0.0)
         old = (rho * met).sum(-1)
         target = old.clamp_max(_MAX_TARGET)
         sine, target_sine = (1 - cosine.square()).clamp_min(0.0).sqrt(), (1 - target.square()).sqrt()

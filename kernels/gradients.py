@@ -338,6 +338,7 @@ def gram_finish_kernel(
 def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexpr):
     """GradVac: the multiple of g_j that path i gains, and the target that is left."""
     cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
+    cosine = tl.where(norm_i > 0, cosine, 0.0)
     target = tl.minimum(rho, 1.0 - 1e-6)
     sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
     target_sine = tl.sqrt(1 - target * target)
@@ -487,8 +488,11 @@ def weigh_kernel(
             tl.store(targets + segment, old, mask=own)
     else:
         # PCGrad and GradVac: each path meets the others in its order.
-        for _ in tl.static_range(NUM_PATHS):
+        lengths = ()
+        for k in tl.static_range(NUM_PATHS):
             total = total + (tl.zeros([BLOCK], tl.float64),)
+            if METHOD == "gradvac":
+                lengths = lengths + (tl.sqrt(tl.load(matrix + k * NUM_PATHS + k, mask=good, other=1.0)),)
         for i in range(NUM_PATHS):
             row = ()
             for k in tl.static_range(NUM_PATHS):
@@ -509,12 +513,16 @@ def weigh_kernel(
                     if rho is not None:
                         old = tl.load(rho + place, mask=own, other=0.0)
                     norm = tl.zeros([BLOCK], tl.float64)
+                    size = tl.zeros([BLOCK], tl.float64)
                     for k in tl.static_range(NUM_PATHS):
-                        product = tl.zeros([BLOCK], tl.float64)
-                        for n in tl.static_range(NUM_PATHS):
+                        size += tl.abs(row[k]) * lengths[k]
+                        product = 0.5 * row[k] * tl.load(matrix + k * NUM_PATHS + k, mask=good, other=1.0)
+                        for n in tl.static_range(k + 1, NUM_PATHS):
                             product += row[n] * tl.load(matrix + n * NUM_PATHS + k, mask=good, other=0.0)
-                        norm += row[k] * product
+                        norm += 2 * row[k] * product
                     norm = tl.sqrt(tl.maximum(norm, 0.0))
+                    # Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
+                    norm = tl.where(norm > 1e-7 * size, norm, 0.0)
                     gain, moved = _pull_up(norm, tl.sqrt(square), inner, old, BETA, ALWAYS)
                     tl.store(targets + place, tl.where(good & met, moved, old), mask=own)
                 else:

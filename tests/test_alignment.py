@@ -206,6 +206,20 @@ def test_gradvac_reaches_its_target_cosine():
     torch.testing.assert_close(cosine, torch.tensor(0.4, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("variant", ["dual_path", "paper"])
+def test_gradvac_of_a_path_that_was_pulled_to_nothing(variant):
+    """Three parallel gradients, of which the first is cancelled by the second: no direction is left to pull."""
+    norms = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
+    gram = norms[:, None] * norms[None, :] * (1 + 1e-16 * torch.randn(3, 3, dtype=torch.float64))
+    rho = torch.full((3, 3), 0.9, dtype=torch.float64)
+    for scale in (1.0, 1e-6, 3e7):
+        weights, moved = alignment.gradvac(gram * scale, rho, variant=variant, beta=0.5)
+        assert weights.abs().max() < 3
+        # Path 0 met path 1 at -1 and path 2 at 0.
+        expected = [-0.05, 0.45] if variant == "paper" else [0.9, 0.9]
+        assert moved[0, 1:].tolist() == pytest.approx(expected)
+
+
 def test_gradvac_survives_equal_paths_forever():
     """Targets that have grown to 1 must not turn a rounding error in the cosine into a large step."""
     gram, rho = torch.full((2, 2), 123.456, dtype=torch.float64), None
@@ -412,14 +426,16 @@ def degenerate_grams(num_paths):
     return torch.stack([0 * eye, ones, eye, 1e-30 * eye, ramp, eye - ones / num_paths])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("num_paths", range(1, 9))
-def test_weigh_of_the_extension_equals_the_functions(method, num_paths):
+def test_weigh_of_the_extension_equals_the_functions(method, num_paths, backend):
     """Hundreds of random and degenerate matrices per method and number of paths, thousands in all."""
     from gradalign import ops
 
-    if reason := ops.weigh.why_not("cpp"):
+    if reason := ops.weigh.why_not(backend):
         pytest.skip(reason)
+    device = "cuda" if backend == "cuda" else "cpu"
     gram = torch.cat([random_grams(210, num_paths, np.random.default_rng(num_paths)), degenerate_grams(num_paths)])
     options = {}
     if method in ("pcgrad", "gradvac"):
@@ -429,15 +445,20 @@ def test_weigh_of_the_extension_equals_the_functions(method, num_paths):
             options |= {"variant": variant, "beta": 0.3}
         if method == "cagrad":
             options["c"] = 0.4
-        rho = torch.rand(gram.shape, dtype=torch.float64) if method == "gradvac" else None
+        generator = torch.Generator().manual_seed(num_paths)
+        rho = torch.rand(gram.shape, generator=generator, dtype=torch.float64) if method == "gradvac" else None
         expected, expected_rho = alignment.solve(gram, alignment.METHODS[method], rho, **options)
-        with ga.use_backends("cpp"):
-            found, found_rho = alignment.weigh(gram, alignment.METHODS[method], rho, **options)
+        there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with ga.use_backends(backend):
+            found, found_rho = alignment.weigh(
+                gram.to(device), alignment.METHODS[method], None if rho is None else rho.to(device), **there
+            )
+        found = found.cpu()
         assert found.isfinite().all()
         # Flat minima and rank-deficient systems leave the square root of the rounding.
         assert_same_merge(found, expected, gram, 1e-7)
         if method == "gradvac":
-            torch.testing.assert_close(found_rho, expected_rho, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(found_rho.cpu(), expected_rho, rtol=1e-9, atol=1e-9)
 
 
 def test_weigh_leaves_the_targets_of_a_nonfinite_segment():

@@ -16,6 +16,7 @@ from gradalign import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import alignment_ops
 import alignment_study
 import batched
 import gpu_check
@@ -250,6 +251,19 @@ def small_corpus(tmp_path):
         lines.append(f"s u{i} - {'A01 spoof' if i % 2 else '- bonafide'}\n")
     (tmp_path / "data" / "protocols" / "train.txt").write_text("".join(lines))
     return tmp_path / "data"
+
+
+def test_alignment_ops_compares_what_agrees(results, monkeypatch, capsys):
+    arguments = ["--methods", "pcgrad", "nashmtl", "--paths", "3", "--segments", "2", "--parameters", "aasist"]
+    arguments += ["--rounds", "3", "--seconds", "0.1", "--name", "tiny"]
+    assert alignment_ops.main(arguments) == 0
+    result = json.loads((results / "tiny.json").read_text())
+    assert {row["contender"] for row in result["rows"]} == {"functions", "weigh", "in turn", "align_"}
+    assert [c["ours"] for c in result["comparisons"]] == ["weigh", "weigh", "align_"]
+    assert "weights, method nashmtl, paths 3, segments 2" in report.markdown(result)
+    monkeypatch.setattr(alignment_ops, "_TOLERANCE", -1.0)
+    assert alignment_ops.main(arguments) == 1
+    assert "WRONG, not timed: merge" in capsys.readouterr().out
 
 
 def test_loading_compares_packed_data_with_the_published_loader(small_corpus, results):

@@ -180,6 +180,80 @@ def test_gram_of_many_chunks_tensors_segments_dtypes_and_layouts():
         assert max_norm_error(f, e) <= RELATIVE[f.dtype]
 
 
+@pytest.mark.parametrize("num_paths", [1, 2, 3, 8])
+def test_align_of_many_chunks_tensors_dtypes_and_layouts(num_paths):
+    # Parameters of many items and of one, more of them than a launch takes, and layouts that differ between the paths.
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300 * 4096 + 5,), (3, 7), (32768,), (40, 30), (0,), *[(17,)] * 300]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *[torch.float32] * 301]
+    paths = []
+    for path in range(num_paths):
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).cuda()
+            paths.append(g.t().contiguous().t() if i == 3 and path else g.repeat(2, 1)[::2] if i == 1 else g)
+    count = len(shapes)
+    rho = torch.rand(count, num_paths, num_paths, generator=generator, dtype=torch.float64).cuda()
+    for method in ("pcgrad", "gradvac", "cagrad", "nashmtl"):
+        options = (method, rho if method == "gradvac" else None, None, 0.5, False, 0.5)
+        results = []
+        for _ in range(2):
+            merged = [g.repeat(2, 1)[::2] if i == 1 else g.clone() for i, g in enumerate(paths[:count])]
+            before = [g.double().clone() for g in merged]
+            with ga.use_backends("cuda"):
+                results.append((merged, *ops.align_(merged, paths[count:], *options)))
+        (merged, gram, targets), again = results
+        # The same bits, whichever block draws which item.
+        assert torch.equal(gram, again[1])
+        assert all(torch.equal(a, b) for a, b in zip(merged, again[0], strict=True))
+        expected, moved = reference.align_(before, inputs.widen(paths[count:]), *options)
+        assert max_norm_error(gram, expected) <= RELATIVE[torch.float32]
+        assert max_norm_error(targets, moved) <= RELATIVE[torch.float32]
+        for f, e in zip(merged, before, strict=True):
+            assert max_norm_error(f, e) <= RELATIVE[torch.float32 if f.dtype == torch.float64 else f.dtype]
+
+
+def test_align_of_a_nonfinite_parameter_leaves_the_others_alone():
+    g = [torch.randn(50, device="cuda") for _ in range(4)]
+    g[0][3] = float("nan")
+    expected = [t.clone() for t in g]
+    options = ("gradvac", torch.full((2, 2, 2), 0.3, dtype=torch.float64, device="cuda"), None, 0.5, False, 0.5)
+    _, moved = reference.align_(expected[:2], expected[2:], *options)
+    with ga.use_backends("cuda"):
+        gram, targets = ops.align_(g[:2], g[2:], *options)
+    assert g[0].isnan().all()
+    assert not bool(gram[0].isfinite().all())
+    assert max_norm_error(g[1], expected[1]) <= RELATIVE[torch.float32]
+    torch.testing.assert_close(targets, moved, rtol=1e-6, atol=1e-6)
+
+
+def test_cuda_graph_of_weigh_and_align():
+    first, second = ([torch.randn(n, device="cuda") for n in (100_000, 7, 4096)] for _ in range(2))
+    before = [g.clone() for g in first]
+    rho = torch.full((3, 2, 2), 0.3, dtype=torch.float64, device="cuda")
+    options = ("gradvac", rho, None, 0.5, False, 0.5)
+
+    def restore():
+        for g, b in zip(first, before, strict=True):
+            g.copy_(b)
+
+    def step():
+        gram, targets = ops.align_(first, second, *options)
+        return gram, targets, ops.weigh(gram, *options)[0]
+
+    with ga.use_backends("cuda"):
+        expected = [v.clone() for v in step()]
+        merged = [g.clone() for g in first]
+        restore()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(3):
+            restore()
+            graph.replay()
+            assert all(torch.equal(f, e) for f, e in zip(captured, expected, strict=True))
+            assert all(torch.equal(f, e) for f, e in zip(first, merged, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_paths", range(1, 9))
 def test_addresses_that_forbid_wide_accesses(num_paths, dtype):
@@ -191,6 +265,7 @@ def test_addresses_that_forbid_wide_accesses(num_paths, dtype):
     _check("gram", (grads, num_paths, [0, 1, 1], 2), dtype, "unaligned")
     weights = torch.linspace(-1, 1, 2 * num_paths, dtype=torch.float64, device="cuda").reshape(2, num_paths)
     _check("combine_", (grads[:3], grads[3:], weights, [0, 1, 1]), dtype, "unaligned")
+    _check("align_", (grads[:3], grads[3:], "pcgrad", None, None, 0.5, False, 0.5), dtype, "unaligned")
 
 
 def test_gram_sign_at_tiny_cosine():
