@@ -36,16 +36,27 @@ def _train(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from gradalign._errors import GradalignError
-    from gradalign.config import TrainConfig
+    from gradalign.config import Sweep, TrainConfig, read_sweep
     from gradalign.sweep import sweep
 
-    config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
-    given = {name: getattr(args, name) for name in ("data", "out", *(setting[0] for setting in _SETTINGS))}
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    target, *overrides = args.target or [None]
+    if target is not None and "=" in target:
+        raise ValueError(f"expected DATA or CONFIG before key=value; found {target!r}")
+    path = args.config
+    if target is not None and Path(target).suffix in (".yaml", ".yml", ".json"):
+        if path is not None:
+            raise ValueError(f"expected one configuration; found {target} and --config {path}")
+        path, target = Path(target), None
+    if path is None and overrides:
+        raise ValueError(f"expected a configuration file before {overrides[0]!r}; without one, settings are flags")
+    plan = Sweep(TrainConfig(), ["pcgrad"], [0]) if path is None else read_sweep(path, overrides)
+    flags = {name: getattr(args, name) for name in ("out", *(setting[0] for setting in _SETTINGS))}
+    flags["data"] = target
+    config = replace(plan.config, **{name: value for name, value in flags.items() if value is not None})
     if config.data is None and config.train_protocol is None:
         raise ValueError("expected DATA, or --train-protocol and the like; found neither")
     try:
-        sweep(config, args.align or [config.align], args.seeds or [config.seed], args.jobs)
+        sweep(config, args.align or plan.methods, args.seeds or plan.seeds, args.jobs or plan.jobs)
     except KeyboardInterrupt:
         raise _Resumable("the same command goes on from the last checkpoint of each run") from None
     except GradalignError:
@@ -325,6 +336,7 @@ def _options(text: str) -> dict[str, Any]:
 # One flag for each setting of TrainConfig that is not given in another way: name, type, placeholder or choices, help.
 # They have no defaults here: the configuration's own hold, which `gradalign train --help` need not import.
 _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("dataset", str, "NAME", _DATA_SETS),
     ("train_protocol", str, "FILE", "training protocol, when the data are no folder in corpus layout"),
     ("dev_protocol", str, "FILE", "dev protocol"),
     ("test_protocol", str, "FILE", "test protocol (may be missing)"),
@@ -342,24 +354,29 @@ _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("detector", str, "NAME", "aasist, aasist-l, light, ..."),
     ("detector_options", _options, "NAME=VALUE,...", "of the detector"),
     ("algo", int, range(9), "RawBoost algorithm of the augmented view"),
+    ("views", _names, "VIEW,...", "what the paths see: clean, rawboost, rawboost:ALGO, module:function"),
     ("rawboost", _options, "NAME=VALUE,...", "further RawBoost parameters, such as snr_min=15"),
     ("sample_rate", int, "HZ", "of the detector's input"),
     ("resample", bool, "", "convert audio of another sample rate instead of stopping at it"),
     ("num_samples", int, "N", "length of the detector's input: longer audio is cropped, shorter repeated"),
     ("crop", str, ["random", "start"], "where longer training audio is cropped"),
     ("batch_size", int, "N", "utterances in a step, each seen in both views"),
+    ("accumulate", int, "N", "parts in which a step's batch goes through the detector, to save memory"),
     ("epochs", int, "N", "at most this many"),
     ("patience", int, "N", "stop after this many epochs without a lower dev loss; 0: never"),
+    ("average_best", int, "N", "score with the mean weights of the N best epochs"),
     ("optimizer", str, ["adam", "adamw", "sgd"], "that takes the merged gradient"),
     ("lr", float, "RATE", "learning rate"),
     ("weight_decay", float, "RATE", "of the optimizer"),
     ("class_weights", _weights, "SPOOF,BONAFIDE", "of the cross-entropy"),
     ("amp", str, ["off", "bf16", "fp16"], "type of the forward pass under autocast"),
+    ("compile", bool, "", "compile the detector with torch.compile"),
     ("device", str, "NAME", "as PyTorch names it, or auto"),
     ("threads", int, "N", "CPU threads of each run; 0: PyTorch's choice"),
     ("num_workers", int, "N", "processes that read audio ahead"),
     ("cache_mb", int, "MB", "memory for decoded audio"),
     ("checkpoint_steps", int, "N", "checkpoint within epochs too, every N steps; 0: at their ends"),
+    ("tensorboard", bool, "", "write the metrics for TensorBoard too"),
     ("skip_bad", bool, "", "leave out and list audio that cannot be read instead of stopping"),
 )
 
@@ -408,10 +425,17 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train a detector on clean and RawBoost-augmented speech, once for each method and seed",
-        "  gradalign train data --out runs --detector light --align none,pcgrad --seeds 0,1,2 --jobs 2\n\n"
+        "  gradalign train data --out runs --detector light --align none,pcgrad --seeds 0,1,2 --jobs 2\n"
+        "  gradalign train configs/paper/xlsr_aasist.yaml align=gradvac data.root=/data/LA\n"
+        "  torchrun --nproc_per_node=4 -m gradalign train configs/paper/xlsr_aasist.yaml data.root=/data/LA\n\n"
         "Run the same command again to go on where it was stopped; finished runs are kept.",
     )
-    train.add_argument("data", nargs="?", metavar="DATA", help="folder in the layout of `gradalign corpus build`")
+    train.add_argument(
+        "target",
+        nargs="*",
+        metavar="DATA | CONFIG [KEY=VALUE ...]",
+        help="folder of the data set; or settings in YAML or JSON by the names of TrainConfig, with changes to them",
+    )
     train.add_argument("--out", metavar="RUNS", help="folder of the runs and their report (default: runs)")
     train.add_argument(
         "--align", type=_names, metavar="METHOD,...", help="none, pcgrad, gradvac, cagrad, ... (default: pcgrad)"
@@ -419,8 +443,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seeds", type=_seeds, metavar="SEED,...", help="one run for each, with every method (default: 0)"
     )
-    train.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
-    train.add_argument("--config", type=Path, metavar="FILE", help="TrainConfig as JSON, such as a run's config.json")
+    train.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default: 1)")
+    train.add_argument("--config", type=Path, metavar="FILE", help="the same as CONFIG, beside DATA")
     _add_settings(train)
 
     score = _command(
