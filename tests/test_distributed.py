@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gradalign._distributed import Averager
 from gradalign.optim import AlignedOptimizer
 
 CHECKS = {}
@@ -777,6 +778,49 @@ def test_on_all_ranks(name, world, jobs):
     assert len(ranks) == world, output[-4000:]
     for rank in ranks:
         assert rank.get(name, "it was not reached") == "", rank.get(name, output[-4000:])
+
+
+@pytest.mark.parametrize("wrap", [with_group, with_fsdp])
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("gloo", "cpu"),
+        pytest.param(
+            "nccl", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and NCCL")
+        ),
+    ],
+)
+def test_one_rank_of_a_backend_sends_to_itself(wrap, backend, device, tmp_path):
+    """Every collective in the form it has on many ranks; on a GPU no step waits for the device."""
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        batches = [make_batch(step, 4) for step in range(4)]
+        batches = [([view.to(device) for view in views], labels.to(device)) for views, labels in batches]
+        results = []
+        for spread in (False, True):
+            model = make_model().to(device)
+            if spread and wrap is with_fsdp:
+                sharded(model, init_device_mesh(device, (1,)))
+            opt = make_optimizer(model, "gradvac", "parameter", INNER["fused adamw"])
+            if spread and wrap is with_group:
+                # A group of one rank averages nothing by itself.
+                opt._averager = Averager(dist.group.WORLD)
+            for step, (views, labels) in enumerate(batches):
+                opt.zero_grad()
+                for view in views:
+                    with opt.path():
+                        loss_of(model, view, labels).backward()
+                if device == "cuda" and step > 1:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    opt.step()
+                finally:
+                    if device == "cuda":
+                        torch.cuda.set_sync_debug_mode("default")
+            results.append([*whole(model), opt.stats.parameter_cosine])
+        assert_same(results[1], results[0])
+    finally:
+        dist.destroy_process_group()
 
 
 def main():
