@@ -260,7 +260,8 @@ def alignedmtl(gram: Tensor) -> Tensor:
 
     With G = V diag(s) V^T, w = sqrt(s_min) V diag(s)^(-1/2) V^T (1/K, ..., 1/K), over the eigenvalues that are not
     zero. The length is the published one, that of the smallest principal component: the weights have sum 1 for equal
-    paths, not in general.
+    paths, not in general. Nearly parallel gradients make it short, and as inexact as the Gram matrix is: on a GPU that
+    is a sum of float32 products.
 
     Args:
         gram: float64 [..., K, K].

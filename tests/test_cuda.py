@@ -399,6 +399,9 @@ def test_tensors_over_2_to_the_31_elements():
         assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [size + 8.0] * 4
         ops.combine_([a], [a], torch.tensor([[2.0, -1.5]], dtype=torch.float64, device="cuda"), [0])
         assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [0.5, 0.5, 1.5]
+        gram, _ = ops.align_([a], [a * -2], "mean", None, None, 0.5, False, 0.5)
+        assert float(gram[0, 0, 1]) == -2 * (0.25 * (size - 1) + 2.25)
+        assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [-0.25, -0.25, -0.75]
         del a
         # 40000 utterances of 64600 samples: the last rows start beyond 2**31.
         x = torch.zeros(40_000, 64_600, dtype=torch.float16, device="cuda")

@@ -217,6 +217,12 @@ def test_more_than_2_to_the_31_elements_are_described():
     gram, rho = torch.ops.gradalign.align_([huge], [huge], "gradvac", None, None, 0.5, False, 0.5)
     assert gram.shape == rho.shape == (1, 2, 2)
     assert gram.dtype == torch.float64
+    gram = torch.ops.gradalign.gram([huge, huge], 2, [0], 1)
+    assert gram.shape == (1, 2, 2)
+    weights, rho = torch.ops.gradalign.weigh(gram, "pcgrad", None, None, 0.5, False, 0.5)
+    assert weights.shape == (1, 2)
+    assert rho.shape == (0,)
+    torch.ops.gradalign.combine_([huge], [huge], weights, [0])
 
 
 def test_wrong_lists_never_reach_align():

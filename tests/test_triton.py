@@ -337,6 +337,44 @@ def test_align_of_many_chunks_mixed_dtypes_and_layouts(monkeypatch):
 
 
 @kernels
+def test_the_plan_of_align_is_kept_while_the_sizes_are():
+    from gradalign.kernels import gradients
+
+    options = ("pcgrad", None, None, 0.5, False, 0.5)
+    whole = torch.randn(2, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    kept = {key for key in gradients._kept if key[0] == "align"}
+    # The same sizes at other addresses, then the same memory cut otherwise, in another dtype, and the first again.
+    for cuts, shift, dtype in (
+        ((5, 7), 0, torch.float32),
+        ((5, 7), 12, torch.float32),
+        ((7, 5), 0, torch.float32),
+        ((5, 7), 0, torch.float64),
+        ((5, 7), 0, torch.float32),
+    ):
+        paths = [list(row[shift : shift + 12].to(dtype, copy=True).split(cuts)) for row in whole]
+        expected = [g.double().clone() for g in paths[0]]
+        gram, _ = reference.align_(expected, [g.double() for g in paths[1]], *options)
+        with ga.use_backends("triton"):
+            found, _ = ops.align_(*paths, *options)
+        assert max_norm_error(found, gram) <= RELATIVE[torch.float32]
+        assert all(max_norm_error(f, e) <= RELATIVE[torch.float32] for f, e in zip(paths[0], expected, strict=True))
+    made = {key for key in gradients._kept if key[0] == "align"} - kept
+    assert len(made) == 3
+
+
+def test_plans_of_more_than_2_to_the_31_elements():
+    from gradalign.kernels.gradients import CHUNK, _make_plan
+
+    size = 2**31 + 70_001
+    plan = _make_plan((5, size), (torch.bfloat16,) * 2, (1, 0), 2, torch.device("cpu"))
+    rows = plan.rows[plan.rows[:, 0] == 1]
+    assert plan.num_chunks == len(plan.rows) == 1 + -(-size // CHUNK)
+    assert torch.equal(rows[:, 1], torch.arange(len(rows)) * CHUNK)
+    assert int(rows[:, 2].sum()) == size
+    assert plan.bounds.tolist() == [0, len(rows), len(rows) + 1]
+
+
+@kernels
 def test_align_of_a_nonfinite_parameter_leaves_the_others_alone():
     g = [torch.randn(50, device=DEVICE) for _ in range(4)]
     g[0][3] = float("nan")
@@ -436,6 +474,9 @@ def test_tensors_over_2_to_the_31_elements():
         assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [size + 8.0] * 4
         ops.combine_([a], [a], torch.tensor([[2.0, -1.5]], dtype=torch.float64, device=DEVICE), [0])
         assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [0.5, 0.5, 1.5]
+        gram, _ = ops.align_([a], [a * -2], "mean", None, None, 0.5, False, 0.5)
+        assert float(gram[0, 0, 1]) == -2 * (0.25 * (size - 1) + 2.25)
+        assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [-0.25, -0.25, -0.75]
         del a
         # 40000 utterances of 64600 samples: the last rows start beyond 2**31.
         x = torch.zeros(40_000, 64_600, dtype=torch.float16, device=DEVICE)
