@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -213,6 +213,8 @@ class Averaged:
     reached: list[bool]
     # Work in flight, with the buffers it reads.
     pending: list[tuple[Any, Tensor]]
+    # Per parameter, its piece of the parts; made when they are there.
+    pieces: Gradients = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.reached)
@@ -236,16 +238,19 @@ class Averaged:
             self.reached = [count > 0 for count in self.counts.tolist()]
             if not any(self.reached):
                 raise RuntimeError("a path must give a gradient to at least one parameter on some rank; found none")
-        return [piece if here else None for piece, here in zip(self._pieces(), self.reached, strict=True)]
+        self.pieces = [None] * len(self.reached)
+        for bucket, part in zip(self.buckets, self.parts, strict=True):
+            for n, (begin, end) in zip(bucket.members, bucket.spans, strict=True):
+                self.pieces[n] = part[begin:end]
+        return [piece if here else None for piece, here in zip(self.pieces, self.reached, strict=True)]
 
     def gather(self, merged: Gradients) -> Gradients:
         """All ranks' parts of the merged gradients, whole. They are sent from this path's buffers."""
         whole: Gradients = [None] * len(merged)
-        pieces = self._pieces()
         for bucket, part in zip(self.buckets, self.parts, strict=True):
             for n in bucket.members:
-                own, piece = pieces[n], merged[n]
-                if own is not None and piece is not None and own.data_ptr() != piece.data_ptr():
+                own, piece = self.pieces[n], merged[n]
+                if own is not None and piece is not None and own is not piece:
                     # Another path was the first to reach this parameter.
                     own.copy_(piece)
             flat = part.new_empty(bucket.part_size * dist.get_world_size(self.group))
@@ -261,13 +266,6 @@ class Averaged:
             self.pending = []
             # The sum is divided here, where a rank has only its part of it.
             torch._foreach_div_(self.parts, float(dist.get_world_size(self.group)))
-
-    def _pieces(self) -> Gradients:
-        pieces: Gradients = [None] * len(self.reached)
-        for bucket, part in zip(self.buckets, self.parts, strict=True):
-            for n, (begin, end) in zip(bucket.members, bucket.spans, strict=True):
-                pieces[n] = part[begin:end]
-        return pieces
 
 
 class Averager:
