@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 )
 def test_framework_example_takes_four_aligned_steps(name, needs, tmp_path):
     if missing := [package for package in needs if importlib.util.find_spec(package) is None]:
-        pytest.skip(f"needs {', '.join(missing)} (pip install gradalign[frameworks])")
+        pytest.skip(f"needs {', '.join(missing)} (pip install gradalign[test])")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
