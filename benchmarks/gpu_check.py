@@ -27,7 +27,16 @@ from gradalign._files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-GPU_TESTS = ("test_cuda", "test_triton", "test_ops", "test_rawboost", "test_alignment", "test_optim", "test_loader")
+GPU_TESTS = (
+    "test_cuda",
+    "test_triton",
+    "test_ops",
+    "test_rawboost",
+    "test_alignment",
+    "test_optim",
+    "test_loader",
+    "test_distributed",
+)
 # Small shapes of every kernel: the sanitizer runs them some hundred times slower.
 SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
 
@@ -57,16 +66,18 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None) -> list[Stage
         return ("compute-sanitizer", *options, *PYTEST, "-x", str(ROOT / "tests" / "test_cuda.py"), "-k", SANITIZED)
 
     goal = ("--batch", "64", "--samples", "64600", "--ops", "rawboost")
+    data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8")
     each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
     return [
         Stage("what serves what", (sys.executable, "-m", "gradalign.info"), 20),
-        Stage("tests", (*PYTEST, "-rs", *tests), 150),
+        Stage("tests", (*PYTEST, "-rs", *tests), 140),
         Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 50),
         Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 60),
         Stage("training step", bench("train_step", "train-step", "--batch", "10", "--samples", "64000", *pcgrad), 60),
+        Stage("waiting for data", bench("loading", "loading", *data), 50),
         Stage("memcheck", sanitizer("memcheck"), 80),
         Stage("racecheck", sanitizer("racecheck"), 80),
-        Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 80),
+        Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 40),
     ]
 
 

@@ -339,14 +339,14 @@ def test_gpu_check_stages_are_commands_that_exist():
     """Their limits leave time to build the kernels; every benchmark's options are its own."""
     found = gpu_check.stages("h100", Path("RawBoost.py"), Path("grad_align"))
     assert sum(stage.limit_s for stage in found) <= 600
-    parsers = {"run.py": run.parse, "peers.py": peers.parse, "train_step.py": train_step.parse}
+    parsers = {f"{m.__name__}.py": m.parse for m in (run, peers, train_step, loading)}
     parsed = []
     for stage in found:
         for at, word in enumerate(stage.command):
             if Path(word).name in parsers:
                 assert Path(word).is_file()
                 parsed.append(parsers[Path(word).name](list(stage.command[at + 1 :])).name)
-    assert parsed == ["h100-rawboost", "h100-peers", "h100-train-step", "h100-ops"]
+    assert parsed == ["h100-rawboost", "h100-peers", "h100-train-step", "h100-loading", "h100-ops"]
     assert {Path(w).stem for w in found[1].command if w.endswith(".py")} >= {"test_cuda", "test_triton", "test_optim"}
 
 
