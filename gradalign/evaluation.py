@@ -1,4 +1,4 @@
-"""Score files, and the table of detection errors made from one: what ``gradalign evaluate`` prints."""
+"""Score files in every official format, and the table of detection errors made from one: `gradalign evaluate`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from gradalign import metrics
 from gradalign._errors import DataError
-from gradalign.data.protocol import LABELS, read_protocol
+from gradalign._files import write_text
+from gradalign.data.protocol import LABELS, Utterance, read_protocol
 from gradalign.metrics import AsvRates
 
 
@@ -22,13 +23,19 @@ class Scores:
     """The scores of one file, one entry per utterance; higher is more bona fide.
 
     ``attacks`` holds ``-`` for bona fide utterances (and for every utterance where the file names no attacks),
-    ``bonafide`` is bool [N], ``values`` float64 [N].
+    ``bonafide`` is bool [N], ``values`` float64 [N]. ``codecs`` and ``speakers`` hold ``-`` where nothing says them.
     """
 
     utterances: list[str]
     attacks: list[str]
     bonafide: np.ndarray
     values: np.ndarray
+    codecs: list[str] = field(default_factory=list)
+    speakers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for names in (self.codecs, self.speakers):
+            names.extend("-" for _ in range(len(self) - len(names)))
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -56,30 +63,44 @@ def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
             yield number, fields
 
 
-def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
+def read_scores(
+    path: str | Path, protocol: str | Path | None = None, known: Iterable[Utterance] | None = None
+) -> Scores:
     """Read a score file.
 
-    Lines are ``utterance attack label score`` (as `gradalign score` and the ASVspoof baselines write them), or
-    ``utterance score`` where ``protocol`` gives the labels. With a protocol, both must name the same utterances.
-    Raises DataError naming file, line, expected and found; FileNotFoundError.
+    Lines are ``utterance attack label score`` (as `gradalign score` and the ASVspoof 2019 baselines write them), or,
+    where ``protocol`` or ``known`` gives the labels, ``utterance score`` (ASVspoof 2021) or a table with the columns
+    ``filename`` and ``cm-score`` (ASVspoof 5). Both must then name the same utterances.
+
+    Args:
+        path: the score file.
+        protocol: lines ``speaker utterance - attack label``.
+        known: utterances of a data set (`gradalign.data.read_dataset`), with their codecs and speakers.
+
+    Raises:
+        DataError: naming file, line, expected and found.
+        FileNotFoundError: when the file is not there.
     """
     path = Path(path)
-    known = None
+    labels = None
     if protocol is not None:
-        known = {u.name: (u.attack, u.label == 1) for u in read_protocol(protocol)}
-    utterances: list[str] = []
-    attacks: list[str] = []
-    bonafide: list[bool] = []
-    values: list[float] = []
+        known = read_protocol(protocol)
+    if known is not None:
+        labels = {u.name: u for u in known}
+    rows: list[tuple[str, str, bool, float, str, str]] = []
     seen: set[str] = set()
     for number, fields in _lines(path):
+        if fields == ["filename", "cm-score"] and not rows:
+            continue
+        utterance = labels.get(fields[0]) if labels is not None else None
         if len(fields) == 4 and fields[2] in LABELS:
-            utterance, attack, is_bonafide = fields[0], fields[1], LABELS[fields[2]] == 1
-        elif len(fields) == 2 and known is not None:
-            utterance = fields[0]
-            attack, is_bonafide = known.get(utterance, ("-", False))
+            attack, is_bonafide = fields[1], LABELS[fields[2]] == 1
+        elif len(fields) == 2 and labels is not None:
+            attack, is_bonafide = "-", utterance is not None and utterance.label == 1
         elif len(fields) == 2:
-            raise DataError(f"{path}:{number}: found no labels (`utterance score`); expected --protocol to give them")
+            raise DataError(
+                f"{path}:{number}: found no labels (`utterance score`); expected --protocol or --dataset to give them"
+            )
         else:
             raise DataError(
                 f"{path}:{number}: expected `utterance attack label score` with label bonafide or spoof; "
@@ -91,30 +112,49 @@ def read_scores(path: str | Path, protocol: str | Path | None = None) -> Scores:
             value = float("nan")
         if not np.isfinite(value):
             raise DataError(f"{path}:{number}: expected a finite score; found {fields[-1]!r}")
-        if utterance in seen:
-            raise DataError(f"{path}:{number}: expected each utterance once; found {utterance!r} again")
-        seen.add(utterance)
-        if known is not None and utterance in known and known[utterance][1] != is_bonafide:
-            label = "bonafide" if is_bonafide else "spoof"
-            raise DataError(f"{path}:{number}: {utterance!r} is {label} here and not so in {protocol}")
-        if known is not None and utterance in known:
-            attack = known[utterance][0]
-        utterances.append(utterance)
-        attacks.append(attack)
-        bonafide.append(is_bonafide)
-        values.append(value)
-    if not utterances:
+        if fields[0] in seen:
+            raise DataError(f"{path}:{number}: expected each utterance once; found {fields[0]!r} again")
+        seen.add(fields[0])
+        if utterance is not None:
+            if (utterance.label == 1) != is_bonafide:
+                label = "bonafide" if is_bonafide else "spoof"
+                raise DataError(
+                    f"{path}:{number}: {fields[0]!r} is {label} here and not so in {protocol or 'the data set'}"
+                )
+            attack = utterance.attack
+        codec, speaker = ("-", "-") if utterance is None else (utterance.codec, utterance.speaker)
+        rows.append((fields[0], attack, is_bonafide, value, codec, speaker))
+    if not rows:
         raise DataError(f"{path}: expected at least one score; found none")
-    if known is not None:
-        extra = [u for u in utterances if u not in known]
-        missing = [u for u in known if u not in seen]
+    if labels is not None:
+        extra = [name for name, *_ in rows if name not in labels]
+        missing = [name for name in labels if name not in seen]
         if extra or missing:
             example = (extra or missing)[0]
             raise DataError(
-                f"{path} and {protocol} must name the same utterances; found {len(extra)} scores without a protocol "
-                f"line and {len(missing)} protocol lines without a score (for example {example!r})"
+                f"{path} and {protocol or 'the data set'} must name the same utterances; found {len(extra)} scores "
+                f"without a protocol line and {len(missing)} protocol lines without a score (for example {example!r})"
             )
-    return Scores(utterances, attacks, np.array(bonafide, dtype=bool), np.array(values, dtype=np.float64))
+    names, attacks, bonafide, values, codecs, speakers = (list(column) for column in zip(*rows, strict=True))
+    return Scores(names, attacks, np.array(bonafide, bool), np.array(values, np.float64), codecs, speakers)
+
+
+FORMATS = ("2019", "2021", "5")
+"""Score files: `utterance attack label score`, `utterance score`, and a table of filename and cm-score."""
+
+
+def write_scores(path: str | Path, scores: Scores, form: str = "2019") -> None:
+    """Write a score file in the format of an ASVspoof challenge. Raises ValueError for a format not in `FORMATS`."""
+    if form not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {form!r}")
+    lines = ["filename\tcm-score\n"] if form == "5" else []
+    columns = zip(scores.utterances, scores.attacks, scores.bonafide, scores.values.tolist(), strict=True)
+    for name, attack, is_bonafide, value in columns:
+        label = (
+            f" {attack} {'bonafide' if is_bonafide else 'spoof'} " if form == "2019" else "\t" if form == "5" else " "
+        )
+        lines.append(f"{name}{label}{value:.9g}\n")
+    write_text(path, "".join(lines))
 
 
 def read_asv_rates(path: str | Path) -> AsvRates:
@@ -142,39 +182,59 @@ def read_asv_rates(path: str | Path) -> AsvRates:
     return AsvRates.from_scores(**{kind: np.array(values, dtype=np.float64) for kind, values in found.items()})
 
 
+BY = ("attack", "codec", "speaker")
+"""What `evaluate` can tell apart."""
+
+
 def evaluate(
     scores: Scores,
     *,
     by: str | None = None,
     asv: AsvRates | None = None,
     tdcf_version: str = "2021",
+    resamples: int = 0,
 ) -> list[dict[str, object]]:
-    """One row of error measures over all scores, and with ``by="attack"`` one per attack (against all bona fide).
+    """One row of error measures over all scores, and with ``by`` one for each attack, codec or speaker.
 
-    Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), ``min_dcf``, ``act_dcf``, ``cllr`` (bits),
-    and ``min_tdcf`` if the rates of a speaker verification system are given. ``act_dcf`` and ``cllr`` read the scores
-    as log-likelihood ratios. Raises ValueError when a class is missing.
+    An attack's spoofed utterances are held against all bona fide ones; a codec's or a speaker's against its own. What
+    has one of the classes only is left out.
+
+    Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), with ``resamples`` its 95% bootstrap
+    interval ``eer_low, eer_high`` (over speakers, where two or more are known), ``min_dcf``, ``act_dcf``, ``cllr``
+    (bits), and ``min_tdcf`` if the rates of a speaker verification system are given. ``act_dcf`` and ``cllr`` read the
+    scores as log-likelihood ratios.
+
+    Raises:
+        ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
     """
-    if by not in (None, "attack"):
-        raise ValueError(f"`by` must be None or 'attack'; found {by!r}")
-    conditions: list[tuple[str, str | None]] = [("all", None)]
-    if by == "attack":
-        names = scores.attack_names()
-        if not names:
-            raise ValueError("--by attack: expected attack names in the score file or the protocol; found none")
-        conditions += [(name, name) for name in names]
+    if by is not None and by not in BY:
+        raise ValueError(f"`by` must be None, {', '.join(map(repr, BY))}; found {by!r}")
+    everything = np.ones(len(scores), bool)
+    conditions = [("all", everything)]
+    if by is not None:
+        names = np.array({"attack": scores.attacks, "codec": scores.codecs, "speaker": scores.speakers}[by])
+        known = sorted({str(name) for name in names} - {"-"})
+        if not known:
+            where = "the score file or the protocol" if by == "attack" else "--dataset"
+            raise ValueError(f"--by {by}: expected {by} names from {where}; found none")
+        conditions += [(n, (names == n) | scores.bonafide if by == "attack" else names == n) for n in known]
+    speakers = np.array(scores.speakers)
     rows: list[dict[str, object]] = []
-    for condition, attack in conditions:
-        bonafide, spoof = scores.split(attack)
+    for condition, chosen in conditions:
+        bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))
+        row: dict[str, object] = {"condition": condition, "bonafide": len(bonafide), "spoof": len(spoof)}
         if len(bonafide) == 0 or len(spoof) == 0:
-            raise ValueError(
-                f"expected bona fide and spoofed scores; found {len(bonafide)} bona fide and {len(spoof)} spoofed"
-            )
-        row: dict[str, object] = {
-            "condition": condition,
-            "bonafide": len(bonafide),
-            "spoof": len(spoof),
-            "eer": float(metrics.eer(bonafide, spoof)),
+            if condition == "all":
+                raise ValueError(
+                    f"expected bona fide and spoofed scores; found {len(bonafide)} bona fide and {len(spoof)} spoofed"
+                )
+            continue
+        row["eer"] = float(metrics.eer(bonafide, spoof))
+        if resamples:
+            own = tuple(speakers[chosen & kind].tolist() for kind in (scores.bonafide, ~scores.bonafide))
+            clusters = own if len(set(own[0] + own[1]) - {"-"}) > 1 else None
+            row["eer_low"], row["eer_high"] = metrics.eer_interval(bonafide, spoof, 0.95, resamples, clusters=clusters)
+        row |= {
             "min_dcf": float(metrics.min_dcf(bonafide, spoof)),
             "act_dcf": float(metrics.act_dcf(bonafide, spoof)),
             "cllr": float(metrics.cllr(bonafide, spoof)),
@@ -190,6 +250,8 @@ _HEADINGS = {
     "bonafide": "bona fide",
     "spoof": "spoof",
     "eer": "EER %",
+    "eer_low": "from",
+    "eer_high": "to",
     "min_dcf": "min DCF",
     "act_dcf": "act DCF",
     "cllr": "Cllr bits",
@@ -198,7 +260,7 @@ _HEADINGS = {
 
 
 def _cell(key: str, value: object) -> str:
-    if key == "eer" and isinstance(value, float):
+    if key.startswith("eer") and isinstance(value, float):
         return f"{100 * value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 

@@ -7,6 +7,7 @@ equal scores are always accepted or rejected together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +83,19 @@ def _equal_error_index(p_miss: np.ndarray, p_fa: np.ndarray) -> int:
 
 
 def eer_interval(
-    bonafide: _Scores, spoof: _Scores, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+    bonafide: _Scores,
+    spoof: _Scores,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    clusters: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> tuple[float, float]:
-    """Bootstrap confidence interval of the EER: both classes' trials drawn with replacement, percentiles of the EERs.
+    """Bootstrap confidence interval of the EER: percentiles of the EERs of resampled trials.
+
+    Without ``clusters`` each class' trials are drawn with replacement. With them, whole clusters are (all trials of a
+    speaker, say), since trials of one speaker are not independent (Ferrer & Riera, "Confidence intervals for evaluation
+    in machine learning", 2023). No resampled set is ever made: the EER is found by bisection, and how many drawn trials
+    lie below a threshold follows binomial distributions given those of the thresholds around it.
 
     Args:
         bonafide: scores of bona fide trials [N].
@@ -92,6 +103,7 @@ def eer_interval(
         confidence: in (0, 1).
         resamples: number of bootstrap samples, at least 2.
         seed: of the resampling; the same seed gives the same interval.
+        clusters: the cluster of each bona fide and of each spoofed trial, N and M names.
 
     Raises:
         TypeError, ValueError: for bad scores or options.
@@ -106,9 +118,95 @@ def eer_interval(
     if resamples < 2:
         raise ValueError(f"`resamples` must be at least 2; found {resamples}")
     rng = np.random.default_rng(seed)
-    rates = [eer(rng.choice(positive, positive.size), rng.choice(negative, negative.size)) for _ in range(resamples)]
-    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    thresholds = np.append(np.unique(np.concatenate([positive, negative])), np.inf)
+    classes = [np.sort(positive), np.sort(negative)]
+    if clusters is None:
+        draws = [_Draws(values, thresholds, resamples, rng) for values in classes]
+    else:
+        names = [np.asarray(names) for names in clusters]
+        if [len(n) for n in names] != [positive.size, negative.size]:
+            raise ValueError(
+                f"`clusters` must name {positive.size} and {negative.size} trials' clusters; found "
+                f"{' and '.join(str(len(n)) for n in names)}"
+            )
+        every = np.unique(np.concatenate(names))
+        times = rng.multinomial(every.size, np.full(every.size, 1 / every.size), resamples)
+        pairs = zip((positive, negative), names, strict=True)
+        draws = [_ClusterDraws(values, own, every, times, thresholds) for values, own in pairs]
+    rates = _bisect_eer(draws[0], draws[1], thresholds.size, resamples)
+    low, high = np.nanquantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+class _Draws:
+    """Of each resample: the share of drawn trials below thresholds[index], found as the search asks for it.
+
+    Of n trials drawn with replacement, those below a threshold are binomial; between two thresholds whose counts are
+    known, those below a third one are again.
+    """
+
+    def __init__(self, values: np.ndarray, thresholds: np.ndarray, resamples: int, rng: np.random.Generator) -> None:
+        self.below = np.searchsorted(values, thresholds, side="left")
+        self.size, self.rng = values.size, rng
+        # The counts at the ends of each resample's bracket.
+        self.known = np.stack([np.zeros(resamples, np.int64), np.full(resamples, values.size)])
+
+    def share(self, low: np.ndarray, middle: np.ndarray, high: np.ndarray) -> np.ndarray:
+        below = self.below[np.stack([low, middle, high])]
+        room = below[2] - below[0]
+        chance = np.where(room > 0, (below[1] - below[0]) / np.maximum(room, 1), 0.0)
+        self.found = self.known[0] + self.rng.binomial(self.known[1] - self.known[0], chance)
+        return self.found / self.size
+
+    def narrow(self, upper: np.ndarray) -> None:
+        """Take what was found last for the bracket's upper end where ``upper``, else for its lower one."""
+        self.known = np.where(np.stack([~upper, upper]), self.found, self.known)
+
+    def ends(self) -> np.ndarray:
+        return self.known / self.size
+
+
+class _ClusterDraws(_Draws):
+    """The same where whole clusters are drawn, each ``times`` [resamples, clusters] times."""
+
+    def __init__(
+        self, values: np.ndarray, own: np.ndarray, every: np.ndarray, times: np.ndarray, thresholds: np.ndarray
+    ) -> None:
+        order = np.argsort(values, kind="stable")
+        cluster = np.searchsorted(every, own[order])
+        self.sorted = [values[order][cluster == c] for c in range(every.size)]
+        self.times, self.thresholds = times, thresholds
+        self.size = times @ np.array([part.size for part in self.sorted])
+        self.known = np.stack([np.zeros(len(times), np.int64), self.size])
+
+    def share(self, low: np.ndarray, middle: np.ndarray, high: np.ndarray) -> np.ndarray:
+        at = self.thresholds[middle]
+        self.found = np.zeros(len(at), np.int64)
+        for part, times in zip(self.sorted, self.times.T, strict=True):
+            if part.size:
+                self.found += times * np.searchsorted(part, at, side="left")
+        return self.found / np.maximum(self.size, 1)
+
+    def ends(self) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.known / self.size
+
+
+def _bisect_eer(positive: _Draws, negative: _Draws, count: int, resamples: int) -> np.ndarray:
+    """The EER of each resample: P_miss - P_fa never falls with the threshold, from -1 at the lowest to 1."""
+    low, high = np.zeros(resamples, np.int64), np.full(resamples, count - 1)
+    while (high - low).max() > 1:
+        middle = np.maximum((low + high) // 2, low)
+        miss = positive.share(low, middle, high)
+        accept = 1 - negative.share(low, middle, high)
+        upper = miss - accept >= 0
+        # A bracket that is closed stays as it is: its middle is its lower end.
+        positive.narrow(upper)
+        negative.narrow(upper)
+        low, high = np.where(upper, low, middle), np.where(upper, middle, high)
+    misses, accepts = positive.ends(), 1 - negative.ends()
+    gaps = np.abs(misses - accepts)
+    return np.where(gaps[0] <= gaps[1], misses[0] + accepts[0], misses[1] + accepts[1]) / 2
 
 
 def _check_costs(p_spoof: float, c_miss: float, c_fa: float) -> tuple[float, float]:
