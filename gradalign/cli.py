@@ -1,4 +1,4 @@
-"""The command line: ``gradalign train | score | evaluate | conflicts | augment | corpus | data | pack |
+"""The command line: ``gradalign train | score | evaluate | fuse | table | conflicts | augment | corpus | data | pack |
 report | info``.
 
 Every command is a thin shell over one library function, which is imported when the command runs, so that ``--help`` is
@@ -15,7 +15,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from gradalign.data.protocol import Utterance
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,24 +82,25 @@ def _print_report(runs: str | Path) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     from gradalign import scoring
+    from gradalign._files import write_text
+    from gradalign.evaluation import Scores, write_scores
 
-    options = {
-        "batch_size": args.batch_size,
-        "device": args.device,
-        "resample": args.resample,
-        "skip_bad": args.skip_bad,
-    }
-    first: Path = args.audio[0]
-    protocol: Path | None = args.protocol
-    folder = first
-    if protocol is None and (first / "protocols").is_dir():
-        protocol, folder = first / "protocols" / f"{args.split}.txt", first / "flac"
-    if protocol is not None:
-        if len(args.audio) > 1:
-            raise ValueError(f"expected one folder of audio with a protocol; found {len(args.audio)} paths")
-        bad = scoring.score_protocol(args.model, protocol, folder, args.output, **options)
+    utterances, folder, labelled = _to_score(args)
+    values, bad = scoring.score(
+        args.model,
+        utterances,
+        folder,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        resample=args.resample,
+        skip_bad=args.skip_bad,
+    )
+    if labelled:
+        write_scores(args.output, Scores.of(utterances, values), args.format)
     else:
-        bad = _score_files(args.model, args.audio, args.output, options)
+        pairs = zip(utterances, values.tolist(), strict=True)
+        write_text(args.output, "".join(f"{u.name} {score:.9g}\n" for u, score in pairs if score == score))
     print(f"scores: {args.output}")
     if bad:
         print(f"{len(bad)} skipped:")
@@ -105,22 +109,32 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _score_files(model: Path, paths: Sequence[Path], output: Path, options: dict[str, Any]) -> list[str]:
-    """Score single files (and every audio file below folders) without a protocol: lines ``path score``."""
-    from gradalign import scoring
-    from gradalign._files import write_text
-    from gradalign.data.audio import SUFFIXES
+def _to_score(args: argparse.Namespace) -> tuple[list[Utterance], Path, bool]:
+    """What `gradalign score` scores, the folder of its audio, and whether its labels are known.
 
-    files: list[Path] = []
-    for path in paths:
+    Single files, and every audio file below folders, are utterances named by their path.
+    """
+    from gradalign.data.audio import SUFFIXES
+    from gradalign.data.datasets import read_dataset
+    from gradalign.data.protocol import Utterance, read_protocol
+
+    first: Path = args.audio[0]
+    dataset, protocol = args.dataset, args.protocol
+    if dataset is None and protocol is None and (first / "protocols").is_dir():
+        dataset = "corpus"
+    if (dataset or protocol) and len(args.audio) > 1:
+        raise ValueError(f"expected one folder with {dataset or protocol}; found {len(args.audio)} paths")
+    if protocol is not None:
+        return read_protocol(protocol), first, True
+    if dataset is not None:
+        return read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
+    utterances = []
+    for path in args.audio:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise FileNotFoundError(f"{path}: expected audio files ({', '.join(SUFFIXES)}) or protocols/; found none")
-        files += found
-    scores, bad = scoring.score_files(model, files, **options)
-    lines = [f"{file} {score:.9g}\n" for file, score in zip(files, scores.tolist(), strict=True) if score == score]
-    write_text(output, "".join(lines))
-    return bad
+        utterances += [Utterance(str(file), "-", "-", 0, path=file) for file in found]
+    return utterances, Path(), False
 
 
 def _conflicts(args: argparse.Namespace) -> int:
@@ -148,13 +162,21 @@ def _conflicts(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from gradalign import evaluation
+    from gradalign.data.datasets import read_dataset
     from gradalign.metrics import AsvRates
 
     asv = None if args.asv_rates is None else AsvRates(*args.asv_rates)
     if args.asv_scores is not None:
         asv = evaluation.read_asv_rates(args.asv_scores)
-    scores = evaluation.read_scores(args.scores, args.protocol)
-    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf)
+    if (args.dataset is None) != (args.root is None):
+        raise ValueError("expected --dataset and --root together; found one of them")
+    known = None
+    if args.dataset is not None:
+        known = read_dataset(args.dataset, args.root, args.subset, allow_missing=True)
+    scores = evaluation.read_scores(args.scores, args.protocol, known)
+    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf, resamples=args.interval or 0)
+    if args.det is not None:
+        evaluation.write_det(scores, args.det, by=args.by)
     if args.format == "json":
         print(evaluation.format_json(rows), end="")
     elif args.format == "csv":
@@ -168,6 +190,40 @@ def _evaluate(args: argparse.Namespace) -> int:
         if asv is not None:
             rates = f"p_fa {asv.p_fa:.4f}, p_miss {asv.p_miss:.4f}, p_fa_spoof {asv.p_fa_spoof:.4f}"
             print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
+        if args.interval:
+            print(f"from, to: 95% interval of the EER, by {args.interval} bootstrap samples.")
+        if args.det is not None:
+            print(f"DET curve: {args.det}")
+    return 0
+
+
+def _fuse(args: argparse.Namespace) -> int:
+    from gradalign.evaluation import read_scores, write_scores
+    from gradalign.fusion import Fusion
+
+    systems = [read_scores(path, args.protocol) for path in args.scores]
+    if args.dev is None:
+        fusion = Fusion.mean(len(systems))
+    else:
+        if len(args.dev) != len(systems):
+            raise ValueError(
+                f"expected dev scores of each of {len(systems)} detectors, in the same order; found {len(args.dev)}"
+            )
+        fusion = Fusion.fit([read_scores(path) for path in args.dev])
+    write_scores(args.output, fusion(systems), args.format)
+    for path, weight in zip(args.scores, fusion.weights, strict=True):
+        print(f"{weight:+.6g} x {path}")
+    print(f"{fusion.offset:+.6g}\nscores: {args.output}")
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from gradalign import results
+
+    found = [result for item in args.items for result in results.read_item(item)]
+    paths = results.write_table(found, args.output)
+    print(results.format_markdown(found))
+    print(f"written: {', '.join(str(path) for path in paths)}")
     return 0
 
 
@@ -397,6 +453,15 @@ def _add_setting(parser: Any, name: str, kind: Any, values: Any, about: str) -> 
         parser.add_argument(flag, type=kind, choices=values, help=about)
 
 
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=["2019", "2021", "5"],
+        default="2019",
+        help="score file as of ASVspoof 2019 (with attack and label, the default), 2021 or 5",
+    )
+
+
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str
 ) -> argparse.ArgumentParser:
@@ -453,6 +518,7 @@ def build_parser() -> argparse.ArgumentParser:
         _score,
         "score audio with a trained detector: higher is more bona fide",
         "  gradalign score runs/pcgrad-seed0/best.pt data -o scores.txt\n"
+        "  gradalign score runs/pcgrad-seed0/best.pt /data/LA --dataset asvspoof2021-la --format 2021 -o scores.txt\n"
         "  gradalign score runs/pcgrad-seed0/best.pt suspicious/*.wav -o scores.txt",
     )
     score.add_argument("model", type=Path, metavar="MODEL", help="best.pt of a run")
@@ -461,13 +527,17 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="DATA",
-        help="a folder in corpus layout, or audio files and folders of them",
+        help="a folder in corpus layout or of --dataset, or audio files and folders of them",
     )
     score.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
-    score.add_argument("--protocol", type=Path, metavar="FILE", help="utterances to score; DATA is then their folder")
-    score.add_argument("--split", default="test", help="protocol of a folder in corpus layout (default: test)")
+    which = score.add_mutually_exclusive_group()
+    which.add_argument("--protocol", type=Path, metavar="FILE", help="utterances to score; DATA is then their folder")
+    which.add_argument("--dataset", metavar="NAME", help=f"what DATA is: {_DATA_SETS}")
+    score.add_argument("--subset", default="test", metavar="S", help="of the data set (default: test)")
+    _add_format(score)
     score.add_argument("--device", default="auto", help="as PyTorch names it (default: a GPU where there is one)")
     score.add_argument("--batch-size", type=int, default=24, metavar="N", help="utterances at once (default: 24)")
+    score.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read audio ahead")
     score.add_argument("--resample", action="store_true", help="convert audio of another sample rate")
     score.add_argument("--skip-bad", action="store_true", help="list unreadable files at the end and go on")
 
@@ -476,18 +546,75 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "error rates of a score file: EER, DCF, Cllr, t-DCF",
-        "  gradalign evaluate runs/pcgrad-seed0/scores_test.txt --by attack",
+        "  gradalign evaluate runs/pcgrad-seed0/scores_test.txt --by attack --interval --det det.png\n"
+        "  gradalign evaluate scores.txt --dataset asvspoof2021-df --root /data/asvspoof2021 --by codec",
     )
-    evaluate.add_argument("scores", type=Path, help="lines `utterance attack label score`; higher is more bona fide")
-    evaluate.add_argument("--protocol", type=Path, help="labels from `speaker utterance - attack label` lines")
+    evaluate.add_argument(
+        "scores",
+        type=Path,
+        help="lines `utterance attack label score`, or, where labels are given, those of ASVspoof 2021 and 5; "
+        "higher is more bona fide",
+    )
+    labels = evaluate.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--protocol", type=Path, metavar="FILE", help="labels from `speaker utterance - attack label` lines"
+    )
+    labels.add_argument("--dataset", metavar="NAME", help=f"labels, codecs and speakers of {_DATA_SETS}")
+    evaluate.add_argument("--root", type=Path, metavar="DIR", help="the data set's folder")
+    evaluate.add_argument("--subset", default="test", metavar="S", help="of the data set (default: test)")
     asv = evaluate.add_mutually_exclusive_group()
     asv.add_argument("--asv-scores", type=Path, metavar="FILE", help="speaker verification scores, for the min t-DCF")
     asv.add_argument("--asv-rates", type=_rates, metavar="P_FA,P_MISS,P_FA_SPOOF", help="or its error rates")
     evaluate.add_argument("--tdcf", choices=["2019", "2021"], default="2021", help="t-DCF definition (default: 2021)")
-    evaluate.add_argument("--by", choices=["attack"], help="one more row for each attack")
+    evaluate.add_argument("--by", choices=["attack", "codec", "speaker"], help="one more row for each of them")
+    evaluate.add_argument(
+        "--interval",
+        type=int,
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="the EER's 95%% interval from N bootstrap samples, over speakers where they are known (default: 1000)",
+    )
+    evaluate.add_argument("--det", type=Path, metavar="PNG", help="draw the DET curve, one for each row")
     form = evaluate.add_mutually_exclusive_group()
     form.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON, every digit")
     form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV, every digit")
+
+    fuse = _command(
+        commands,
+        "fuse",
+        _fuse,
+        "fuse the scores of several detectors: their mean or, with dev scores, logistic regression",
+        "  gradalign fuse a/scores_test.txt b/scores_test.txt -o fused.txt\n"
+        "  gradalign fuse a/scores_test.txt b/scores_test.txt --dev a/scores_dev.txt b/scores_dev.txt -o fused.txt",
+    )
+    fuse.add_argument("scores", type=Path, nargs="+", metavar="SCORES", help="a score file of each detector")
+    fuse.add_argument(
+        "--dev",
+        type=Path,
+        nargs="+",
+        metavar="SCORES",
+        help="each detector's labelled scores to train on; the result is then a log-likelihood ratio",
+    )
+    fuse.add_argument("--protocol", type=Path, metavar="FILE", help="labels for score files without any")
+    fuse.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
+    _add_format(fuse)
+
+    table = _command(
+        commands,
+        "table",
+        _table,
+        "the results table over detectors, methods and data sets, in Markdown, CSV and HTML",
+        "  gradalign table runs/aasist runs/rawnet2 -o results\n"
+        "  gradalign table runs/aasist 'AASIST/published:test=published_scores.txt'",
+    )
+    table.add_argument(
+        "items",
+        nargs="+",
+        metavar="RUNS | DETECTOR/METHOD:SET=SCORES",
+        help="folders given to `gradalign train --out`, and score files of other detectors",
+    )
+    table.add_argument("-o", "--output", default="results", metavar="NAME", help="NAME.md, NAME.csv, NAME.html")
 
     conflicts = _command(
         commands,

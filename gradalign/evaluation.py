@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 
 from gradalign import metrics
 from gradalign._errors import DataError
-from gradalign._files import write_text
+from gradalign._files import atomic_path, write_text
 from gradalign.data.protocol import LABELS, Utterance, read_protocol
 from gradalign.metrics import AsvRates
 
@@ -36,6 +37,19 @@ class Scores:
     def __post_init__(self) -> None:
         for names in (self.codecs, self.speakers):
             names.extend("-" for _ in range(len(self) - len(names)))
+
+    @classmethod
+    def of(cls, utterances: Sequence[Utterance], values: np.ndarray) -> Scores:
+        """The scores of utterances, float64 [N]; an utterance whose score is NaN (a bad file) is left out."""
+        there = [(u, value) for u, value in zip(utterances, values.tolist(), strict=True) if value == value]
+        return cls(
+            [u.name for u, _ in there],
+            [u.attack for u, _ in there],
+            np.array([u.label == 1 for u, _ in there], bool),
+            np.array([value for _, value in there], np.float64),
+            [u.codec for u, _ in there],
+            [u.speaker for u, _ in there],
+        )
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -144,7 +158,7 @@ FORMATS = ("2019", "2021", "5")
 
 
 def write_scores(path: str | Path, scores: Scores, form: str = "2019") -> None:
-    """Write a score file in the format of an ASVspoof challenge. Raises ValueError for a format not in `FORMATS`."""
+    """Write a score file, atomically, in the format of an ASVspoof challenge; ValueError for one not in `FORMATS`."""
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {form!r}")
     lines = ["filename\tcm-score\n"] if form == "5" else []
@@ -186,6 +200,22 @@ BY = ("attack", "codec", "speaker")
 """What `evaluate` can tell apart."""
 
 
+def _conditions(scores: Scores, by: str | None) -> list[tuple[str, np.ndarray]]:
+    """All scores, then those of each attack, codec or speaker: (name, bool [N])."""
+    if by is not None and by not in BY:
+        raise ValueError(f"`by` must be None, {', '.join(map(repr, BY))}; found {by!r}")
+    everything = np.ones(len(scores), bool)
+    conditions = [("all", everything)]
+    if by is not None:
+        names = np.array({"attack": scores.attacks, "codec": scores.codecs, "speaker": scores.speakers}[by])
+        known = sorted({str(name) for name in names} - {"-"})
+        if not known:
+            where = "the score file or the protocol" if by == "attack" else "--dataset"
+            raise ValueError(f"--by {by}: expected {by} names from {where}; found none")
+        conditions += [(n, (names == n) | scores.bonafide if by == "attack" else names == n) for n in known]
+    return conditions
+
+
 def evaluate(
     scores: Scores,
     *,
@@ -207,17 +237,7 @@ def evaluate(
     Raises:
         ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
     """
-    if by is not None and by not in BY:
-        raise ValueError(f"`by` must be None, {', '.join(map(repr, BY))}; found {by!r}")
-    everything = np.ones(len(scores), bool)
-    conditions = [("all", everything)]
-    if by is not None:
-        names = np.array({"attack": scores.attacks, "codec": scores.codecs, "speaker": scores.speakers}[by])
-        known = sorted({str(name) for name in names} - {"-"})
-        if not known:
-            where = "the score file or the protocol" if by == "attack" else "--dataset"
-            raise ValueError(f"--by {by}: expected {by} names from {where}; found none")
-        conditions += [(n, (names == n) | scores.bonafide if by == "attack" else names == n) for n in known]
+    conditions = _conditions(scores, by)
     speakers = np.array(scores.speakers)
     rows: list[dict[str, object]] = []
     for condition, chosen in conditions:
@@ -243,6 +263,30 @@ def evaluate(
             row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=asv, version=tdcf_version))
         rows.append(row)
     return rows
+
+
+def write_det(scores: Scores, path: str | Path, by: str | None = None) -> None:
+    """Draw the detection error trade-off of the conditions of `evaluate` into a PNG file.
+
+    Raises ValueError as `evaluate` does, and where ``path`` does not end in .png.
+    """
+    from gradalign import figures
+
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"expected a path that ends in .png; found {str(path)!r}")
+    curves, texts = {}, {}
+    for condition, chosen in _conditions(scores, by):
+        bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))
+        if len(bonafide) and len(spoof):
+            p_miss, p_fa, _ = metrics.det_curve(bonafide, spoof)
+            curves[condition] = [(p_fa, p_miss)]
+            texts[condition] = f"{condition}: EER {100 * float(metrics.eer(bonafide, spoof)):.1f}%"
+    with figures.styled():
+        figure = figures.new_figure(7, 7)
+        colors = dict(zip(curves, itertools.cycle(figures.CATEGORY_COLORS)))
+        figures.draw_det(figure.add_subplot(), curves, texts, colors)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(figures.to_bytes(figure, "png"))
 
 
 _HEADINGS = {

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: distinct under every common colour blindness, and in grey.
 _COLORS = {"none": "#404040", "pcgrad": "#0072B2", "gradvac": "#D55E00", "cagrad": "#009E73", "mean": "#CC79A7"}
 _SPARE_COLORS = ("#E69F00", "#56B4E9", "#8a6d3b", "#7b5ea7")
+CATEGORY_COLORS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7b5ea7")
+"""For things that are not methods, in the order they come."""
 _STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
@@ -159,12 +161,17 @@ def label(axes: Axes, ends: Mapping[str, float], texts: Mapping[str, str] | None
 
 
 def draw_det(
-    axes: Axes, scores: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], texts: Mapping[str, str] | None = None
+    axes: Axes,
+    scores: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+    texts: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> None:
     """Detection error trade-off on probit axes: a thin line per seed, bold the mean over seeds at each acceptance rate.
 
-    ``scores`` holds per method one (false acceptance rates, miss rates) pair per seed, by ascending threshold.
+    ``scores`` holds per method one (false acceptance rates, miss rates) pair per seed, by ascending threshold;
+    ``colors`` are those of `color` if not given.
     """
+    colors = colors or {method: color(method) for method in scores}
     grid = np.linspace(_probit(0.0005), _probit(0.95), 400)
     lowest = 0.4
     for method, curves in scores.items():
@@ -172,12 +179,12 @@ def draw_det(
         for accept, miss in curves:
             # A rate of 0 or 1 has no probit: the end of a curve is drawn where its neighbours are still visible.
             x, y = _probit(np.clip(accept, 1e-5, 1 - 1e-5)), _probit(np.clip(miss, 1e-5, 1 - 1e-5))
-            axes.plot(x, y, color=color(method), linewidth=0.7, alpha=0.45, drawstyle="steps-post")
+            axes.plot(x, y, color=colors[method], linewidth=0.7, alpha=0.45, drawstyle="steps-post")
             misses.append(np.interp(grid, x[::-1], y[::-1]))
             crossing = int(np.argmin(np.abs(accept - miss)))
             lowest = min(lowest, (accept[crossing] + miss[crossing]) / 2)
         if misses:
-            axes.plot(grid, np.mean(misses, axis=0), color=color(method), linewidth=2.2, solid_joinstyle="round")
+            axes.plot(grid, np.mean(misses, axis=0), color=colors[method], linewidth=2.2, solid_joinstyle="round")
     low = _DET_TICKS[max(0, int(np.searchsorted(_DET_TICKS, max(lowest, 1e-9) / 6)) - 1)]
     low, high = max(low, 0.001), 0.6 if lowest < 0.3 else 0.8
     ticks = _DET_TICKS[(low <= _DET_TICKS) & (high >= _DET_TICKS)]
@@ -197,7 +204,7 @@ def draw_det(
             0.04 + 0.07 * i,
             (texts or {}).get(method, method),
             transform=axes.transAxes,
-            color=color(method),
+            color=colors[method],
             va="bottom",
             fontweight="bold",
         )

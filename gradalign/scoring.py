@@ -1,4 +1,4 @@
-"""Scores of a trained detector: loading one, running it over audio, writing score files."""
+"""Scores of a trained detector: loading one, running it over audio."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint, load_weights
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, GradalignError
-from gradalign._files import atomic_path
 from gradalign.data.dataset import SpeechDataset, load_batches
-from gradalign.data.protocol import Utterance, read_protocol
+from gradalign.data.protocol import Utterance
 
 
 @dataclass(frozen=True)
@@ -148,23 +147,10 @@ def expect_finite(logits: Tensor, bad: Sequence[tuple[int, str]], dataset: Speec
         )
 
 
-def write_scores(path: str | Path, utterances: Sequence[Utterance], scores: np.ndarray) -> int:
-    """Write lines ``utterance attack label score``, leaving out scores that are NaN; returns how many were written."""
-    lines = [
-        f"{u.name} {u.attack} {u.label_name} {s:.9g}\n"
-        for u, s in zip(utterances, scores.tolist(), strict=True)
-        if s == s  # NaN: no score.
-    ]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    return len(lines)
-
-
-def score_protocol(
+def score(
     checkpoint: str | Path,
-    protocol: str | Path,
-    audio_dir: str | Path,
-    out: str | Path,
+    utterances: Sequence[Utterance],
+    audio_dir: str | Path = "/",
     *,
     batch_size: int = 24,
     num_workers: int = 0,
@@ -172,13 +158,25 @@ def score_protocol(
     resample: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
-) -> list[str]:
-    """Score every utterance of a protocol with a trained detector and write the score file ``out``.
+) -> tuple[np.ndarray, list[str]]:
+    """Score utterances with a trained detector.
 
-    Returns the messages of the bad files left out (with ``skip_bad``; otherwise the first raises AudioError). Raises
-    GradalignError naming the file for a wrong protocol or checkpoint.
+    Args:
+        checkpoint: see `load_detector`.
+        utterances: N, from `read_protocol` or `read_dataset`.
+        audio_dir: folder of the files of utterances without a path of their own.
+        batch_size, num_workers, skip_bad: see `predict`.
+        device: as PyTorch names it, or auto.
+        resample: convert files of another sample rate than the detector's.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        scores float64 [N], higher is more bona fide, NaN for a bad file, and the messages of the bad files.
+
+    Raises:
+        AudioError: naming the first file that cannot be read, unless ``skip_bad``.
+        GradalignError: for a wrong checkpoint, or NaN or Inf from the detector.
     """
-    utterances = read_protocol(protocol)
     detector = load_detector(checkpoint, device)
     dataset = SpeechDataset(
         utterances,
@@ -194,36 +192,6 @@ def score_protocol(
         num_workers=num_workers,
         skip_bad=skip_bad,
         progress="scoring" if progress else "",
-    )
-    expect_finite(logits, bad, dataset)
-    write_scores(out, utterances, scores_of(logits))
-    return [message for _, message in bad]
-
-
-def score_files(
-    checkpoint: str | Path,
-    files: Sequence[str | Path],
-    *,
-    batch_size: int = 24,
-    device: str = "auto",
-    resample: bool = False,
-    skip_bad: bool = False,
-    progress: bool = True,
-) -> tuple[np.ndarray, list[str]]:
-    """Score single audio files: float64 [N] (NaN for a bad file), and the messages of the bad files.
-
-    Raises as `score_protocol` does.
-    """
-    detector = load_detector(checkpoint, device)
-    dataset = SpeechDataset(
-        [Utterance(str(Path(file).absolute()), "-", "-", 0) for file in files],
-        "/",
-        sample_rate=detector.config["sample_rate"],
-        num_samples=detector.config["num_samples"],
-        resample=resample,
-    )
-    logits, bad = predict(
-        detector.model, dataset, batch_size=batch_size, skip_bad=skip_bad, progress="scoring" if progress else ""
     )
     expect_finite(logits, bad, dataset)
     return scores_of(logits), [message for _, message in bad]

@@ -42,9 +42,10 @@ from gradalign.data import datasets
 from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
+from gradalign.evaluation import Scores, write_scores
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
-from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, write_scores
+from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of
 
 
 def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
@@ -589,7 +590,7 @@ class _Training:
                 expect_finite(logits, bad, data)
                 scores = scores_of(logits)
                 if self.first:
-                    write_scores(self.run / f"scores_{split}.txt", data.utterances, scores)
+                    write_scores(self.run / f"scores_{split}.txt", Scores.of(data.utterances, scores))
                 results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
         for name, test in self.config.test_sets.items():
             results.setdefault("test_sets", {})[name] = self._score_set(name, **test)
@@ -607,7 +608,7 @@ class _Training:
         logits, bad = self._predict(opened, f"{self.run.name} {name}")
         expect_finite(logits, bad, opened)
         if self.first:
-            write_scores(self.run / f"scores_{name}.txt", opened.utterances, scores_of(logits))
+            write_scores(self.run / f"scores_{name}.txt", Scores.of(opened.utterances, scores_of(logits)))
         return _errors(opened.utterances, scores_of(logits), set())
 
     def _write_conflict_map(self) -> None:

@@ -17,6 +17,7 @@ import soundfile
 from gradalign import cli, evaluation
 from gradalign.config import TrainConfig
 from gradalign.data import datasets
+from gradalign.fusion import Fusion
 
 COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
 COMMANDS += ["pack", "report", "info"]
@@ -156,6 +157,56 @@ def test_evaluate_prints_a_table_json_and_csv(runs, corpus, capsys):
     assert cli.main(["evaluate", scores, "--csv"]) == 0
     line = next(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert float(line["cllr"]) == rows[0]["cllr"]
+
+
+def test_official_score_files_need_a_data_set_and_tell_codecs(runs, corpus, tmp_path, capsys):
+    lines = ["path,label,speaker,attack,codec,split\n"]
+    for line in (corpus / "protocols" / "test.txt").read_text().splitlines():
+        speaker, name, _, attack, label = line.split()
+        lines.append(f"flac/{name}.flac,{label},{speaker},{attack},{('mp3', 'ogg')[int(name[-1]) % 4 > 1]},test\n")
+    (corpus / "list.csv").write_text("".join(lines))
+    model, out, det = str(runs / "pcgrad-seed0"), tmp_path / "scores.txt", tmp_path / "det.png"
+    data = ["--dataset", "csv"]
+    options = ["--format", "2021", "--device", "cpu", "-o", str(out)]
+    assert cli.main(["score", model, str(corpus / "list.csv"), *data, *options]) == 0
+    assert all(len(line.split()) == 2 for line in out.read_text().splitlines())
+    capsys.readouterr()
+    data += ["--root", str(corpus / "list.csv")]
+    assert cli.main(["evaluate", str(out), *data, "--by", "codec", "--interval", "50", "--det", str(det)]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"condition +bona fide +spoof +EER % +from +to ", table)
+    assert re.search(r"^mp3 +2 +2 .*\nogg +2 +2 ", table, re.MULTILINE)
+    assert det.stat().st_size > 1000
+    assert "expected --dataset and --root together" in fails(capsys, ["evaluate", out, "--dataset", "csv"])
+    assert "found no labels" in fails(capsys, ["evaluate", out])
+    assert "expected one folder with csv; found 2 paths" in fails(
+        capsys, ["score", model, corpus, corpus, "--dataset", "csv", "-o", out]
+    )
+
+
+def test_scores_are_fused(runs, tmp_path, capsys):
+    out = tmp_path / "fused.txt"
+    folders = [runs / f"pcgrad-seed{seed}" for seed in (0, 1)]
+    test, dev = ([str(folder / f"scores_{split}.txt") for folder in folders] for split in ("test", "dev"))
+    assert cli.main(["fuse", *test, "-o", str(out)]) == 0
+    assert "+0.5 x" in capsys.readouterr().out
+    mean = np.mean([evaluation.read_scores(path).values for path in test], axis=0)
+    assert evaluation.read_scores(out).values == pytest.approx(mean, rel=1e-8)
+    assert cli.main(["fuse", *test, "--dev", *dev, "-o", str(out)]) == 0
+    fitted = Fusion.fit([evaluation.read_scores(path) for path in dev])
+    found = fitted([evaluation.read_scores(path) for path in test])
+    assert evaluation.read_scores(out).values == pytest.approx(found.values, rel=1e-7)
+    assert "expected dev scores of each of 2 detectors" in fails(capsys, ["fuse", *test, "--dev", dev[0], "-o", out])
+
+
+def test_results_are_tabulated(runs, tmp_path, capsys):
+    out = tmp_path / "results"
+    theirs = f"RawNet2/published:test={runs / 'none-seed0' / 'scores_test.txt'}"
+    assert cli.main(["table", str(runs), theirs, "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "results.md").read_text() in printed
+    assert [line.split("|")[2].strip() for line in printed.splitlines()[2:5]] == ["none", "pcgrad", "published"]
+    assert "nothing: expected a folder of training runs" in fails(capsys, ["table", tmp_path / "nothing"])
 
 
 def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):

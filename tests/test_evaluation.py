@@ -7,6 +7,7 @@ import pytest
 
 from gradalign import evaluation, metrics
 from gradalign._errors import DataError
+from gradalign.data import Utterance
 
 SCORES = "h1 - bonafide 2.5\nh2 - bonafide 0.5\ns1 A spoof -1\ns2 A spoof 1.0\ns3 B spoof -2e0\n"
 PROTOCOL = "p1 h1 - - bonafide\np1 h2 - - bonafide\np2 s1 - A spoof\np2 s2 - A spoof\np2 s3 - B spoof\n"
@@ -38,6 +39,98 @@ def test_protocol_labels_a_plain_score_file(files):
     assert plain.attacks == full.attacks
     assert np.array_equal(plain.values, full.values)
     assert np.array_equal(plain.bonafide, full.bonafide)
+
+
+@pytest.mark.parametrize("form", evaluation.FORMATS)
+def test_every_format_is_read_as_it_was_written(files, form):
+    scores = evaluation.read_scores(files / "scores.txt")
+    evaluation.write_scores(files / "out.txt", scores, form)
+    found = evaluation.read_scores(files / "out.txt", files / "protocol.txt")
+    assert found.utterances == scores.utterances
+    assert found.attacks == scores.attacks
+    assert np.array_equal(found.bonafide, scores.bonafide)
+    assert np.array_equal(found.values, scores.values)
+
+
+def test_formats_are_those_of_the_challenges(files):
+    scores = evaluation.read_scores(files / "scores.txt")
+    first = {}
+    for form in evaluation.FORMATS:
+        evaluation.write_scores(files / "out.txt", scores, form)
+        first[form] = (files / "out.txt").read_text().splitlines()[:2]
+    assert first["2019"] == ["h1 - bonafide 2.5", "h2 - bonafide 0.5"]
+    assert first["2021"] == ["h1 2.5", "h2 0.5"]
+    assert first["5"] == ["filename\tcm-score", "h1\t2.5"]
+    with pytest.raises(ValueError, match="format must be one of 2019, 2021, 5; found '2020'"):
+        evaluation.write_scores(files / "out.txt", scores, "2020")
+
+
+def test_bad_utterances_have_no_score():
+    utterances = [Utterance("a", "p", "-", 1, "mp3"), Utterance("b", "q", "A", 0, "ogg")]
+    scores = evaluation.Scores.of(utterances, np.array([np.nan, -1.5]))
+    assert (scores.utterances, scores.attacks, scores.codecs, scores.speakers) == (["b"], ["A"], ["ogg"], ["q"])
+    assert scores.values.tolist() == [-1.5]
+
+
+@pytest.fixture
+def many():
+    """400 utterances of 8 speakers, 2 codecs and 2 attacks; speakers differ in how easy they are."""
+    rng = np.random.default_rng(4)
+    utterances, values = [], []
+    for i in range(400):
+        label, speaker = i % 2, i % 8 // 2
+        codec = "-" if i < 20 else ("mp3", "ogg")[i % 3 == 0]
+        speaker_name = f"s{speaker}{'h' if label else 'x'}"
+        utterances.append(Utterance(f"u{i}", speaker_name, "-" if label else "AB"[i % 4 == 0], label, codec))
+        values.append((1 if label else -1) + 0.7 * speaker + rng.normal())
+    return utterances, np.array(values)
+
+
+def test_codecs_are_told_apart_on_both_sides(many):
+    utterances, values = many
+    scores = evaluation.Scores.of(utterances, values)
+    rows = evaluation.evaluate(scores, by="codec")
+    assert [row["condition"] for row in rows] == ["all", "mp3", "ogg"]
+    for row in rows[1:]:
+        chosen = [u.codec == row["condition"] for u in utterances]
+        label = np.array([u.label for u, c in zip(utterances, chosen, strict=True) if c], bool)
+        assert row["eer"] == metrics.eer(values[chosen][label], values[chosen][~label])
+        assert (row["bonafide"], row["spoof"]) == (label.sum(), (~label).sum())
+
+
+def test_speakers_of_one_class_are_left_out(many):
+    utterances, values = many
+    scores = evaluation.Scores.of(utterances, values)
+    assert [row["condition"] for row in evaluation.evaluate(scores, by="speaker")] == ["all"]
+
+
+def test_intervals_are_over_speakers_where_they_are_known(many):
+    utterances, values = many
+    scores = evaluation.Scores.of(utterances, values)
+    bonafide, spoof = scores.split()
+    names = tuple([u.speaker for u in utterances if u.label == label] for label in (1, 0))
+    row = evaluation.evaluate(scores, resamples=500)[0]
+    assert (row["eer_low"], row["eer_high"]) == metrics.eer_interval(bonafide, spoof, 0.95, 500, clusters=names)
+    alone = evaluation.Scores(scores.utterances, scores.attacks, scores.bonafide, scores.values)
+    narrow = evaluation.evaluate(alone, resamples=500)[0]
+    assert (narrow["eer_low"], narrow["eer_high"]) == metrics.eer_interval(bonafide, spoof, 0.95, 500)
+    assert row["eer_high"] - row["eer_low"] > 1.5 * (narrow["eer_high"] - narrow["eer_low"])
+
+
+def test_what_the_scores_do_not_say_is_an_error(files):
+    scores = evaluation.read_scores(files / "scores.txt")
+    with pytest.raises(ValueError, match="--by codec: expected codec names from --dataset; found none"):
+        evaluation.evaluate(scores, by="codec")
+    with pytest.raises(ValueError, match="`by` must be None, 'attack', 'codec', 'speaker'; found 'sex'"):
+        evaluation.evaluate(scores, by="sex")
+
+
+def test_the_det_curve_is_a_picture(files, many):
+    scores = evaluation.Scores.of(*many)
+    evaluation.write_det(scores, files / "det.png", by="attack")
+    assert (files / "det.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"ends in \.png; found '.*det\.pdf'"):
+        evaluation.write_det(scores, files / "det.pdf")
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from gradalign import _files
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.config import METHODS, TrainConfig
-from gradalign.data import SpeechDataset, fit_length, read_protocol
+from gradalign.data import SpeechDataset, Utterance, fit_length, read_protocol
 from gradalign.rawboost import RawBoost
-from gradalign.scoring import load_detector, predict, score_files, score_protocol, scores_of
+from gradalign.scoring import load_detector, predict, score, scores_of
 from gradalign.sweep import sweep
 from gradalign.trainer import augmented_view, train, training_views
 
@@ -221,31 +221,25 @@ def test_best_weights_give_the_recorded_dev_loss_and_scores(finished):
     np.testing.assert_allclose([float(line[3]) for line in lines], scores_of(logits), rtol=1e-5, atol=1e-5)
 
 
-def test_score_protocol_and_score_files_agree_with_the_run(finished, tmp_path):
+def test_scores_agree_with_the_run_and_bad_files_have_none(finished, tmp_path):
     config, run = finished
     data = Path(config.data)
-    bad = score_protocol(
-        run / "best.pt",
-        data / "protocols" / "test.txt",
-        data / "flac",
-        tmp_path / "s.txt",
-        batch_size=4,
-        progress=False,
-    )
+    utterances = read_protocol(data / "protocols" / "test.txt")
+    found, bad = score(run / "best.pt", utterances, data / "flac", batch_size=4, progress=False)
     assert bad == []
     expected = [float(line.split()[3]) for line in (run / "scores_test.txt").read_text().splitlines()]
-    found = [float(line.split()[3]) for line in (tmp_path / "s.txt").read_text().splitlines()]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     broken = tmp_path / "broken.flac"
     broken.write_bytes(b"no audio")
-    files = [data / "flac" / "test00.flac", broken, data / "flac" / "test01.flac"]
-    scores, messages = score_files(run, files, skip_bad=True, progress=False)
+    paths = [data / "flac" / "test00.flac", broken, data / "flac" / "test01.flac"]
+    files = [Utterance(path.name, "-", "-", 0, path=path) for path in paths]
+    scores, messages = score(run, files, skip_bad=True, progress=False)
     np.testing.assert_allclose(scores[[0, 2]], expected[:2], rtol=1e-5, atol=1e-5)
     assert np.isnan(scores[1])
     assert len(messages) == 1
     assert str(broken) in messages[0]
     with pytest.raises(AudioError, match=r"broken\.flac"):
-        score_files(run, files, progress=False)
+        score(run, files, progress=False)
 
 
 def test_a_finished_run_is_left_alone_and_more_epochs_go_on_as_if_unbroken(finished, config):
@@ -537,8 +531,9 @@ def test_a_detector_that_scores_nan_is_an_error(finished, tmp_path):
     content = load_checkpoint(run / "best.pt")
     content["model"]["head.bias"].fill_(math.nan)
     torch.save(content, tmp_path / "best.pt")
+    path = Path(config.data) / "flac" / "test00.flac"
     with pytest.raises(GradalignError, match=r"test00\.flac: expected finite scores; the detector gave NaN or Inf"):
-        score_files(tmp_path / "best.pt", [Path(config.data) / "flac" / "test00.flac"], progress=False)
+        score(tmp_path / "best.pt", [Utterance(path.name, "-", "-", 0, path=path)], progress=False)
 
 
 def test_a_full_disk_is_one_error_and_the_old_checkpoint_stays(config, monkeypatch):
