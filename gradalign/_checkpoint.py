@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gradalign import _ranks
 from gradalign._errors import CheckpointError
 from gradalign._files import atomic_path
 
@@ -74,4 +75,4 @@ def load_weights(model: torch.nn.Module, state: dict[str, Any], path: str | Path
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path}: weights do not fit the model: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state)
+    model.load_state_dict({key: _ranks.like(value, own[key]) for key, value in state.items()})

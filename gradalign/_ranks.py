@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from gradalign._distributed import num_ranks
+from gradalign._distributed import is_dtensor, num_ranks
 from gradalign.data.loader import rank_share
 
 T = TypeVar("T")
@@ -47,14 +48,14 @@ def wait() -> None:
         dist.barrier()
 
 
-def add_up(tensor: torch.Tensor) -> torch.Tensor:
+def add_up(tensor: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place."""
     if num_ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def copy_first(tensors: Sequence[torch.Tensor]) -> None:
+def copy_first(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors with those of the first process."""
     if num_ranks() > 1:
         for tensor in tensors:
@@ -68,3 +69,50 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * num_ranks()
     dist.all_gather_object(found, value)
     return found
+
+
+# ---- a model shared out over the processes (FSDP2) -----------------------------------------------------------------
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Share a model's parameters out over the processes, in place; alone, leave it as it is.
+
+    The large layers, which are gathered one at a time, are the elements of module lists; the rest is gathered whole.
+    """
+    if num_ranks() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (num_ranks(),))
+    large = sum(p.numel() for p in model.parameters()) / 100
+    layers = [layer for modules in model.modules() if isinstance(modules, nn.ModuleList) for layer in modules]
+    # Inner layers first, as fully_shard wants it.
+    for layer in reversed(layers):
+        if sum(p.numel() for p in layer.parameters()) >= large:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` shared the model out: all processes must then run it equally often."""
+    return any(is_dtensor(p) for p in model.parameters())
+
+
+def whole(state: Any) -> Any:
+    """A state dict whose tensors are whole; every process must ask for it."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor() if isinstance(state, Tensor) and is_dtensor(state) else state  # type: ignore[attr-defined]
+
+
+def like(value: Any, own: Tensor) -> Any:
+    """This process' part of a whole tensor, as ``own`` is shared out; ``value`` itself where ``own`` is whole."""
+    if not isinstance(value, Tensor) or not is_dtensor(own) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

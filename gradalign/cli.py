@@ -191,7 +191,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             rates = f"p_fa {asv.p_fa:.4f}, p_miss {asv.p_miss:.4f}, p_fa_spoof {asv.p_fa_spoof:.4f}"
             print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
         if args.interval:
-            print(f"from, to: 95% interval of the EER, by {args.interval} bootstrap samples.")
+            print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of speakers where known.")
         if args.det is not None:
             print(f"DET curve: {args.det}")
     return 0
@@ -426,6 +426,7 @@ _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("weight_decay", float, "RATE", "of the optimizer"),
     ("class_weights", _weights, "SPOOF,BONAFIDE", "of the cross-entropy"),
     ("amp", str, ["off", "bf16", "fp16"], "type of the forward pass under autocast"),
+    ("shard", bool, "", "under torchrun, share the detector out over the processes too (FSDP2)"),
     ("compile", bool, "", "compile the detector with torch.compile"),
     ("device", str, "NAME", "as PyTorch names it, or auto"),
     ("threads", int, "N", "CPU threads of each run; 0: PyTorch's choice"),
@@ -771,7 +772,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        # Here, so that a reader who went away is noticed here, not when Python ends.
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         print(f"gradalign: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130

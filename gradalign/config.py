@@ -50,6 +50,8 @@ class TrainConfig:
         num_samples: length of the detector's input; longer audio is cropped, shorter repeated.
         crop: random | start: where longer training audio is cropped (dev and test: always at its start).
         batch_size: utterances in a step, over all processes; each is seen in every view.
+        shard: under torchrun, share weights, gradients and the optimizer's state out over the processes too (FSDP2),
+            not the batch alone.
         accumulate: parts in which a step's batch goes through the detector, one after the other, to save memory.
         epochs: at most this many.
         patience: stop after this many epochs without a lower dev loss; 0: never.
@@ -93,6 +95,7 @@ class TrainConfig:
     num_samples: int = 64600
     crop: str = "random"
     batch_size: int = 24
+    shard: bool = False
     accumulate: int = 1
     epochs: int = 50
     patience: int = 7
@@ -162,6 +165,7 @@ class TrainConfig:
         _expect(
             self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of {self.batch_size}", self.accumulate
         )
+        _expect(not self.shard or self.amp != "fp16", "amp", "off or bf16 with `shard`", self.amp)
         for name, test in self.test_sets.items():
             ok = isinstance(test, dict) and {"dataset", "data"} <= set(test) <= {"dataset", "data", "subset"}
             _expect(ok, f"test_sets.{name}", "a section with dataset, data and perhaps subset", test)

@@ -102,7 +102,10 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), tqdm(total=len(dataset), desc=progress, disable=not progress, leave=False) as bar:
+        sharded = _ranks.is_sharded(model)
+        bar = tqdm(total=len(dataset), desc=progress, disable=not progress, leave=False)
+        # FSDP2 keeps what it gathers, which must not be tensors of the inference mode.
+        with torch.no_grad() if sharded else torch.inference_mode(), bar:
             mine = plan[_ranks.rank() :: num_ranks()]
             for batch in load_batches(dataset, mine, num_workers=num_workers, pin_memory=device.type == "cuda"):
                 if batch.bad and not skip_bad:
@@ -112,7 +115,12 @@ def predict(
                     with autocast(device, amp):
                         found = model(batch.wave.to(device, non_blocking=True))
                     logits[batch.row] = found.float().cpu()
+                elif sharded:
+                    model(batch.wave.new_zeros(1, dataset.num_samples).to(device))
                 bar.update(num_ranks() * (len(batch.row) + len(batch.bad)))
+            if sharded and len(mine) < -(-len(plan) // num_ranks()):
+                # Every process must run the model equally often: they gather its parameters together.
+                model(torch.zeros(1, dataset.num_samples, device=device))
     finally:
         model.train(was_training)
     if num_ranks() > 1:

@@ -282,7 +282,7 @@ def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 # What may differ when a run goes on: where things are, how fast they are read, and how long it lasts.
 _FREE_TO_CHANGE = {
     "data", "train_protocol", "dev_protocol", "test_protocol", "train_audio", "dev_audio", "test_audio", "test_sets",
-    "out", "epochs", "patience", "threads", "num_workers", "cache_mb", "checkpoint_steps", "tensorboard",
+    "out", "epochs", "patience", "shard", "threads", "num_workers", "cache_mb", "checkpoint_steps", "tensorboard",
 }  # fmt: skip
 
 
@@ -329,6 +329,10 @@ class _Training:
         if num_ranks() > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device)
+        if config.shard:
+            _ranks.shard(self.model, self.device)
+        # Within the detector the processes wait for each other, to gather its parameters or a batch's statistics.
+        self.together = num_ranks() > 1 and (config.shard or self.device.type == "cuda")
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.optimizer = _make_optimizer(config, self.model, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -397,7 +401,8 @@ class _Training:
             self._note_bad(self.train_data, batch.bad)
             # What the loss is divided by: the class weights of the step's labels, over all processes.
             total = _ranks.add_up(self.class_weights[batch.label.to(self.device)].sum())
-            if num_ranks() > 1 or len(batch.row):
+            # A process without utterances takes part unless nobody has any.
+            if len(batch.row) or float(total) > 0:
                 steps.append(self._step(batch, total))
             at.position += 1
             save = config.checkpoint_steps > 0 and at.position % config.checkpoint_steps == 0
@@ -425,19 +430,18 @@ class _Training:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         optimizer.zero_grad()
         losses = [wave.new_zeros(()) for _ in seen]
-        # None of this process' files could be read: the others' gradients are the step's.
-        size = max(1, -(-len(labels) // self.config.accumulate))
-        parts = labels.split(size) if len(labels) else ()
+        views = [self._parts(view) for view in seen]
+        parts = self._parts(labels)
         if self.config.path == "split":
-            for k, view in enumerate(seen):
+            for k, view in enumerate(views):
                 with optimizer.path():
-                    for own, part in zip(view.split(size), parts, strict=False):
+                    for own, part in zip(view, parts, strict=True):
                         loss = self._step_loss(self._logits(own), part, total)
                         scaler.scale(loss).backward()
                         losses[k] += loss.detach()
         else:
-            for *own, part in zip(*(view.split(size) for view in seen), parts, strict=False):
-                logits = self._logits(torch.cat(own)).split(len(part))
+            for part, *waves in zip(parts, *views, strict=True):
+                logits = self._logits(torch.cat(waves)).chunk(len(waves))
                 found = [self._step_loss(one, part, total) for one in logits]
                 optimizer.backward([scaler.scale(loss) for loss in found])
                 losses = [total_loss + loss.detach() for total_loss, loss in zip(losses, found, strict=True)]
@@ -455,8 +459,19 @@ class _Training:
         pairs = torch.ones_like(cosine).triu(1) > 0
         return torch.stack([reference, torch.stack(others).mean(), cosine[pairs].min(), taken.double()])
 
+    def _parts(self, rows: Tensor) -> list[Tensor]:
+        """This process' part of a batch, in the parts that go through the detector one after the other.
+
+        Where the processes work together within the detector, all have the same number of parts, and some may be empty:
+        more parts than utterances, or files that could not be read.
+        """
+        parts = list(rows.tensor_split(self.config.accumulate))
+        return parts if self.together else [part for part in parts if len(part)]
+
     def _step_loss(self, logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """The loss whose mean over the processes is that of the whole step."""
+        if len(labels) == 0:
+            return 0 * logits.float().sum()
         loss = self.criterion(logits, labels)
         if num_ranks() == 1 and self.config.accumulate == 1:
             return loss
@@ -474,6 +489,9 @@ class _Training:
             at.sums = [a + b for a, b in zip(at.sums, new, strict=True)]
 
     def _logits(self, wave: Tensor) -> Tensor:
+        if len(wave) == 0:
+            # Noise, for whose loss nobody asks.
+            wave = torch.rand(2 * len(self.views), wave.shape[1], device=wave.device, dtype=wave.dtype)
         with autocast(self.device, self.config.amp):
             return self.forward(wave)
 
@@ -531,12 +549,13 @@ class _Training:
 
     def _keep_weights(self, loss: float | None) -> None:
         """Keep the weights of the epoch that has ended while it is among the best."""
-        if not self.first:
-            return
         best = self._best_epochs()
         if self.at.epoch in best:
-            weights = {"model": self.model.state_dict(), "epoch": self.at.epoch, "dev_loss": loss}
-            save_checkpoint(self._weights_of(self.at.epoch), {"config": _plain(self.config), **weights})
+            weights = {"model": _ranks.whole(self.model.state_dict()), "epoch": self.at.epoch, "dev_loss": loss}
+            if self.first:
+                save_checkpoint(self._weights_of(self.at.epoch), {"config": _plain(self.config), **weights})
+        if not self.first:
+            return
         kept = {self._weights_of(epoch) for epoch in best}
         for path in self.run.glob("best-*.pt"):
             if path not in kept:
@@ -658,14 +677,15 @@ class _Training:
         at = self.at
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         states = _ranks.gather((torch.get_rng_state(), cuda))
+        model, optimizer = _ranks.whole(self.model.state_dict()), _ranks.whole(self.optimizer.state_dict())
         if not self.first:
             return
         save_checkpoint(
             self.run / "checkpoint.pt",
             {
                 "config": _plain(self.config),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
                 # One entry for each process.
                 "rng_cpu": [cpu for cpu, _ in states],
@@ -683,7 +703,7 @@ class _Training:
             raise CheckpointError(f"{path}: {_OTHER_DATA}")
         load_weights(self.model, content["model"], path)
         try:
-            self.optimizer.load_state_dict(content["optimizer"])
+            self._restore_optimizer(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
             self.at = _Progress(**{**content["progress"], "cosines": content["progress"]["cosines"].tolist()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -695,6 +715,14 @@ class _Training:
         state = content["rng_cuda"][_ranks.rank()]
         if self.device.type == "cuda" and state is not None:
             torch.cuda.set_rng_state(state, self.device)
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            index: {key: _ranks.like(value, params[index]) for key, value in own.items()}
+            for index, own in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({**saved, "state": state})
 
     def _write_metrics(self) -> None:
         # Whole files from the checkpointed history: a kill can neither lose nor repeat a row.
@@ -736,7 +764,7 @@ def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device)
     else:
         base = torch.optim.Adam(parameters, **settings)
     try:
-        group = torch.distributed.group.WORLD if num_ranks() > 1 else None
+        group = torch.distributed.group.WORLD if num_ranks() > 1 and not config.shard else None
         return AlignedOptimizer(
             base, method=config.align, scope=config.scope, process_group=group, **config.align_options
         )

@@ -338,7 +338,8 @@ def test_an_unexpected_error_is_one_line_too(corpus, capsys, monkeypatch):
 
 def test_a_closed_pipe_is_no_traceback(runs):
     command = [sys.executable, "-m", "gradalign", "evaluate", str(runs / "none-seed0" / "scores_test.txt")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1

@@ -65,10 +65,12 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert float(a) == pytest.approx(float(b), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize(("align", "path"), [("pcgrad", "split"), ("gradvac", "joint")])
-def test_two_processes_train_as_one_with_the_whole_batch(align, path, tmp_path):
+@pytest.mark.parametrize(
+    ("align", "path", "shard"), [("pcgrad", "split", False), ("gradvac", "joint", False), ("pcgrad", "split", True)]
+)
+def test_two_processes_train_as_one_with_the_whole_batch(align, path, shard, tmp_path):
     one = train(config_of(tmp_path / "one", align=align, path=path), progress=False)
-    config = config_of(tmp_path / "two", align=align, path=path)
+    config = config_of(tmp_path / "two", align=align, path=path, shard=shard)
     printed = torchrun(config)
     assert printed.count("report:") == 1
     assert_same_run(config.run_dir, one)
@@ -85,6 +87,50 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
     # And bit for bit with two, if it is killed there and goes on.
     torchrun(replace(config, out=str(tmp_path / "two_again"), epochs=3))
     assert_same_run(again, one)
+
+
+def test_sharded_layers_train_as_whole_ones(tmp_path):
+    """With dropout: each process has the same random numbers either way."""
+    options = {"detector": "xlsr-mlp", "detector_options": {"frontend": {"name": "tiny"}}, "epochs": 2}
+    whole, sharded = (config_of(tmp_path / str(s), **options, shard=s, path="joint") for s in (False, True))
+    torchrun(whole)
+    torchrun(sharded)
+    assert_same_run(sharded.run_dir, whole.run_dir)
+
+
+def test_a_sharded_run_goes_on_alone_and_one_that_began_alone_goes_on_sharded(tmp_path):
+    one = train(config_of(tmp_path / "one", average_best=2), progress=False)
+    config = config_of(tmp_path / "sharded", average_best=2, shard=True)
+    torchrun(replace(config, epochs=2))
+    train(config, progress=False)
+    assert_same_run(config.run_dir, one)
+    config = replace(config, out=str(tmp_path / "alone"))
+    train(replace(config, epochs=1), progress=False)
+    torchrun(config)
+    assert_same_run(config.run_dir, one)
+    averages = [load_checkpoint(folder / "best.pt")["model"] for folder in (config.run_dir, one)]
+    for key, value in averages[1].items():
+        torch.testing.assert_close(averages[0][key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["split", "joint"])
+def test_a_sharded_process_without_utterances_waits_for_the_others(path, tmp_path):
+    """Of each step's two utterances one process may have none: its file is broken. Further parts are empty too."""
+    data = Path(shutil.copytree(CLIPS, tmp_path / "data"))
+    for name in [line.split()[1] for line in (data / "protocols" / "train.txt").read_text().splitlines()][::3]:
+        (data / "flac" / f"{name}.flac").write_bytes(b"broken")
+    changes = {"data": str(data), "batch_size": 2, "epochs": 2, "skip_bad": True, "path": path}
+    one = train(config_of(tmp_path / "one", **changes), progress=False)
+    config = config_of(tmp_path / "two", **changes, accumulate=2, shard=True)
+    torchrun(config)
+    assert_same_run(config.run_dir, one)
+    skipped = [(folder / "skipped.txt").read_text().splitlines() for folder in (config.run_dir, one)]
+    assert sorted(skipped[0]) == sorted(skipped[1])
+
+
+def test_loss_scaling_is_not_for_sharded_gradients(tmp_path):
+    with pytest.raises(ConfigError, match="`amp` must be off or bf16 with `shard`; found 'fp16'"):
+        config_of(tmp_path, shard=True, amp="fp16")
 
 
 def test_more_processes_than_utterances_in_a_step(monkeypatch, tmp_path):
