@@ -1,11 +1,13 @@
 """RawBoost as one would write it for a batch with plain PyTorch: torch.rand, torch.randn and torch.fft.
 
 The baseline that a fused kernel has to beat; it draws from PyTorch's generator, so an utterance's augmentation depends
-on the batch around it.
+on the batch around it. `FIRS` holds the convolutions of the libraries for augmentation, which do the same work within
+LnL and SSI.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -92,6 +94,44 @@ def _fir(x: Tensor, filters: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, size)[:, advance : advance + samples]
 
 
+def _torchaudio_fir(x: Tensor, filters: Tensor) -> Tensor:
+    """The same by torchaudio's convolution."""
+    from torchaudio.functional import fftconvolve
+
+    advance = (filters.shape[-1] + 1) // 2
+    return fftconvolve(x, filters).sum(1)[:, advance : advance + x.shape[-1]]
+
+
+def _audiomentations_fir(x: Tensor, filters: Tensor) -> Tensor:
+    """The same by the convolution of torch-audiomentations' impulse responses."""
+    from torch_audiomentations.utils.convolution import convolve
+
+    advance = (filters.shape[-1] + 1) // 2
+    return convolve(x, filters, mode="full").sum(1)[:, advance : advance + x.shape[-1]]
+
+
+FIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batched torch": _fir,
+    "torchaudio": _torchaudio_fir,
+    "torch-audiomentations": _audiomentations_fir,
+}
+
+
+def lnl(x: Tensor, filters: Tensor, fir: Callable[[Tensor, Tensor], Tensor] = _fir) -> Tensor:
+    """Convolutive noise of float32 [B, T] by filters [B, F, P]."""
+    y = fir(torch.stack([x**i for i in range(1, filters.shape[1] + 1)], dim=1), filters)
+    return _norm(y - y.mean(1, keepdim=True))
+
+
+def ssi(
+    x: Tensor, filters: Tensor, noise: Tensor, snr_db: Tensor, fir: Callable[[Tensor, Tensor], Tensor] = _fir
+) -> Tensor:
+    """Stationary noise of float32 [B, T]: ``noise`` [B, T] through filters [B, P], ``snr_db`` [B]."""
+    colored = fir(noise[:, None], filters[:, None])
+    level = torch.linalg.vector_norm(x, dim=1) / torch.linalg.vector_norm(colored, dim=1)
+    return x + colored * (level * 10 ** (-snr_db.float() / 20))[:, None]
+
+
 def _norm(y: Tensor) -> Tensor:
     return y / y.abs().amax(1, keepdim=True).clamp_min(1)
 
@@ -100,27 +140,24 @@ def apply(config: ga.RawBoostConfig, x: Tensor, draws: ga.RawBoostDraws) -> Tens
     """Augment float32 [B, T]."""
     c = config
 
-    def lnl(wave: Tensor) -> Tensor:
+    def convolutive(wave: Tensor) -> Tensor:
         assert draws.lnl is not None
-        y = _fir(torch.stack([wave**i for i in range(1, c.n_f + 1)], dim=1), _bank(c, draws.lnl))
-        return _norm(y - y.mean(1, keepdim=True))
+        return lnl(wave, _bank(c, draws.lnl))
 
-    def isd(wave: Tensor) -> Tensor:
+    def impulsive(wave: Tensor) -> Tensor:
         assert draws.isd_factor is not None
         return _norm(wave * (1 + c.g_sd * draws.isd_factor))
 
-    def ssi(wave: Tensor) -> Tensor:
+    def stationary(wave: Tensor) -> Tensor:
         assert draws.ssi is not None
         assert draws.ssi_noise is not None
         assert draws.snr_db is not None
         bands = (v[:, None] for v in (draws.ssi.center_hz, draws.ssi.width_hz, draws.ssi.taps, draws.ssi.gain_db))
-        colored = _fir(draws.ssi_noise[:, None], _bank(c, ga.NotchDraws(*bands)))
-        level = torch.linalg.vector_norm(wave, dim=1) / torch.linalg.vector_norm(colored, dim=1)
-        return wave + colored * (level * 10 ** (-draws.snr_db.float() / 20))[:, None]
+        return ssi(wave, _bank(c, ga.NotchDraws(*bands))[:, 0], draws.ssi_noise, draws.snr_db)
 
     if c.algo == 8:
-        return _norm(lnl(x) + isd(x))
-    run = {"lnl": lnl, "isd": isd, "ssi": ssi}
+        return _norm(convolutive(x) + impulsive(x))
+    run = {"lnl": convolutive, "isd": impulsive, "ssi": stationary}
     for step in STEPS[c.algo]:
         x = run[step](x)
     return x

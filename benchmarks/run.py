@@ -1,7 +1,8 @@
 """Time every op and the whole of RawBoost, backend against backend, on one device.
 
 Nothing is timed before it agrees with the float64 reference. Beside the backends run a batched PyTorch RawBoost
-(batched.py) and, where its file is given, the published NumPy code. Losses are printed beside wins.
+(batched.py), within LnL and SSI also the convolutions of torchaudio and torch-audiomentations where these are installed,
+and the published NumPy code where its file is given. Losses are printed beside wins.
 
     python benchmarks/run.py                                   # quick: under two minutes
     python benchmarks/run.py --threads 1 --algo 1 2 3 4 5 6 7 8 --published RawBoost.py --name cpu-one-core
@@ -32,7 +33,7 @@ from measure import Contender
 from torch import Tensor
 
 import gradalign as ga
-from gradalign import _dispatch
+from gradalign import _dispatch, reference
 
 BASELINE, PUBLISHED = "batched torch", "published"
 # The published code takes one utterance at a time; more of them would only lengthen a repetition.
@@ -145,6 +146,22 @@ def _widen(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
+def library(op: str, fir: Callable[[Tensor, Tensor], Tensor]) -> Callable[[tuple, bool], Tensor]:
+    """Return LnL or SSI around a library's convolution: (the op's arguments, as the reference draws) -> result."""
+    if op == "lnl":
+        return lambda args, as_reference: batched.lnl(args[0], args[1], fir)
+
+    def ssi(args: tuple, as_reference: bool) -> Tensor:
+        x, filters, _, seeds, _, _, low, high = args
+        if as_reference:
+            noise, snr_db = reference.ssi_noise(seeds, x.shape[1]), reference.ssi_snr_db(seeds, low, high)
+        else:
+            noise, snr_db = torch.randn_like(x), low + (high - low) * torch.rand(len(x), device=x.device)
+        return batched.ssi(x, filters, noise, snr_db, fir)
+
+    return ssi
+
+
 class Bench:
     """Runs the comparisons of one session and collects their rows."""
 
@@ -155,6 +172,13 @@ class Bench:
         self.skipped: list[str] = []
         self.failed: list[str] = []
         self.ceilings = measure.ceilings(self.device)
+        self.firs = {}
+        for label, fir in batched.FIRS.items():
+            try:
+                fir(torch.ones(1, 1, 8), torch.ones(1, 1, 3))
+                self.firs[label] = fir
+            except ImportError:
+                self.skip(f"{label}: pip install {label}")
         self.published: Published | None = None
         if options.published is None:
             self.skip("the published NumPy code: give its file with --published PATH/RawBoost.py")
@@ -245,7 +269,7 @@ class Bench:
             cpu = f"cpu {row['cpu_ms']['median']:9.3f}" if row["cpu_ms"] else ""
             memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:8.1f} MiB"
             print(
-                f"{what:<14} {size:<28} {row['contender']:<14} {wall['median']:10.3f} ms "
+                f"{what:<14} {size:<28} {row['contender']:<21} {wall['median']:10.3f} ms "
                 f"[{wall['p20']:.3f}, {wall['p80']:.3f}] {cpu} {wall['median'] / best:7.2f}x "
                 f"{row['gb_per_s']:8.2f} GB/s {row['direct_form_tflop_per_s']:7.3f} TFLOP/s {memory}",
                 flush=True,
@@ -259,7 +283,8 @@ class Bench:
         work = shapes.wave_work(name, batch, samples)
         sets = measure.num_sets(work.bytes, self.device)
         args = [shapes.arguments(name, batch, samples, self.device, i) for i in range(sets)]
-        self.op(op, args, {"batch": batch, "samples": samples}, work, batch, [0, batch - 1])
+        others = {label: library(name, fir) for label, fir in self.firs.items()} if name in ("lnl", "ssi") else {}
+        self.op(op, args, {"batch": batch, "samples": samples}, work, batch, [0, batch - 1], others)
 
     def gradient_op(self, name: str, parameters: str) -> None:
         """Compare the backends of gram or combine_ on one model's gradients."""
@@ -285,8 +310,12 @@ class Bench:
         work: shapes.Work,
         units: int,
         rows: list[int] | None,
+        others: dict[str, Callable[[tuple, bool], Tensor]] | None = None,
     ) -> None:
-        """Gate an op's backends on ``rows`` of the batch (None: on everything), then time those that pass."""
+        """Gate an op's backends on ``rows`` of the batch (None: on everything), then time those that pass.
+
+        ``others`` do the same without gradalign: (arguments, whether with the reference's random numbers) -> result.
+        """
         contenders, errors = [], {}
         few = args[0] if rows is None else tuple(shapes.rows(value, units, rows) for value in args[0])
         wide = _widen(few)
@@ -310,8 +339,14 @@ class Bench:
             errors[name] = measure.worst_error(found, expected)
             if self.passes(f"{op.name} {name} {workload}", errors[name]):
                 contenders.append(Contender(name, run, capturable=name in ("triton", "cuda")))
+        ours = [c.name for c in contenders if c.name != "reference"]
+        for label, call in (others or {}).items():
+            errors[label] = measure.worst_error(call(few, True), expected)
+            if self.passes(f"{op.name} {label} {workload}", errors[label]):
+                contenders.append(
+                    Contender(label, lambda i, call=call: call(args[i], False), capturable=self.device.type == "cuda")
+                )
         if contenders:
-            ours = [c.name for c in contenders if c.name != "reference"]
             sets = len(args)
             self.compare(op.name, workload, contenders, errors, work, units, sets, ours)
 

@@ -164,12 +164,15 @@ def test_fast_length_has_only_small_factors():
 
 def test_run_times_backends_beside_the_published_code(tmp_path, results, capsys):
     (tmp_path / "RawBoost.py").write_text(PUBLISHED)
-    options = "--ops rawboost isd gram combine_ --batch 2 --samples 500 --algo 4 8 --parameters aasist --rounds 3"
+    options = (
+        "--ops rawboost lnl isd ssi gram combine_ --batch 2 --samples 500 --algo 4 8 --parameters aasist --rounds 3"
+    )
     published = str(tmp_path / "RawBoost.py")
     assert run.main([*options.split(), "--published", published, "--name", "small"]) == 0
     result = json.loads((results / "small.json").read_text())
     who = {(row["op"], row["contender"]) for row in result["rows"]}
     assert {("rawboost", "published"), ("rawboost", "batched torch"), ("gram", "reference")} <= who
+    assert {(op, "torchaudio") for op in ("lnl", "ssi")} <= who
     assert all(row["wall_ms"]["median"] > 0 for row in result["rows"])
     assert result["environment"]["threads"] == torch.get_num_threads()
     text = report.markdown(result)
