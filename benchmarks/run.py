@@ -1,8 +1,8 @@
 """Time every op and the whole of RawBoost, backend against backend, on one device.
 
 Nothing is timed before it agrees with the float64 reference. Beside the backends run a batched PyTorch RawBoost
-(batched.py), within LnL and SSI also the convolutions of torchaudio and torch-audiomentations where these are installed,
-and the published NumPy code where its file is given. Losses are printed beside wins.
+(batched.py), within LnL and SSI also the convolutions of torchaudio and torch-audiomentations (where installed), and
+the published NumPy code (where its file is given). Losses are printed beside wins.
 
     python benchmarks/run.py                                   # quick: under two minutes
     python benchmarks/run.py --threads 1 --algo 1 2 3 4 5 6 7 8 --published RawBoost.py --name cpu-one-core

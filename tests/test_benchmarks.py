@@ -164,9 +164,7 @@ def test_fast_length_has_only_small_factors():
 
 def test_run_times_backends_beside_the_published_code(tmp_path, results, capsys):
     (tmp_path / "RawBoost.py").write_text(PUBLISHED)
-    options = (
-        "--ops rawboost lnl isd ssi gram combine_ --batch 2 --samples 500 --algo 4 8 --parameters aasist --rounds 3"
-    )
+    options = "--ops rawboost lnl ssi gram combine_ --batch 2 --samples 500 --algo 4 8 --parameters aasist --rounds 3"
     published = str(tmp_path / "RawBoost.py")
     assert run.main([*options.split(), "--published", published, "--name", "small"]) == 0
     result = json.loads((results / "small.json").read_text())
