@@ -233,8 +233,8 @@ class RawBoost(nn.Module):
             x: waveforms [B, T] or one waveform [T], float16, bfloat16, float32 or float64, any strides.
             lengths: the utterances' own lengths in samples, int64 [B]; None means T. Checked when on the CPU, clamped
                 to [0, T] on a device.
-            seeds: one int64 seed per utterance [B] (or a 0-d tensor for [T]); None draws them from PyTorch's global
-                generator.
+            seeds: one int64 seed per utterance [B] (or a 0-d tensor for [T]); None draws them from PyTorch's generator
+                of x's device, which on CUDA counts on the device: each replay of a CUDA graph draws others.
 
         Returns:
             Tensor of x's shape, dtype and device.
