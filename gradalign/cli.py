@@ -2,8 +2,8 @@
 report | info``.
 
 Every command is a thin shell over one library function, which is imported when the command runs: each loads only the
-packages it needs. Errors a user can mend are one line, ``gradalign: error: ...``, with exit code 2 (the command cannot be
-understood or its input is wrong) or 1 (it failed underway); ``GRADALIGN_DEBUG=1`` shows the traceback too.
+packages it needs. Errors a user can mend are one line, ``gradalign: error: ...``, with exit code 2 (the command cannot
+be understood or its input is wrong) or 1 (it failed underway); ``GRADALIGN_DEBUG=1`` shows the traceback too.
 """
 
 from __future__ import annotations
