@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from gradalign.data.packed import PackedDataset
     from gradalign.data.protocol import Utterance
 
 
@@ -85,10 +86,10 @@ def _score(args: argparse.Namespace) -> int:
     from gradalign._files import write_text
     from gradalign.evaluation import Scores, write_scores
 
-    utterances, folder, labelled = _to_score(args)
+    data, folder, labelled = _to_score(args)
     values, bad = scoring.score(
         args.model,
-        utterances,
+        data,
         folder,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
@@ -96,6 +97,7 @@ def _score(args: argparse.Namespace) -> int:
         resample=args.resample,
         skip_bad=args.skip_bad,
     )
+    utterances = data if isinstance(data, list) else data.utterances
     if labelled:
         write_scores(args.output, Scores.of(utterances, values), args.format)
     else:
@@ -109,13 +111,14 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _to_score(args: argparse.Namespace) -> tuple[list[Utterance], Path, bool]:
+def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset, Path, bool]:
     """What `gradalign score` scores, the folder of its audio, and whether its labels are known.
 
     Single files, and every audio file below folders, are utterances named by their path.
     """
     from gradalign.data.audio import SUFFIXES
     from gradalign.data.datasets import read_dataset
+    from gradalign.data.packed import PackedDataset, is_packed
     from gradalign.data.protocol import Utterance, read_protocol
 
     first: Path = args.audio[0]
@@ -128,6 +131,8 @@ def _to_score(args: argparse.Namespace) -> tuple[list[Utterance], Path, bool]:
         return read_protocol(protocol), first, True
     if dataset is not None:
         return read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
+    if len(args.audio) == 1 and is_packed(first):
+        return PackedDataset(first, args.subset), first, True
     utterances = []
     for path in args.audio:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
@@ -528,7 +533,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="DATA",
-        help="a folder in corpus layout or of --dataset, or audio files and folders of them",
+        help="a folder in corpus layout, of --dataset or packed, or audio files and folders of them",
     )
     score.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
     which = score.add_mutually_exclusive_group()

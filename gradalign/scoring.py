@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint, load_weights
 from gradalign._distributed import num_ranks
-from gradalign._errors import AudioError, CheckpointError, ConfigError, GradalignError
+from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.data.dataset import SpeechDataset, load_batches
+from gradalign.data.packed import PackedDataset
 from gradalign.data.protocol import Utterance
 
 
@@ -157,7 +159,7 @@ def expect_finite(logits: Tensor, bad: Sequence[tuple[int, str]], dataset: Speec
 
 def score(
     checkpoint: str | Path,
-    utterances: Sequence[Utterance],
+    data: Sequence[Utterance] | PackedDataset,
     audio_dir: str | Path = "/",
     *,
     batch_size: int = 24,
@@ -171,7 +173,7 @@ def score(
 
     Args:
         checkpoint: see `load_detector`.
-        utterances: N, from `read_protocol` or `read_dataset`.
+        data: N utterances from `read_protocol` or `read_dataset`, or packed ones.
         audio_dir: folder of the files of utterances without a path of their own.
         batch_size, num_workers, skip_bad: see `predict`.
         device: as PyTorch names it, or auto.
@@ -183,16 +185,18 @@ def score(
 
     Raises:
         AudioError: naming the first file that cannot be read, unless ``skip_bad``.
-        GradalignError: for a wrong checkpoint, or NaN or Inf from the detector.
+        GradalignError: for a wrong checkpoint, packed data of another sample rate, or NaN or Inf from the detector.
     """
     detector = load_detector(checkpoint, device)
-    dataset = SpeechDataset(
-        utterances,
-        audio_dir,
-        sample_rate=detector.config["sample_rate"],
-        num_samples=detector.config["num_samples"],
-        resample=resample,
-    )
+    sample_rate, num_samples = detector.config["sample_rate"], detector.config["num_samples"]
+    dataset: SpeechDataset
+    if isinstance(data, PackedDataset):
+        if data.sample_rate != sample_rate:
+            raise DataError(f"{data.audio_dir}: expected {sample_rate} Hz, the detector's; found {data.sample_rate} Hz")
+        dataset = copy.copy(data)
+        dataset.num_samples = num_samples
+    else:
+        dataset = SpeechDataset(data, audio_dir, sample_rate=sample_rate, num_samples=num_samples, resample=resample)
     logits, bad = predict(
         detector.model,
         dataset,

@@ -133,6 +133,15 @@ def test_scores_of_a_folder_are_those_of_training(runs, corpus, tmp_path, capsys
     assert found.values == pytest.approx(expected.values, abs=1e-5)
 
 
+def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path):
+    model, out = str(runs / "pcgrad-seed0"), tmp_path / "scores.txt"
+    assert cli.main(["pack", str(corpus), str(tmp_path / "packed")]) == 0
+    assert cli.main(["score", model, str(tmp_path / "packed"), "-o", str(out), "--device", "cpu"]) == 0
+    found, expected = evaluation.read_scores(out), evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
+    assert found.utterances == expected.utterances
+    assert found.values == pytest.approx(expected.values, abs=1e-5)
+
+
 def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path):
     files = [str(corpus / "flac" / f"test{i}.flac") for i in (1, 0)]
     out = tmp_path / "scores.txt"
