@@ -78,10 +78,17 @@ def extension() -> CppExtension:
     )
 
 
-# The packages are listed by hand because kernels/ at the top level is gradalign.kernels once installed.
+# The packages are listed by hand because kernels/ and benchmarks/ at the top level lie in gradalign once installed.
 setup(
-    packages=["gradalign", "gradalign.data", "gradalign.data.corpus", "gradalign.detectors", "gradalign.kernels"],
-    package_dir={"gradalign.kernels": "kernels"},
+    packages=[
+        "gradalign",
+        "gradalign.benchmarks",
+        "gradalign.data",
+        "gradalign.data.corpus",
+        "gradalign.detectors",
+        "gradalign.kernels",
+    ],
+    package_dir={"gradalign.kernels": "kernels", "gradalign.benchmarks": "benchmarks"},
     package_data={"gradalign": ["py.typed"]},
     ext_modules=[] if flag("GRADALIGN_EXT") is False else [extension()],
     cmdclass={"build_ext": BuildExtension},

@@ -4,7 +4,8 @@ Nothing is timed before it agrees with the float64 reference. Beside the backend
 (batched.py), within LnL and SSI also the convolutions of torchaudio and torch-audiomentations (where installed), and
 the published NumPy code (where its file is given). Losses are printed beside wins.
 
-    python benchmarks/run.py                                   # quick: under two minutes
+    gradalign bench                                            # quick: under two minutes; the same as
+    python benchmarks/run.py
     python benchmarks/run.py --threads 1 --algo 1 2 3 4 5 6 7 8 --published RawBoost.py --name cpu-one-core
     python benchmarks/run.py --device cuda --batch 1 16 64 256 --samples 16000 64600 400000 --published RawBoost.py \
         --published-processes 16 --name h100

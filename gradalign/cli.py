@@ -1,5 +1,5 @@
 """The command line: ``gradalign train | score | evaluate | fuse | table | conflicts | augment | corpus | data | pack |
-report | info``.
+report | bench | info``.
 
 Every command is a thin shell over one library function, which is imported when the command runs: each loads only the
 packages it needs. Errors a user can mend are one line, ``gradalign: error: ...``, with exit code 2 (the command cannot
@@ -331,6 +331,22 @@ def _pack(args: argparse.Namespace) -> int:
         for reason in found.bad:
             print(f"  {reason}")
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import runpy
+
+    package = Path(__file__).parent
+    # Beside the package in a checkout, within it once installed.
+    script = next((p for p in (package.parent, package) if (p / "benchmarks" / "run.py").is_file()), None)
+    if script is None:
+        raise FileNotFoundError(f"{package}: expected benchmarks/run.py in or beside it; found none")
+    folder = script / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        return int(runpy.run_path(str(folder / "run.py"))["main"](args.options))
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -750,6 +766,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, metavar="RUNS", help="the folder given to `gradalign train --out`")
 
+    # Its options, --help too, are those of benchmarks/run.py.
+    bench = commands.add_parser("bench", help="time every op and RawBoost, backend against backend", add_help=False)
+    bench.set_defaults(run=_bench, options=[])
     _command(commands, "info", _info, "versions, build facts and the backend that serves each op", "  gradalign info")
     return parser
 
@@ -773,7 +792,12 @@ def _os_error(error: OSError) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (failed), 2 (wrong command or input) or 130 (interrupted)."""
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        args, rest = parser.parse_known_args(argv)
+        if args.command == "bench":
+            args.options = rest
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -781,6 +805,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Here, so that a reader who went away is noticed here, not when Python ends.
         sys.stdout.flush()
         return code
+    except SystemExit as stop:
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         print(f"gradalign: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130

@@ -218,6 +218,19 @@ def test_results_are_tabulated(runs, tmp_path, capsys):
     assert "nothing: expected a folder of training runs" in fails(capsys, ["table", tmp_path / "nothing"])
 
 
+def test_bench_is_the_microbenchmark(capsys):
+    small = ["--batch", "1", "--samples", "1000", "--rounds", "2", "--seconds", "0.1", "--threads", "1"]
+    assert cli.main(["bench", "--ops", "isd", *small]) == 0
+    assert re.search(r"^isd +batch=1 samples=1000 +reference +[\d.]+ ms", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main(["bench", "--help"]) == 0
+    assert "--published" in capsys.readouterr().out
+    assert cli.main(["bench", "--ops", "nothing"]) == 2
+
+
+def test_unknown_arguments_are_an_error(capsys):
+    assert "unrecognized arguments: --nothing" in fails(capsys, ["info", "--nothing"])
+
+
 def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):
     out = tmp_path / "conflicts"
     small = ["--detector", "light", "--num-samples", "2000", "--batch-size", "4", "--device", "cpu", "--steps", "5"]
