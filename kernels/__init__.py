@@ -71,6 +71,9 @@ if _missing:
         ops.lnl,
         ops.isd,
         ops.ssi,
+        ops.lnl_backward,
+        ops.isd_backward,
+        ops.ssi_backward,
         ops.gram,
         ops.weigh,
         ops.combine_,
@@ -78,4 +81,5 @@ if _missing:
     ):
         _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
 else:
-    from gradalign.kernels import gradients, rawboost  # noqa: F401  (their import registers the launchers)
+    # Their import registers the launchers.
+    from gradalign.kernels import gradients, rawboost, rawboost_backward  # noqa: F401

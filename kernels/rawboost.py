@@ -679,10 +679,35 @@ def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
 def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """x [B, T], filters [B, N_f, P], lengths [B] -> [B, T] like x. Equivalent to `reference.lnl`."""
     x, filters, lengths = _rows(x), _bank(filters, x), _dense(lengths)
-    (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
+    batch, num_samples = x.shape
     out, z = _result_and_scratch(x)
+    sums, extrema = filter_powers(x, filters, lengths, z)
+    blocks = triton.cdiv(num_samples, BLOCK)
+    launch(
+        lnl_finish_kernel,
+        batch * blocks,
+        x.device,
+        z,
+        sums,
+        extrema[0],
+        extrema[1],
+        lengths,
+        out,
+        num_samples,
+        sums.shape[1],
+        blocks,
+        TILE_BLOCK=TILE_BLOCK,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def filter_powers(x: Tensor, filters: Tensor, lengths: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the sum of the filtered powers of x into z [B, T]; returns its tiles' sums and extrema of `lnl_kernel`."""
+    (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
     tile = _tile(x)
-    tiles, blocks = triton.cdiv(num_samples, tile["BLOCK"]), triton.cdiv(num_samples, BLOCK)
+    tiles = triton.cdiv(num_samples, tile["BLOCK"])
     sums = torch.empty(batch, tiles, dtype=torch.float64, device=x.device)
     extrema = torch.empty(2, batch, tiles, dtype=z.dtype, device=x.device)
     launch(
@@ -705,24 +730,7 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
         TAPS_BLOCK=triton.next_power_of_2(num_taps),
         **tile,
     )
-    launch(
-        lnl_finish_kernel,
-        batch * blocks,
-        x.device,
-        z,
-        sums,
-        extrema[0],
-        extrema[1],
-        lengths,
-        out,
-        num_samples,
-        tiles,
-        blocks,
-        TILE_BLOCK=TILE_BLOCK,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return out
+    return sums, extrema
 
 
 def _bank(filters: Tensor, x: Tensor) -> Tensor:
@@ -733,6 +741,24 @@ def _bank(filters: Tensor, x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------ isd
+
+
+@triton.jit
+def _isd_gain(seeds, factor, b, n, length, factor_stride, P: tl.constexpr, G_SD: tl.constexpr, WIDE: tl.constexpr):
+    """1 + g_sd * f at the positions n of utterance b, f given or drawn; 1 beyond its length."""
+    own = n < length
+    if factor is None:
+        seed = tl.load(seeds + b)
+        beta = _uniform(_philox(seed, _STREAM_ISD_BETA, tl.zeros([1], tl.uint32), 0)[0], 0.0, P)
+        count = tl.floor(length.to(tl.float64) * (beta / 100)).to(tl.int32)
+        chosen = own & (_bijection(seed, n, length).to(tl.int32) < count)
+        word1, word2, _, _ = _philox(seed, _STREAM_ISD_FACTOR, n, 0)
+        u1 = (word1 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
+        u2 = (word2 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
+        f = tl.where(chosen, u1 * u2, 0.0)
+    else:
+        f = tl.load(factor + b * factor_stride + n, mask=own, other=0.0)
+    return 1 + G_SD * f.to(WIDE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -761,18 +787,7 @@ def isd_kernel(
     length = _length(lengths, b, num_samples)
     own = n < length
     value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(y.dtype.element_ty)
-    if factor is None:
-        seed = tl.load(seeds + b)
-        beta = _uniform(_philox(seed, _STREAM_ISD_BETA, tl.zeros([1], tl.uint32), 0)[0], 0.0, P)
-        count = tl.floor(length.to(tl.float64) * (beta / 100)).to(tl.int32)
-        chosen = own & (_bijection(seed, n, length).to(tl.int32) < count)
-        word1, word2, _, _ = _philox(seed, _STREAM_ISD_FACTOR, n, 0)
-        u1 = (word1 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
-        u2 = (word2 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
-        f = tl.where(chosen, u1 * u2, 0.0)
-    else:
-        f = tl.load(factor + b * factor_stride + n, mask=own, other=0.0)
-    value += G_SD * value * f.to(y.dtype.element_ty)
+    value *= _isd_gain(seeds, factor, b, n, length, factor_stride, P, G_SD, y.dtype.element_ty)
     tl.store(y + b * num_samples + n, value, mask=own)
     tl.store(peaks + program, tl.max(tl.abs(value), 0))
 
@@ -969,17 +984,52 @@ def ssi(
 ) -> Tensor:
     """x [B, T], filters [B, P], seeds [B] or noise [B, T] and snr_db [B] -> like x. Equivalent to `reference.ssi`."""
     x, filters, lengths = _rows(x), _bank(filters[:, None], x), _dense(lengths)
+    seeds, snr_db = (_dense(seeds), None) if noise is None else (None, _dense(snr_db.double()))
+    batch, num_samples = x.shape
+    out, colored = _result_and_scratch(x)
+    squares = color_noise(x, filters, lengths, seeds, noise, colored)
+    blocks = triton.cdiv(num_samples, BLOCK)
+    launch(
+        ssi_finish_kernel,
+        batch * blocks,
+        x.device,
+        x,
+        colored,
+        squares[0],
+        squares[1],
+        lengths,
+        seeds,
+        snr_db,
+        out,
+        num_samples,
+        squares.shape[2],
+        blocks,
+        x.stride(0),
+        SNR_MIN=snr_min,
+        SNR_MAX=snr_max,
+        TILE_BLOCK=TILE_BLOCK,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def color_noise(
+    x: Tensor, filters: Tensor, lengths: Tensor | None, seeds: Tensor | None, noise: Tensor | None, colored: Tensor
+) -> Tensor:
+    """Write the filtered noise into colored [B, T]; returns the tiles' sums of squares of x and of it [2, B, tiles].
+
+    filters [B, 1, P]; the noise [B, T] is drawn from seeds [B] where it is not given.
+    """
     batch, num_samples = x.shape
     num_taps = filters.shape[-1]
-    out, colored = _result_and_scratch(x)
-    tile = _tile(x)
-    tiles, blocks = triton.cdiv(num_samples, tile["BLOCK"]), triton.cdiv(num_samples, BLOCK)
     if noise is None:
-        seeds, snr_db = _dense(seeds), None
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        blocks = triton.cdiv(num_samples, BLOCK)
         launch(ssi_noise_kernel, batch * blocks, x.device, seeds, noise, num_samples, blocks, BLOCK=BLOCK, num_warps=4)
-    else:
-        noise, seeds, snr_db = _rows(noise), None, _dense(snr_db.double())
+    noise = _rows(noise)
+    tile = _tile(x)
+    tiles = triton.cdiv(num_samples, tile["BLOCK"])
     squares = torch.empty(2, batch, tiles, dtype=torch.float64, device=x.device)
     launch(
         ssi_kernel,
@@ -1001,26 +1051,4 @@ def ssi(
         TAPS_BLOCK=triton.next_power_of_2(num_taps),
         **tile,
     )
-    launch(
-        ssi_finish_kernel,
-        batch * blocks,
-        x.device,
-        x,
-        colored,
-        squares[0],
-        squares[1],
-        lengths,
-        seeds,
-        snr_db,
-        out,
-        num_samples,
-        tiles,
-        blocks,
-        x.stride(0),
-        SNR_MIN=snr_min,
-        SNR_MAX=snr_max,
-        TILE_BLOCK=TILE_BLOCK,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return out
+    return squares

@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
+BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
+OPS = (*BACKWARD, "notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The interpreter takes about a millisecond per tap and tile.
 SMALL_SAMPLES = {torch.float16: (127,), torch.bfloat16: (2,), torch.float32: (1, 700), torch.float64: (127,)}
@@ -53,9 +54,9 @@ def test_launchers_have_the_signature_of_the_reference():
 def test_kernels_and_launchers_are_named_after_their_op():
     from triton.runtime.jit import KernelInterface
 
-    from gradalign.kernels import gradients, rawboost
+    from gradalign.kernels import gradients, rawboost, rawboost_backward
 
-    for module in (gradients, rawboost):
+    for module in (gradients, rawboost, rawboost_backward):
         defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
         public = [n for n, v in defined.items() if isinstance(v, KernelInterface) and not n.startswith("_")]
         for name in public:
@@ -77,7 +78,8 @@ def _tolerance(op, args, dtype):
     if op == "align_":
         # Weights are as exact as the Gram matrix, which is of float32 sums.
         return RELATIVE[torch.float32 if dtype == torch.float64 else dtype]
-    drawn = op in ("isd", "ssi") and args[2 if op == "isd" else 3] is not None
+    first = 1 if op in BACKWARD else 0
+    drawn = op[:3] in ("isd", "ssi") and args[first + (2 if op.startswith("isd") else 3)] is not None
     if op == "gram":
         # float64 results of float32 sums.
         return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -127,11 +129,15 @@ def test_utterances_of_several_tiles(dtype):
     num_samples = 5000 if dtype == torch.float32 else 3500
     x, lengths = inputs.wave(num_samples, dtype, DEVICE), inputs.lengths(num_samples, DEVICE)
     seeds, bank = inputs.seeds(DEVICE), _short_bank(3, dtype)
+    grad = x.flip(0, 1)
     for own in (None, lengths):
         for op, args in (
             ("lnl", (x, bank, own)),
             ("isd", (x, own, seeds, None, 30.0, 2.0)),
             ("ssi", (x, bank[:, 0], own, seeds, None, None, 10.0, 20.0)),
+            ("lnl_backward", (grad, x, bank, own)),
+            ("isd_backward", (grad, x, own, seeds, None, 30.0, 2.0)),
+            ("ssi_backward", (grad, x, bank[:, 0], own, seeds, None, None, 10.0, 20.0)),
         ):
             found = inputs.run(op, "triton", args)[0]
             expected = inputs.run(op, "reference", inputs.widen(args))[0]
@@ -143,20 +149,27 @@ def test_utterances_of_several_tiles(dtype):
 
 @kernels
 @pytest.mark.parametrize("algo", range(9))
-def test_same_seeds_same_augmentation(algo):
+def test_same_seeds_same_augmentation_and_gradient(algo):
     # A small filter keeps the interpreter quick; the draws are the same for every size.
     boost = ga.RawBoost(algo, n_f=3, n_bands=2, min_coeff=5, max_coeff=16, p=30)
     x, seeds = inputs.wave(600, torch.float32), inputs.seeds()
+    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(backend, device, lengths):
+        wave = x.to(device).requires_grad_()
+        with ga.use_backends(backend):
+            y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
+            if algo:
+                (y * towards.to(device)).sum().backward()
+        return y.detach().cpu(), wave.grad.cpu() if algo else y.detach().cpu()
+
     for lengths in (None, inputs.lengths(600)):
-        with ga.use_backends("triton"):
-            own = None if lengths is None else lengths.to(DEVICE)
-            found = boost(x.to(DEVICE), lengths=own, seeds=seeds.to(DEVICE)).cpu()
+        found = run("triton", DEVICE, lengths)
         for backend in ("reference", "cpp"):
             if ops.lnl.why_not(backend):
                 continue
-            with ga.use_backends(backend):
-                expected = boost(x, lengths=lengths, seeds=seeds)
-            assert max_norm_error(found, expected) <= DRAWN[torch.float32], backend
+            for f, e in zip(found, run(backend, "cpu", lengths), strict=True):
+                assert max_norm_error(f, e) <= DRAWN[torch.float32], backend
 
 
 @kernels
@@ -167,11 +180,17 @@ def test_nonfinite_samples_stay_in_their_utterance(bad, algo):
     x = inputs.wave(300, torch.float32, DEVICE)
     broken = x.clone()
     broken[1, 100] = bad
-    with ga.use_backends("triton"):
-        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
-    assert torch.equal(clean[0], dirty[0])
-    assert torch.equal(clean[2], dirty[2])
-    assert not bool(torch.isfinite(dirty[1]).all())
+    results = []
+    for wave in (x, broken):
+        wave.requires_grad_()
+        with ga.use_backends("triton"):
+            y = boost(wave, seeds=seeds)
+            y.square().sum().backward()
+        results.append((y.detach(), wave.grad))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean[0], dirty[0])
+        assert torch.equal(clean[2], dirty[2])
+        assert not bool(torch.isfinite(dirty[1]).all())
 
 
 @kernels
@@ -189,6 +208,9 @@ def test_results_are_written_whole(monkeypatch):
         ("lnl", (x, bank, lengths)),
         ("isd", (x, lengths, inputs.seeds(DEVICE), None, 30.0, 2.0)),
         ("ssi", (x, bank[:, 0], lengths, inputs.seeds(DEVICE), None, None, 10.0, 20.0)),
+        ("lnl_backward", (x, x, bank, lengths)),
+        ("isd_backward", (x, x, lengths, inputs.seeds(DEVICE), None, 30.0, 2.0)),
+        ("ssi_backward", (x, x, bank[:, 0], lengths, inputs.seeds(DEVICE), None, None, 10.0, 20.0)),
         ("gram", (inputs.gradients(3, torch.float32, DEVICE), 3, list(inputs.SEGMENTS), 4)),
     ):
         (found,) = inputs.run(op, "triton", args)

@@ -18,12 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gradalign.kernels import gradients, rawboost
+from gradalign.kernels import gradients, rawboost, rawboost_backward
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_SAMPLES = 64600
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
-BOOST = {"notch_draws", "notch_bank", "lnl", "isd", "ssi"}
+BOOST = ("notch_draws", "notch_bank", "lnl", "isd", "ssi")
+BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
+OPS = (*BOOST, *BACKWARD, "gram", "weigh", "combine_", "align_")
+MODULES = dict.fromkeys(BOOST, rawboost) | dict.fromkeys(BACKWARD, rawboost_backward)
+
+
+def _launcher(op):
+    return getattr(MODULES.get(op, gradients), op)
 
 
 @pytest.fixture
@@ -35,8 +41,8 @@ def launches(monkeypatch):
         assert programs > 0
         recorded.append((kernel, args, meta))
 
-    monkeypatch.setattr(rawboost, "launch", record)
-    monkeypatch.setattr(gradients, "launch", record)
+    for module in (rawboost, rawboost_backward, gradients):
+        monkeypatch.setattr(module, "launch", record)
     return recorded
 
 
@@ -45,6 +51,8 @@ def _arguments(op, dtype):
     x, lengths, seeds = inputs.wave(NUM_SAMPLES, dtype), inputs.lengths(NUM_SAMPLES), inputs.seeds()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     bank = torch.zeros(inputs.BATCH, 5, 491, dtype=wide)
+    if op in BACKWARD:
+        return [(x, *args) for args in _arguments(op.removesuffix("_backward"), dtype)]
     if op == "lnl":
         return [(x, bank, None), (x, bank, lengths)]
     if op == "isd":
@@ -99,19 +107,16 @@ def _compile(kernel, args, meta, arch, folder):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    "op", ["notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_"]
-)
+@pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
     # notch_draws takes no floats, notch_bank and weigh compute in float64.
     dtypes = (
         (torch.float32,) if op.startswith("notch") or op == "weigh" else (torch.float32, torch.bfloat16, torch.float64)
     )
-    module = rawboost if op in BOOST else gradients
     for dtype in dtypes:
         launches.clear()
         for args in _arguments(op, dtype):
-            getattr(module, op)(*args)
+            _launcher(op)(*args)
         assert launches
         for kernel, args, meta in launches:
             registers, stack, local = _compile(kernel, args, meta, arch, tmp_path)
@@ -126,10 +131,10 @@ def test_every_kernel_is_compiled(launches):
 
     for op in OPS:
         for args in _arguments(op, torch.float32):
-            getattr(rawboost if op in BOOST else gradients, op)(*args)
+            _launcher(op)(*args)
     defined = {
         name
-        for module in (rawboost, gradients)
+        for module in (rawboost, rawboost_backward, gradients)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
