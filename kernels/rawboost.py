@@ -734,8 +734,11 @@ def filter_powers(x: Tensor, filters: Tensor, lengths: Tensor | None, z: Tensor)
 
 
 def _bank(filters: Tensor, x: Tensor) -> Tensor:
-    """Filters [B, N_f, P] in x's dtype of computation, each utterance's N_f*P taps adjacent."""
+    """Filters [B, N_f, P] in x's dtype of computation, each utterance's N_f*P taps adjacent, P odd."""
     filters = filters.to(_wide(x))
+    if filters.shape[-1] % 2 == 0:
+        # The kernels count taps from the middle. With a zero before them, the same filter has one.
+        filters = torch.nn.functional.pad(filters, (1, 0))
     dense = filters.stride(-1) == 1 and filters.stride(-2) == filters.shape[-1]
     return filters if dense else filters.contiguous()
 

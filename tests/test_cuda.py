@@ -2,6 +2,8 @@
 side streams; CUDA graphs; no wait for the device.
 """
 
+import itertools
+
 import inputs
 import pytest
 import torch
@@ -10,10 +12,11 @@ from tolerances import DRAWN, RELATIVE, WEIGHED, max_norm_error
 import gradalign as ga
 from gradalign import ops, reference
 
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "gram", "weigh", "combine_", "align_")
+BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
+OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", *BACKWARD, "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ops that draw, and the place of their seeds.
-DRAWING = {"isd": 2, "ssi": 3}
+DRAWING = {"isd": 2, "ssi": 3, "isd_backward": 3, "ssi_backward": 4}
 
 pytestmark = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a CUDA GPU: {ops.lnl.why_not('cuda')}")
 
@@ -51,7 +54,9 @@ def test_lnl_of_other_numbers_of_branches(num_filters, dtype):
     bank = inputs.bank(dtype, "cuda")[:, torch.arange(num_filters) % 3]
     for num_samples in (700, 4097):
         x = inputs.wave(num_samples, dtype, "cuda")
-        _check("lnl", (x, bank, inputs.lengths(num_samples, "cuda")), dtype, f"{num_samples} samples")
+        own = inputs.lengths(num_samples, "cuda")
+        _check("lnl", (x, bank, own), dtype, f"{num_samples} samples")
+        _check("lnl_backward", (x.flip(0, 1), x, bank, own), dtype, f"{num_samples} samples")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,9 +70,11 @@ def test_filters_longer_than_a_pass(dtype):
         filters[..., : num_taps // 3] = 0
         filters = filters.to(wide).cuda()
         _check("lnl", (x, filters, None), dtype, f"{num_taps} taps")
+        _check("lnl_backward", (x.flip(0, 1), x, filters, None), dtype, f"{num_taps} taps")
         level = torch.tensor([10.0, 0.0, -10.0], dtype=torch.float64, device="cuda")
         args = (x, filters[:, 0], inputs.lengths(3000, "cuda"), None, x.flip(1), level, 0.0, 0.0)
         _check("ssi", args, dtype, f"{num_taps} taps")
+        _check("ssi_backward", (x.flip(0, 1), *args), dtype, f"{num_taps} taps")
 
 
 @pytest.mark.parametrize("num_taps", [1, 2, 491, 1024, 1025])
@@ -79,6 +86,7 @@ def test_filters_of_long_utterances(num_samples, num_taps):
     filters = (torch.randn(inputs.BATCH, 5, num_taps, generator=generator) / num_taps**0.5).cuda()
     for lengths in (None, own):
         _check("lnl", (x, filters, lengths), torch.float32, "lnl")
+        _check("lnl_backward", (x.flip(0, 1), x, filters, lengths), torch.float32, "lnl_backward")
         _check("ssi", (x, filters[:, 1], lengths, inputs.seeds("cuda"), None, None, 0.0, 9.0), torch.float32, "ssi")
     level = torch.tensor([10.0, 0.0, -10.0], dtype=torch.float64, device="cuda")
     _check("ssi", (x, filters[:, 2], own, None, x.flip(1), level, 0.0, 0.0), torch.float32, "ssi, noise given")
@@ -100,16 +108,23 @@ def test_more_filters_than_a_launch_takes():
 
 
 @pytest.mark.parametrize("algo", range(9))
-def test_same_seeds_same_augmentation(algo):
+def test_same_seeds_same_augmentation_and_gradient(algo):
     boost, seeds, x = ga.RawBoost(algo), inputs.seeds(), inputs.wave(4097, torch.float32)
+    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(backend, device, lengths):
+        wave = x.to(device).requires_grad_()
+        with ga.use_backends(backend):
+            y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
+            if algo:
+                (y * towards.to(device)).sum().backward()
+        return y.detach().cpu(), wave.grad.cpu() if algo else y.detach().cpu()
+
     for lengths in (None, inputs.lengths(4097)):
-        with ga.use_backends("cuda"):
-            own = None if lengths is None else lengths.cuda()
-            found = boost(x.cuda(), lengths=own, seeds=seeds.cuda()).cpu()
+        found = run("cuda", "cuda", lengths)
         for backend in ("reference", "cpp"):
-            with ga.use_backends(backend):
-                expected = boost(x, lengths=lengths, seeds=seeds)
-            assert max_norm_error(found, expected) <= DRAWN[torch.float32], backend
+            for f, e in zip(found, run(backend, "cpu", lengths), strict=True):
+                assert max_norm_error(f, e) <= DRAWN[torch.float32], backend
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -119,11 +134,17 @@ def test_nonfinite_samples_stay_in_their_utterance(bad, algo):
     x = inputs.wave(3000, torch.float32, "cuda")
     broken = x.clone()
     broken[1, 100] = bad
-    with ga.use_backends("cuda"):
-        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
-    assert torch.equal(clean[0], dirty[0])
-    assert torch.equal(clean[2], dirty[2])
-    assert not bool(torch.isfinite(dirty[1]).all())
+    results = []
+    for wave in (x, broken):
+        wave.requires_grad_()
+        with ga.use_backends("cuda"):
+            y = boost(wave, seeds=seeds)
+            y.square().sum().backward()
+        results.append((y.detach(), wave.grad))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean[0], dirty[0])
+        assert torch.equal(clean[2], dirty[2])
+        assert not bool(torch.isfinite(dirty[1]).all())
 
 
 def test_results_are_written_whole():
@@ -137,6 +158,9 @@ def test_results_are_written_whole():
         ("lnl", (x, bank, lengths)),
         ("isd", (x, lengths, inputs.seeds("cuda"), None, 30.0, 2.0)),
         ("ssi", (x, bank[:, 0], lengths, inputs.seeds("cuda"), None, None, 10.0, 20.0)),
+        ("lnl_backward", (x, x, bank, lengths)),
+        ("isd_backward", (x, x, lengths, inputs.seeds("cuda"), None, 30.0, 2.0)),
+        ("ssi_backward", (x, x, bank[:, 0], lengths, inputs.seeds("cuda"), None, None, 10.0, 20.0)),
         ("gram", (inputs.gradients(3, torch.float32, "cuda"), 3, list(inputs.SEGMENTS), 4)),
     ]
     for op, args in cases:
@@ -322,6 +346,9 @@ def test_extra_memory_is_at_most_two_batches():
             ("lnl", (wave, filters, None)),
             ("isd", (wave, None, seeds, None, 10.0, 2.0)),
             ("ssi", (wave, filters[:, 0], None, seeds, None, None, 10.0, 40.0)),
+            ("lnl_backward", (wave, wave, filters, None)),
+            ("isd_backward", (wave, wave, None, seeds, None, 10.0, 2.0)),
+            ("ssi_backward", (wave, wave, filters[:, 0], None, seeds, None, None, 10.0, 40.0)),
         ):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -368,6 +395,25 @@ def test_cuda_graph_capture():
         replayed = captured[0].clone()
         restore()
         assert torch.equal(replayed, _step(boost, x, seeds, grads)[0])
+
+
+def test_each_replay_of_a_cuda_graph_draws_other_seeds():
+    """Without seeds, PyTorch's generator of the device counts on, in a graph too."""
+    boost, x = ga.RawBoost(4), inputs.wave(24_000, torch.float32, "cuda").requires_grad_()
+    with ga.use_backends("cuda"):
+        boost(x).sum().backward()
+        x.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = boost(x)
+            (slope,) = torch.autograd.grad(y.sum(), x)
+        seen = []
+        for _ in range(3):
+            graph.replay()
+            seen.append((y.detach().clone(), slope.clone()))
+    for i, (first, second) in enumerate(itertools.pairwise(seen)):
+        assert all(bool(torch.isfinite(v).all()) for v in first), i
+        assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), i
 
 
 def test_side_stream():

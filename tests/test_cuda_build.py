@@ -26,6 +26,17 @@ KERNELS = {
         "ssi_fft",
         "ssi_finish",
     },
+    "rawboost_backward": {
+        "lnl_backward",
+        "lnl_backward_sums",
+        "lnl_backward_center",
+        "lnl_backward_mirror",
+        "lnl_backward_fft",
+        "isd_backward",
+        "isd_backward_sums",
+        "ssi_backward",
+        "ssi_backward_sums",
+    },
     "gradients": {"gram", "gram_sum", "weigh", "combine", "align"},
 }
 

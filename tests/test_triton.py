@@ -113,6 +113,24 @@ def test_equals_float64_reference(op, dtype, monkeypatch):
             assert max_norm_error(f, e) <= _tolerance(op, args, dtype), f"{name}, result {i}"
 
 
+@kernels
+@pytest.mark.parametrize("num_taps", [1, 2, 8, 9])
+def test_lopsided_filters_of_any_length(num_taps):
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(inputs.BATCH, 2, num_taps, generator=generator).to(DEVICE)
+    x = inputs.wave(300, torch.float32, DEVICE)
+    grad, level = x.flip(0, 1), torch.zeros(inputs.BATCH, dtype=torch.float64, device=DEVICE)
+    for op, args in (
+        ("lnl", (x, bank, None)),
+        ("lnl_backward", (grad, x, bank, None)),
+        ("ssi", (x, bank[:, 0], None, None, grad, level, 0.0, 0.0)),
+        ("ssi_backward", (grad, x, bank[:, 0], None, None, grad, level, 0.0, 0.0)),
+    ):
+        found = inputs.run(op, "triton", args)[0]
+        expected = inputs.run(op, "reference", inputs.widen(args))[0]
+        assert max_norm_error(found, expected) <= RELATIVE[torch.float32], op
+
+
 def _short_bank(num_filters, dtype=torch.float32):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     notches = reference.notch_draws(

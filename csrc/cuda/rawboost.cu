@@ -3,11 +3,8 @@
 // utterance (sums, extrema) is stored per tile, and a second kernel adds the tiles in order and finishes the samples.
 #include <algorithm>
 
-#include "common.cuh"
-
-#include "../bijection.h"
 #include "../notch.h"
-#include "fft.cuh"
+#include "rawboost.cuh"
 
 namespace gradalign::cuda {
 
@@ -135,8 +132,6 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* 
   }
 }
 
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
-
 Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
                   ScalarType dtype) {
   const OnDevice device(center_hz);
@@ -162,187 +157,6 @@ Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor&
 
 // ---------------------------------------------------------------------------------------------------------------------------- the filters
 
-// A [B, T] tensor of any strides and floating dtype.
-struct Wave {
-  const void* data;
-  int64_t row_stride, stride;
-  ScalarType dtype;
-};
-
-Wave wave_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.scalar_type()}; }
-
-// Sample n of row b. The dtype is the same for a whole launch, so the branch costs less than a kernel per dtype costs to build.
-template <typename T>
-__device__ T sample(const Wave& wave, int64_t b, int n) {
-  const int64_t at = b * wave.row_stride + n * wave.stride;
-  switch (wave.dtype) {
-    case ScalarType::Double: return T(static_cast<const double*>(wave.data)[at]);
-    case ScalarType::Half: return T(float(static_cast<const Half*>(wave.data)[at]));
-    case ScalarType::BFloat16: return T(float(static_cast<const BFloat16*>(wave.data)[at]));
-    default: return T(static_cast<const float*>(wave.data)[at]);
-  }
-}
-
-// An utterance's own length.
-__device__ __forceinline__ int length_of(const int64_t* lengths, int64_t b, int num_samples) {
-  return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples)));
-}
-
-// How a block of 128 threads filters: each thread keeps kOutputs neighbouring outputs in registers and slides a window of the signal past them.
-// N is the number of branches: at 5 and 1 (float32) the taps lie in shared memory, at 0 any number of branches reads them through the cache.
-template <typename T, int N>
-struct Fir {
-  static constexpr int kThreads = 128;
-  // Per tap of 5 branches, 8 outputs cost 40 multiply-adds and about 2 shared-memory accesses; one branch needs 16 outputs to hide them.
-  static constexpr int kOutputs = N == 1 ? 16 : sizeof(T) == 4 ? 8 : 4;
-  static constexpr int kTile = kThreads * kOutputs;
-  // Taps per step of the window.
-  static constexpr int kStep = N == 0 ? 4 : 8;
-  // Taps per pass over shared memory: the published filters, at most 491 taps, take one.
-  static constexpr int kTaps = 512;
-  // Shared memory has 32 banks of 4 bytes. Threads read 16 bytes each, kOutputs apart; 4 words of padding per 32 put them in different banks.
-  static constexpr int kWindow = (kTile + kTaps) / 32 * 36;
-  __device__ static int place(int i) { return i + (i >> 5 << 2); }
-};
-
-// Four neighbours, read from shared memory in 16-byte accesses.
-template <typename T>
-struct alignas(16) Four {
-  T v[4];
-};
-
-template <typename T, int N>
-struct FirShared {
-  alignas(16) T window[Fir<T, N>::kWindow];
-  // Branches 1..4 of a tap are one 16-byte access, branch 5 of four taps another; one branch needs the latter alone.
-  Four<T> low[N == 5 ? Fir<T, N>::kTaps : 1];
-  alignas(16) T high[N == 0 ? 4 : Fir<T, N>::kTaps];
-};
-
-// z[r] = sum over branches i and taps k of b_i[k] * s[n + (P+1)/2 - k]^(i+1) for the outputs n = first + kOutputs * thread + r.
-// `filters` [N_f, P] of this utterance; fill(start, count) puts samples start .. start + count - 1 of the signal, 0 outside the utterance, into
-// shared.window. By Horner's rule a tap costs one multiply-add per branch and output, and no power is ever stored.
-template <typename T, int N, typename Fill>
-__device__ void fir(const T* filters, int num_filters, int num_taps, int first, FirShared<T, N>& shared, T (&z)[Fir<T, N>::kOutputs], Fill&& fill) {
-  using F = Fir<T, N>;
-  constexpr int kOutputs = F::kOutputs, kStep = F::kStep;
-  // Zeros around short filters cost nothing: the first and the last tap, in the order j = P - 1 - k, that any branch uses.
-  int lowest = num_taps, highest = -1;
-  for (int i = 0; i < num_filters; ++i)
-    for (int j = threadIdx.x; j < num_taps; j += F::kThreads)
-      if (filters[i * num_taps + num_taps - 1 - j] != 0) lowest = min(lowest, j), highest = max(highest, j);
-  lowest = -block_reduce<F::kThreads>(-lowest, Larger{});
-  highest = block_reduce<F::kThreads>(highest, Larger{});
-
-#pragma unroll
-  for (int r = 0; r < kOutputs; ++r) z[r] = 0;
-  for (int begin = lowest; begin <= highest; begin += F::kTaps) {
-    const int count = divide_up(min(F::kTaps, highest + 1 - begin), kStep) * kStep;
-    // The last pass has been read.
-    __syncthreads();
-    // Output n meets sample n + (P+1)/2 - k = n + j - (P-1) + (P+1)/2.
-    fill(first + begin - (num_taps - 1) + (num_taps + 1) / 2, F::kTile + count);
-    if constexpr (N > 0) {
-      for (int j = threadIdx.x; j < count; j += F::kThreads) {
-        const int k = num_taps - 1 - (begin + j);
-        auto tap = [&](int i) { return k >= 0 && i < num_filters ? filters[i * num_taps + k] : T(0); };
-        if constexpr (N == 5) {
-          shared.low[j] = {tap(0), tap(1), tap(2), tap(3)};
-          shared.high[j] = tap(4);
-        } else {
-          shared.high[j] = tap(0);
-        }
-      }
-    }
-    __syncthreads();
-
-    // Samples j .. j + kOutputs + kStep - 1 of the thread's window.
-    T w[kOutputs + kStep];
-    const int base = threadIdx.x * kOutputs;
-    auto load = [&](int at, int to) {
-      const Four<T> four = *reinterpret_cast<const Four<T>*>(&shared.window[F::place(base + at)]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[to + i] = four.v[i];
-    };
-#pragma unroll
-    for (int i = 0; i < kOutputs; i += 4) load(i, i);
-    for (int j = 0; j < count; j += kStep) {
-#pragma unroll
-      for (int i = 0; i < kStep; i += 4) load(j + kOutputs + i, kOutputs + i);
-      if constexpr (N == 0) {
-#pragma unroll
-        for (int u = 0; u < kStep; ++u) {
-          const int k = num_taps - 1 - (begin + j + u);
-          T h[kOutputs];
-#pragma unroll
-          for (int r = 0; r < kOutputs; ++r) h[r] = 0;
-          for (int i = num_filters - 1; i >= 0; --i) {
-            // The same address for all threads: one access.
-            const T b = k >= 0 ? filters[i * num_taps + k] : T(0);
-#pragma unroll
-            for (int r = 0; r < kOutputs; ++r) h[r] = (h[r] + b) * w[r + u];
-          }
-#pragma unroll
-          for (int r = 0; r < kOutputs; ++r) z[r] += h[r];
-        }
-      } else {
-#pragma unroll
-        for (int group = 0; group < kStep; group += 4) {
-          const Four<T> high = *reinterpret_cast<const Four<T>*>(&shared.high[j + group]);
-#pragma unroll
-          for (int u = 0; u < 4; ++u) {
-            if constexpr (N == 5) {
-              const Four<T> low = shared.low[j + group + u];
-#pragma unroll
-              for (int r = 0; r < kOutputs; ++r) {
-                const T s = w[r + group + u];
-                z[r] += s * (low.v[0] + s * (low.v[1] + s * (low.v[2] + s * (low.v[3] + s * high.v[u]))));
-              }
-            } else {
-#pragma unroll
-              for (int r = 0; r < kOutputs; ++r) z[r] += high.v[u] * w[r + group + u];
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kOutputs; ++r) w[r] = w[r + kStep];
-    }
-  }
-}
-
-// Store the threads' outputs from `first` on to row [T] through shared memory: neighbouring threads then write neighbouring addresses.
-template <typename T, int N>
-__device__ void store_tile(const T (&z)[Fir<T, N>::kOutputs], FirShared<T, N>& shared, T* row, int first, int length) {
-  using F = Fir<T, N>;
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < F::kOutputs; r += 4)
-    *reinterpret_cast<Four<T>*>(&shared.window[F::place(threadIdx.x * F::kOutputs + r)]) = {z[r], z[r + 1], z[r + 2], z[r + 3]};
-  __syncthreads();
-  for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) row[first + i] = shared.window[F::place(i)];
-}
-
-// Long float32 utterances are filtered by overlap-save: a block takes two neighbouring segments, one in the real and one in the imaginary part (the
-// filters are real, so the two never mix), adds the branches as spectra and transforms back once. At 491 taps, a fortieth of the direct form's
-// multiply-adds.
-struct Segments {
-  explicit __host__ __device__ Segments(int num_taps) : num_taps(num_taps), hop(Fft::kPoints - num_taps + 1) {}
-  // Outputs per segment, per block.
-  int num_taps, hop;
-  __host__ __device__ int tile() const { return 2 * hop; }
-  // Output of a block's segment 0 or 1 that point m holds; points below num_taps - 1 hold none.
-  __device__ int output(int first, int segment, int m) const { return first + segment * hop + m - (num_taps - 1); }
-};
-
-// Bytes of shared memory: a block's samples and the transform's exchange.
-constexpr int kFftBytes = int(sizeof(float2)) * (Fft::kPoints + Fft::kShared);
-
-// True when the spectra of num_filters filters take at most two of the utterance's own sizes.
-bool filter_by_fft(const Tensor& x, int64_t num_filters, int64_t num_taps) {
-  return x.scalar_type() == ScalarType::Float && num_taps <= Fft::kPoints / 4 && x.size(1) >= num_filters * Fft::kPoints;
-}
-
 // One block per filter: filters [rows, P] -> spectra [rows, 4096] in the order of Fft, divided by the number of points.
 __global__ __launch_bounds__(Fft::kThreads) void spectra_kernel(const float* filters, int num_taps, float2* spectra) {
   __shared__ float2 exchange[Fft::kShared];
@@ -364,78 +178,6 @@ Tensor spectra(const OnDevice& device, const Tensor& filters, int64_t rows, int 
   device.launch(spectra_kernel, rows, Fft::kThreads, filters.const_data_ptr<float>(), num_taps, static_cast<float2*>(out.mutable_data_ptr()));
   return out;
 }
-
-// z[r] = the block's outputs at point threadIdx.x + 256 * r, see Segments. `spectra` [N_f, 4096] of this utterance;
-// fill(start, count, put) calls put(n, s[n]) for the samples start .. start + count - 1 of the signal, 0 outside the utterance.
-template <typename Fill>
-__device__ void fft_filter(const float2* spectra, int num_filters, const Segments& segments, int first, float2* memory, float2 (&z)[Fft::kEach],
-                           Fill&& fill) {
-  constexpr int kPoints = Fft::kPoints;
-  float2* const samples = memory + Fft::kShared;
-  // Output n meets samples n + (P+1)/2 - k; a segment begins with the one of k = P - 1.
-  const int start = first + (segments.num_taps + 1) / 2 - (segments.num_taps - 1);
-  fill(start, kPoints + segments.hop, [&](int n, float value) {
-    const int m = n - start;
-    if (m >= 0 && m < kPoints) samples[m].x = value;
-    if (m >= segments.hop && m < kPoints + segments.hop) samples[m - segments.hop].y = value;
-  });
-  const Fft fft;
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < Fft::kEach; ++r) z[r] = {0, 0};
-  for (int i = 0; i < num_filters; ++i) {
-    float2 v[Fft::kEach];
-    // Powers of four points at a time: of all at once, the registers would not hold the samples.
-#pragma unroll
-    for (int group = 0; group < Fft::kEach; group += 4) {
-      float2 s[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) v[group + r] = s[r] = samples[threadIdx.x + (group + r) * Fft::kThreads];
-#pragma unroll 1
-      for (int power = 0; power < i; ++power)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) v[group + r] = {v[group + r].x * s[r].x, v[group + r].y * s[r].y};
-    }
-    fft.forward(v, memory);
-#pragma unroll
-    for (int r = 0; r < Fft::kEach; ++r) z[r] = plus(z[r], times(v[r], spectra[i * kPoints + r * Fft::kThreads + threadIdx.x]));
-  }
-  fft.inverse(z, memory);
-}
-
-// Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples.
-constexpr int kThreads = 256;
-constexpr int kBlock = 2048;
-
-bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float; }
-
-ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-// Call body(T{}) with T the type that x is computed in.
-template <typename Body>
-void dispatch_wide(const Tensor& x, Body&& body) {
-  if (x.scalar_type() == ScalarType::Double) return body(double{});
-  return body(float{});
-}
-
-// What the ops on [B, T] share: the result like x, unfinished samples in the dtype of computation (in the result itself where that is its
-// dtype), and the lengths.
-struct Batch {
-  explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths_)
-      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})),
-        scratch(is_wide(x) || x.numel() == 0 ? out : torch::stable::new_empty(x, {size, num_samples}, ScalarType::Float)) {
-    STD_TORCH_CHECK(x.size(1) < INT_MAX - (1 << 16), "an utterance may have fewer than 2^31 - 2^16 samples; found ", x.size(1));
-    if (!lengths_) return;
-    check_same_device(*lengths_, x, "`lengths`");
-    own = torch::stable::contiguous(*lengths_);
-    lengths = own->const_data_ptr<int64_t>();
-  }
-  int64_t size;
-  int num_samples, num_blocks;
-  Tensor out, scratch;
-  std::optional<Tensor> own;
-  const int64_t* lengths = nullptr;
-};
 
 // ------------------------------------------------------------------------------------------------------------------------------------ lnl
 
@@ -519,21 +261,12 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_fft_kernel(Wave x, const
 
 // cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min. `z` may be `out`.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, const double* sums, const Wide<S>* largest, const Wide<S>* smallest,
-                                                              const int64_t* lengths, int num_samples, int num_tiles, int tile, int num_blocks,
-                                                              S* out) {
+__global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, const double* sums, const Wide<S>* extrema, const int64_t* lengths,
+                                                              int64_t size, int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  double sum = 0;
-  T high = -INFINITY, low = -INFINITY;
-  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
-    sum += sums[b * num_tiles + i];
-    high = Larger{}(high, largest[b * num_tiles + i]);
-    low = Larger{}(low, -smallest[b * num_tiles + i]);
-  }
-  const T mean = T(block_reduce<kThreads>(sum, Add{}) / max(length, 1));
-  const T peak = Larger{}(block_reduce<kThreads>(high, Larger{}) - mean, block_reduce<kThreads>(low, Larger{}) + mean);
+  const auto [mean, peak] = level_of<T>(sums, extrema, size, b, num_tiles, tile, length);
   const T divisor = peak > 1 ? peak : T(1);
 #pragma unroll
   for (int i = 0; i < kBlock; i += kThreads) {
@@ -542,52 +275,52 @@ __global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, 
   }
 }
 
-Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
-  const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
-  check_same_device(filters, x, "`filters`");
-  const int num_filters = int(filters.size(1)), num_taps = int(filters.size(2));
-  const Tensor bank = contiguous_as(filters, wide_dtype(x));
+Powers filter_powers(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Tensor& z) {
+  const int num_filters = int(bank.size(1)), num_taps = int(bank.size(2));
   auto run = [&](auto type, int tile, auto&& filter) {
     using T = decltype(type);
     const int tiles = divide_up(batch.num_samples, tile);
     Tensor sums = torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double);
     Tensor extrema = torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x));
-    T* z = static_cast<T*>(batch.scratch.mutable_data_ptr());
     T* largest = static_cast<T*>(extrema.mutable_data_ptr());
-    T* smallest = largest + batch.size * tiles;
-    filter(tiles, z, sums.mutable_data_ptr<double>(), largest, smallest);
-    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
-      using S = decltype(stored);
-      if constexpr (std::is_same_v<Wide<S>, T>)
-        device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, z, sums.const_data_ptr<double>(), largest, smallest, batch.lengths,
-                      batch.num_samples, tiles, tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
-    });
+    filter(tiles, static_cast<T*>(z.mutable_data_ptr()), sums.mutable_data_ptr<double>(), largest, largest + batch.size * tiles);
+    return Powers{sums, extrema, tile, tiles};
   };
   auto run_direct = [&](auto type, auto branches) {
     using T = decltype(type);
     constexpr int N = decltype(branches)::value;
     using F = Fir<T, N>;
-    run(type, F::kTile, [&](int tiles, T* z, double* sums, T* largest, T* smallest) {
+    return run(type, F::kTile, [&](int tiles, T* out, double* sums, T* largest, T* smallest) {
       device.launch(lnl_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(bank.const_data_ptr()), batch.lengths,
-                    batch.num_samples, num_filters, num_taps, tiles, z, sums, largest, smallest);
+                    batch.num_samples, num_filters, num_taps, tiles, out, sums, largest, smallest);
     });
   };
   if (filter_by_fft(x, num_filters, num_taps)) {
     const Tensor spectrum = spectra(device, bank, batch.size * num_filters, num_taps);
-    run(float{}, Segments(num_taps).tile(), [&](int tiles, float* z, double* sums, float* largest, float* smallest) {
+    return run(float{}, Segments(num_taps).tile(), [&](int tiles, float* out, double* sums, float* largest, float* smallest) {
       device.launch_with_memory(kFftBytes, lnl_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
                                 static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_filters, num_taps, tiles,
-                                z, sums, largest, smallest);
+                                out, sums, largest, smallest);
     });
-  } else if (x.scalar_type() == ScalarType::Double) {
-    run_direct(double{}, std::integral_constant<int, 0>{});
-  } else if (num_filters > 5) {
-    run_direct(float{}, std::integral_constant<int, 0>{});
-  } else {
-    run_direct(float{}, std::integral_constant<int, 5>{});
   }
+  if (x.scalar_type() == ScalarType::Double) return run_direct(double{}, std::integral_constant<int, 0>{});
+  if (num_filters > 5) return run_direct(float{}, std::integral_constant<int, 0>{});
+  return run_direct(float{}, std::integral_constant<int, 5>{});
+}
+
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  const OnDevice device(x);
+  const Batch batch(x, lengths);
+  if (x.numel() == 0) return batch.out;
+  check_same_device(filters, x, "`filters`");
+  const Powers powers = filter_powers(device, x, contiguous_as(filters, wide_dtype(x)), batch, batch.scratch);
+  dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+    using S = decltype(stored);
+    using T = Wide<S>;
+    device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
+                  powers.sums.const_data_ptr<double>(), static_cast<const T*>(powers.extrema.const_data_ptr()), batch.lengths, batch.size,
+                  batch.num_samples, powers.tiles, powers.tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+  });
   return batch.out;
 }
 
@@ -598,44 +331,16 @@ Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void isd_kernel(Wave x, const int64_t* lengths, const int64_t* seeds, Wave factor, double p, T g_sd,
                                                        int num_samples, int num_blocks, T* y, T* peaks) {
-  __shared__ Bijection shared_pi;
-  __shared__ uint32_t shared_wanted;
-  __shared__ int num_chosen;
-  __shared__ uint16_t chosen[kBlock];
-  __shared__ float f[kBlock];
+  __shared__ Impulses impulses;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
   const int own = min(kBlock, length - first);
   const bool drawn = factor.data == nullptr;
-  if (drawn && own > 0) {
-    const uint64_t seed = uint64_t(seeds[b]);
-    if (threadIdx.x == 0) {
-      shared_pi = make_bijection(seed, uint32_t(length));
-      shared_wanted = uint32_t(floor(double(length) * (uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p) / 100)));
-      num_chosen = 0;
-    }
-    __syncthreads();
-    const Bijection pi = shared_pi;
-    const uint32_t wanted = shared_wanted;
-    for (int i = threadIdx.x; i < own; i += kThreads) {
-      f[i] = 0;
-      // The order of the list varies from run to run, what is computed for each of its entries does not.
-      if (permute(pi, uint32_t(first + i)) < wanted) chosen[atomicAdd(&num_chosen, 1)] = uint16_t(i);
-    }
-    __syncthreads();
-    // A few samples in a hundred are chosen: gathered first, so that no warp draws for one lane alone.
-    for (int i = threadIdx.x; i < num_chosen; i += kThreads) {
-      const Words words = philox(seed, kStreamIsdFactor, uint64_t(first + chosen[i]));
-      f[chosen[i]] = impulse_factor(words.w[0], words.w[1]);
-    }
-    __syncthreads();
-  }
+  if (drawn && own > 0) draw_impulses(impulses, uint64_t(seeds[b]), p, first, length);
   T peak = 0;
-#pragma unroll
-  for (int i = threadIdx.x; i < kBlock; i += kThreads) {
-    if (i >= own) continue;
+  for (int i = threadIdx.x; i < own; i += kThreads) {
     const T value = sample<T>(x, b, first + i);
-    const T distorted = value * (1 + g_sd * (drawn ? T(f[i]) : sample<T>(factor, b, first + i)));
+    const T distorted = value * (1 + g_sd * (drawn ? T(impulses.f[i]) : sample<T>(factor, b, first + i)));
     y[b * num_samples + first + i] = distorted;
     peak = Larger{}(peak, T(fabs(distorted)));
   }
@@ -789,26 +494,46 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void ssi_fft_kernel(Wave x, Wave 
 
 // x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence. `colored` may be `out`.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void ssi_finish_kernel(Wave x, const Wide<S>* colored, const double* signal_squares, const double* noise_squares,
-                                                              const int64_t* lengths, const int64_t* seeds, const double* snr_db, double snr_min,
-                                                              double snr_max, int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
+__global__ __launch_bounds__(kThreads) void ssi_finish_kernel(Wave x, const Wide<S>* colored, const double* squares, const int64_t* lengths,
+                                                              const int64_t* seeds, const double* snr_db, double snr_min, double snr_max, int64_t size,
+                                                              int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  double signal = 0, square = 0;
-  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
-    signal += signal_squares[b * num_tiles + i];
-    square += noise_squares[b * num_tiles + i];
-  }
-  signal = block_reduce<kThreads>(signal, Add{});
-  square = block_reduce<kThreads>(square, Add{});
-  const double level = snr_db != nullptr ? snr_db[b] : uniform(philox(uint64_t(seeds[b]), kStreamSsiSnr, 0).w[0], snr_min, snr_max);
-  const T scale = square > 0 ? T(sqrt(signal) / sqrt(square) * exp10(-level / 20)) : T(0);
+  const auto [signal, noise] = squares_of(squares, size, b, num_tiles, tile, length);
+  const T scale = noise > 0 ? T(sqrt(signal) / sqrt(noise) * noise_level(seeds, snr_db, b, snr_min, snr_max)) : T(0);
 #pragma unroll
   for (int i = 0; i < kBlock; i += kThreads) {
     const int n = first + i + threadIdx.x;
     if (n < num_samples) out[b * num_samples + n] = n < length ? S(sample<T>(x, b, n) + scale * colored[b * num_samples + n]) : S(T(0));
   }
+}
+
+Colored color_noise(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Noise& noise, const Tensor& colored) {
+  const int num_taps = int(bank.size(1));
+  const bool by_fft = filter_by_fft(x, 1, num_taps);
+  std::optional<Colored> found;
+  dispatch_wide(x, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = std::is_same_v<T, float> ? 1 : 0;
+    using F = Fir<T, N>;
+    const int tile = by_fft ? Segments(num_taps).tile() : F::kTile, tiles = divide_up(batch.num_samples, tile);
+    Tensor squares = torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double);
+    double* signal_squares = squares.mutable_data_ptr<double>();
+    double* noise_squares = signal_squares + batch.size * tiles;
+    if (by_fft) {
+      const Tensor spectrum = spectra(device, bank, batch.size, num_taps);
+      device.launch_with_memory(kFftBytes, ssi_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x), noise.given, noise.seeds(),
+                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
+                                static_cast<float*>(colored.mutable_data_ptr()), signal_squares, noise_squares);
+    } else {
+      device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), noise.given, noise.seeds(),
+                    static_cast<const T*>(bank.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
+                    static_cast<T*>(colored.mutable_data_ptr()), signal_squares, noise_squares);
+    }
+    found.emplace(Colored{squares, tile, tiles});
+  });
+  return *found;
 }
 
 Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
@@ -817,45 +542,13 @@ Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
   const Batch batch(x, lengths);
   if (x.numel() == 0) return batch.out;
   check_same_device(filters, x, "`filters`");
-  check_same_device(noise ? *noise : *seeds, x, noise ? "`noise`" : "`seeds`");
-  const int num_taps = int(filters.size(1));
-  const Tensor bank = contiguous_as(filters, wide_dtype(x));
-  // Given noise goes before the seeds, as in the reference.
-  std::optional<Tensor> keys, levels;
-  if (noise) {
-    check_same_device(*snr_db, x, "`snr_db`");
-    levels = contiguous_as(*snr_db, ScalarType::Double);
-  } else {
-    keys = torch::stable::contiguous(*seeds);
-  }
-  const int64_t* key = keys ? keys->const_data_ptr<int64_t>() : nullptr;
-  dispatch_wide(x, [&](auto type) {
-    using T = decltype(type);
-    constexpr int N = std::is_same_v<T, float> ? 1 : 0;
-    using F = Fir<T, N>;
-    const bool by_fft = filter_by_fft(x, 1, num_taps);
-    const int tile = by_fft ? Segments(num_taps).tile() : F::kTile, tiles = divide_up(batch.num_samples, tile);
-    Tensor squares = torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double);
-    double* signal_squares = squares.mutable_data_ptr<double>();
-    double* noise_squares = signal_squares + batch.size * tiles;
-    const Wave given = noise ? wave_of(*noise) : Wave{};
-    if (by_fft) {
-      const Tensor spectrum = spectra(device, bank, batch.size, num_taps);
-      device.launch_with_memory(kFftBytes, ssi_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x), given, key,
-                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
-                                static_cast<float*>(batch.scratch.mutable_data_ptr()), signal_squares, noise_squares);
-    } else {
-      device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), given, key, static_cast<const T*>(bank.const_data_ptr()),
-                    batch.lengths, batch.num_samples, num_taps, tiles, static_cast<T*>(batch.scratch.mutable_data_ptr()), signal_squares,
-                    noise_squares);
-    }
-    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
-      using S = decltype(stored);
-      if constexpr (std::is_same_v<Wide<S>, T>)
-        device.launch(ssi_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, wave_of(x), static_cast<const T*>(batch.scratch.const_data_ptr()),
-                      signal_squares, noise_squares, batch.lengths, key, levels ? levels->const_data_ptr<double>() : nullptr, snr_min, snr_max,
-                      batch.num_samples, tiles, tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
-    });
+  const Noise drawn(x, seeds, noise, snr_db);
+  const Colored colored = color_noise(device, x, contiguous_as(filters, wide_dtype(x)), batch, drawn, batch.scratch);
+  dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+    using S = decltype(stored);
+    device.launch(ssi_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, wave_of(x), static_cast<const Wide<S>*>(batch.scratch.const_data_ptr()),
+                  colored.squares.const_data_ptr<double>(), batch.lengths, drawn.seeds(), drawn.snr_db(), snr_min, snr_max, batch.size,
+                  batch.num_samples, colored.tiles, colored.tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
   return batch.out;
 }
