@@ -82,4 +82,4 @@ if _missing:
         _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
 else:
     # Their import registers the launchers.
-    from gradalign.kernels import gradients, rawboost, rawboost_backward  # noqa: F401
+    from gradalign.kernels import gradients, rawboost, rawboost_backward, weigh  # noqa: F401

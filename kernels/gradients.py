@@ -1,4 +1,4 @@
-"""gram, weigh, combine_ and align_ in Triton. Equivalent to the functions of these names in gradalign/reference.py.
+"""gram, combine_ and align_ in Triton. Equivalent to the functions of these names in gradalign/reference.py.
 
 K paths of N tensors each are walked by chunks: each program owns one chunk of one parameter, in all paths. Which chunks
 there are (the plan) depends on the tensors' sizes and dtypes alone and is kept; where the tensors lie (the addresses)
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gradalign import ops
 from gradalign.kernels import available, launch, why_unsupported
+from gradalign.kernels.weigh import _is_finite, _weigh_two, weigh
 
 # The accumulators of K paths are K*(K+1)/2 registers per element in flight.
 MAX_PATHS = 8
@@ -334,212 +335,6 @@ def gram_finish_kernel(
     tl.store(matrix + (i + j) * NUM_PATHS + i, value)
 
 
-@triton.jit
-def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexpr):
-    """GradVac: the multiple of g_j that path i gains, and the target that is left."""
-    cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
-    cosine = tl.where(norm_i > 0, cosine, 0.0)
-    target = tl.minimum(rho, 1.0 - 1e-6)
-    sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
-    target_sine = tl.sqrt(1 - target * target)
-    gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, 1e-300)
-    moved = rho + BETA * (cosine - rho)
-    if not ALWAYS:
-        moved = tl.where(cosine > 0, moved, rho)
-    return tl.where((cosine < target) & (norm_j > 0), gain, 0.0), moved
-
-
-@triton.jit
-def _exact_step(slope, k, alpha, beta, gamma):
-    """The t in [-1/2, 1/2] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma)."""
-    alpha = tl.maximum(alpha, 1e-300)
-    curvature = k * k * alpha - slope * slope
-    delta = tl.maximum(gamma - beta * beta / alpha, 0.0)
-    u = tl.minimum(tl.sqrt(slope * slope * delta / tl.maximum(alpha * curvature, 1e-300)), 1e300)
-    u = tl.where(slope == 0, 0.0, tl.where(curvature > 0, u, 1e300))
-    return tl.minimum(tl.maximum(tl.where(slope > 0, -u, u) - beta / alpha, -0.5), 0.5)
-
-
-@triton.jit
-def _weigh_two(
-    aa, ab, bb, rho_ab, rho_ba, METHOD: tl.constexpr, BETA: tl.constexpr, ALWAYS: tl.constexpr, C: tl.constexpr
-):
-    """Weights of two paths, G = [aa, ab; ab, bb], and GradVac's targets; csrc/weigh.h has the same closed forms."""
-    one = aa * 0.0 + 0.5
-    two = one
-    if METHOD == "pcgrad" or METHOD == "upgrad":
-        q = 0.5 * tl.minimum(ab, 0.0)
-        one = 0.5 - q / tl.maximum(aa, 1e-300)
-        two = 0.5 - q / tl.maximum(bb, 1e-300)
-    elif METHOD == "gradvac":
-        gain_a, rho_ab = _pull_up(tl.sqrt(aa), tl.sqrt(bb), ab, rho_ab, BETA, ALWAYS)
-        gain_b, rho_ba = _pull_up(tl.sqrt(bb), tl.sqrt(aa), ab, rho_ba, BETA, ALWAYS)
-        one = 0.5 + 0.5 * gain_b
-        two = 0.5 + 0.5 * gain_a
-    elif METHOD == "cagrad" or METHOD == "mgda":
-        product_a = 0.5 * (aa + ab)
-        product_b = 0.5 * (ab + bb)
-        gamma = tl.maximum(0.5 * (product_a + product_b), 0.0)
-        if METHOD == "cagrad":
-            slope = product_a - product_b
-            k = C * tl.sqrt(tl.maximum(0.25 * (aa + 2 * ab + bb), 0.0))
-            eps = tl.maximum(1e-12 * 0.5 * (aa + bb), 1e-300)
-        else:
-            slope = aa * 0.0
-            k = slope + 1.0
-            eps = tl.maximum(0.5 * (aa + bb), 1e-300)
-        t = _exact_step(slope, k, aa + bb - 2 * ab, product_a - product_b, gamma + eps)
-        one = 0.5 + t
-        two = 0.5 - t
-        if METHOD == "cagrad":
-            square = tl.maximum(one * (aa * one + ab * two) + two * (ab * one + bb * two), 0.0)
-            ratio = k / tl.sqrt(square + eps)
-            one = (0.5 + ratio * one) / (1 + C * C)
-            two = (0.5 + ratio * two) / (1 + C * C)
-    elif METHOD == "dualproj":
-        # At most one path conflicts with the mean.
-        a = 0.5 * (aa + ab)
-        b = 0.5 * (ab + bb)
-        one = 0.5 - tl.where(a < b, tl.minimum(a, 0.0) / tl.maximum(aa, 1e-300), 0.0)
-        two = 0.5 - tl.where(a < b, 0.0, tl.minimum(b, 0.0) / tl.maximum(bb, 1e-300))
-    elif METHOD == "imtlg" or METHOD == "nashmtl":
-        a = tl.sqrt(tl.maximum(aa, 0.0))
-        b = tl.sqrt(tl.maximum(bb, 0.0))
-        # Lengths first, so that nothing overflows. A zero gradient is left out; of two, both are kept.
-        longer = tl.maximum(tl.maximum(a, b), 1e-300)
-        both = (a > 0) == (b > 0)
-        one = tl.where(both, tl.where(a > 0, b / longer, 1.0), tl.where(a > 0, 1.0, 0.0))
-        two = tl.where(both, tl.where(a > 0, a / longer, 1.0), tl.where(a > 0, 0.0, 1.0))
-        one, two = one / (one + two), two / (one + two)
-    elif METHOD == "alignedmtl":
-        # One rotation diagonalises G.
-        tau = (bb - aa) / tl.where(ab == 0, 1.0, 2 * ab)
-        tangent = tl.where(tau < 0, -1.0, 1.0) / (tl.abs(tau) + tl.sqrt(1 + tau * tau))
-        tangent = tl.where(ab == 0, 0.0, tangent)
-        c = 1 / tl.sqrt(1 + tangent * tangent)
-        s = tangent * c
-        first = aa - tangent * ab
-        second = bb + tangent * ab
-        cut = 1e-12 * tl.maximum(tl.maximum(first, second), 0.0)
-        both = (first > cut) & (second > cut)
-        least = tl.where(both, tl.minimum(first, second), tl.maximum(first, second))
-        u = tl.where(first > cut, tl.sqrt(least / tl.where(first > cut, first, 1.0)) * 0.5 * (c - s), 0.0)
-        v = tl.where(second > cut, tl.sqrt(least / tl.where(second > cut, second, 1.0)) * 0.5 * (c + s), 0.0)
-        none = (first <= cut) & (second <= cut)
-        one = tl.where(none, 0.5, u * c + v * s)
-        two = tl.where(none, 0.5, v * c - u * s)
-    return one, two, rho_ab, rho_ba
-
-
-@triton.jit
-def _is_finite(value):
-    return tl.abs(value) <= 1.7976931348623157e308
-
-
-@triton.jit(do_not_specialize=["num_segments"])
-def weigh_kernel(
-    gram,
-    rho,
-    order,
-    weights,
-    targets,
-    num_segments,
-    NUM_PATHS: tl.constexpr,
-    METHOD: tl.constexpr,
-    BETA: tl.constexpr,
-    ALWAYS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """BLOCK segments per program: gram [S, K, K] -> weights [S, K]; for GradVac also rho -> targets [S, K, K]."""
-    segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    own = segment < num_segments
-    matrix = gram + segment * (NUM_PATHS * NUM_PATHS)
-    good = own
-    for i in range(NUM_PATHS * NUM_PATHS):
-        good = good & _is_finite(tl.load(matrix + i, mask=own, other=0.0))
-    total = ()
-    if NUM_PATHS == 2:
-        aa = tl.load(matrix, mask=good, other=1.0)
-        ab = tl.load(matrix + 1, mask=good, other=0.0)
-        bb = tl.load(matrix + 3, mask=good, other=1.0)
-        rho_ab = aa * 0.0
-        rho_ba = aa * 0.0
-        if METHOD == "gradvac" and rho is not None:
-            rho_ab = tl.load(rho + segment * 4 + 1, mask=own, other=0.0)
-            rho_ba = tl.load(rho + segment * 4 + 2, mask=own, other=0.0)
-        one, two, new_ab, new_ba = _weigh_two(aa, ab, bb, rho_ab, rho_ba, METHOD, BETA, ALWAYS, C)
-        total = (one, two)
-        if METHOD == "gradvac":
-            for i in tl.static_range(0, 4, 3):
-                old = aa * 0.0
-                if rho is not None:
-                    old = tl.load(rho + segment * 4 + i, mask=own, other=0.0)
-                tl.store(targets + segment * 4 + i, old, mask=own)
-            tl.store(targets + segment * 4 + 1, tl.where(good, new_ab, rho_ab), mask=own)
-            tl.store(targets + segment * 4 + 2, tl.where(good, new_ba, rho_ba), mask=own)
-    elif METHOD == "mean" or NUM_PATHS == 1:
-        for _ in tl.static_range(NUM_PATHS):
-            total = total + (tl.full([BLOCK], 1.0 / NUM_PATHS, tl.float64),)
-        if METHOD == "gradvac":
-            old = tl.zeros([BLOCK], tl.float64)
-            if rho is not None:
-                old = tl.load(rho + segment, mask=own, other=0.0)
-            tl.store(targets + segment, old, mask=own)
-    else:
-        # PCGrad and GradVac: each path meets the others in its order.
-        lengths = ()
-        for k in tl.static_range(NUM_PATHS):
-            total = total + (tl.zeros([BLOCK], tl.float64),)
-            if METHOD == "gradvac":
-                lengths = lengths + (tl.sqrt(tl.load(matrix + k * NUM_PATHS + k, mask=good, other=1.0)),)
-        for i in range(NUM_PATHS):
-            row = ()
-            for k in tl.static_range(NUM_PATHS):
-                row = row + (tl.zeros([BLOCK], tl.float64) + tl.where(i == k, 1.0, 0.0),)
-            for m in range(NUM_PATHS):
-                j = m
-                if order is not None:
-                    j = tl.load(order + i * NUM_PATHS + m).to(tl.int32)
-                met = (j != i) & (j >= 0) & (j < NUM_PATHS)
-                j = tl.where(met, j, i)
-                square = tl.load(matrix + j * NUM_PATHS + j, mask=good, other=1.0)
-                inner = tl.zeros([BLOCK], tl.float64)
-                for k in tl.static_range(NUM_PATHS):
-                    inner += row[k] * tl.load(matrix + k * NUM_PATHS + j, mask=good, other=0.0)
-                place = segment * (NUM_PATHS * NUM_PATHS) + i * NUM_PATHS + j
-                if METHOD == "gradvac":
-                    old = tl.zeros([BLOCK], tl.float64)
-                    if rho is not None:
-                        old = tl.load(rho + place, mask=own, other=0.0)
-                    norm = tl.zeros([BLOCK], tl.float64)
-                    size = tl.zeros([BLOCK], tl.float64)
-                    for k in tl.static_range(NUM_PATHS):
-                        size += tl.abs(row[k]) * lengths[k]
-                        product = 0.5 * row[k] * tl.load(matrix + k * NUM_PATHS + k, mask=good, other=1.0)
-                        for n in tl.static_range(k + 1, NUM_PATHS):
-                            product += row[n] * tl.load(matrix + n * NUM_PATHS + k, mask=good, other=0.0)
-                        norm += 2 * row[k] * product
-                    norm = tl.sqrt(tl.maximum(norm, 0.0))
-                    # Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
-                    norm = tl.where(norm > 1e-7 * size, norm, 0.0)
-                    gain, moved = _pull_up(norm, tl.sqrt(square), inner, old, BETA, ALWAYS)
-                    tl.store(targets + place, tl.where(good & met, moved, old), mask=own)
-                else:
-                    gain = -tl.minimum(inner, 0.0) / tl.maximum(square, 1e-300)
-                gain = tl.where(met, gain, 0.0)
-                changed = ()
-                for k in tl.static_range(NUM_PATHS):
-                    changed = changed + (row[k] + tl.where(j == k, gain, 0.0),)
-                row = changed
-            added = ()
-            for k in tl.static_range(NUM_PATHS):
-                added = added + (total[k] + row[k] / NUM_PATHS,)
-            total = added
-    for k in tl.static_range(NUM_PATHS):
-        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, total[k], float("nan")), mask=own)
-
-
 @triton.jit(do_not_specialize=["num_params", "first_row"])
 def combine__kernel(
     addresses,
@@ -776,48 +571,6 @@ def _gram_block(num_paths: int, dtype: torch.dtype) -> int:
     return block // 2 if dtype == torch.float64 else block
 
 
-def _supports_weigh(
-    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
-) -> str:
-    num_paths = gram.shape[1]
-    if num_paths > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {num_paths}"
-    if num_paths > 2 and method not in ("mean", "pcgrad", "gradvac"):
-        return f"takes {method!r} for two paths, found {num_paths}"
-    return why_unsupported([gram, rho, order])
-
-
-@ops.weigh.backend("triton", available=available, supports=_supports_weigh)
-def weigh(
-    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
-) -> tuple[Tensor, Tensor]:
-    """Gram matrices [S, K, K] -> weights [S, K] and GradVac's targets. Equivalent to `reference.weigh`."""
-    gram, moves, num_paths = gram.contiguous(), method == "gradvac", gram.shape[1]
-    weights = torch.empty(gram.shape[:2], dtype=gram.dtype, device=gram.device)
-    targets = torch.empty(gram.shape if moves else (0,), dtype=gram.dtype, device=gram.device)
-    block = 128 if num_paths <= 2 else 32
-    launch(
-        weigh_kernel,
-        triton.cdiv(len(gram), block),
-        gram.device,
-        gram,
-        rho.contiguous() if moves and rho is not None else None,
-        order.contiguous() if num_paths > 2 and order is not None else None,
-        weights,
-        targets,
-        len(gram),
-        NUM_PATHS=num_paths,
-        METHOD=method,
-        # What a method does not read must not compile it anew.
-        BETA=beta if moves else 0.0,
-        ALWAYS=always if moves else False,
-        C=c if method == "cagrad" else 0.0,
-        BLOCK=block,
-        num_warps=block // 32,
-    )
-    return weights, targets
-
-
 def _supports_combine(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> str:
     if weights.shape[1] > MAX_PATHS:
         return f"takes up to {MAX_PATHS} paths, found {weights.shape[1]}"
@@ -864,9 +617,9 @@ def _supports_align(
     always: bool,
     c: float,
 ) -> str:
-    if len(others) != len(out):
-        return f"takes two paths, found {1 + len(others) // len(out)}"
-    return why_unsupported([*out, *others, rho])
+    if 1 + len(others) // len(out) > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {1 + len(others) // len(out)}"
+    return why_unsupported([*out, *others, rho, order])
 
 
 @ops.align_.backend("triton", available=available, supports=_supports_align)
@@ -880,16 +633,25 @@ def align_(
     always: bool,
     c: float,
 ) -> tuple[Tensor, Tensor]:
-    """Two paths of N gradients, the first written. Equivalent to `reference.align_`."""
+    """K paths of N gradients, the first written. Equivalent to `reference.align_`.
+
+    Two paths are read once, and merged while they are in the cache; others are read a second time.
+    """
     num_params, flat, moves, device = len(out), [*out, *others], method == "gradvac", out[0].device
+    if len(others) != num_params:
+        segments = list(range(num_params))
+        matrices = gram(flat, len(flat) // num_params, segments, num_params)
+        weights, targets = weigh(matrices, method, rho, order, beta, always, c)
+        combine_(out, others, weights, segments)
+        return matrices, targets
     walk = _walk(flat, range(num_params), num_params)
     layout = (tuple(t.numel() for t in out), tuple(t.dtype for t in out))
     plan = _keep(("align", *layout, device), lambda: _make_align_plan(*layout, device), device)
     counters = torch.zeros(len(plan.launches) + 2 * num_params, dtype=torch.int32, device=device)
     partials = torch.empty(3, plan.num_slots, dtype=torch.float64, device=device)
     weights = torch.empty(num_params, 2, dtype=torch.float64, device=device)
-    gram = torch.empty(num_params, 2, 2, dtype=torch.float64, device=device)
-    targets = torch.empty(gram.shape if moves else (0,), dtype=torch.float64, device=device)
+    matrices = torch.empty(num_params, 2, 2, dtype=torch.float64, device=device)
+    targets = torch.empty(matrices.shape if moves else (0,), dtype=torch.float64, device=device)
     for index, (dtype, first_row, count) in enumerate(plan.launches):
         launch(
             align__kernel,
@@ -900,7 +662,7 @@ def align_(
             counters,
             partials,
             weights,
-            gram,
+            matrices,
             rho.contiguous() if moves and rho is not None else None,
             targets,
             num_params,
@@ -922,4 +684,4 @@ def align_(
     for n in walk.copied:
         if flat[n] is not out[n]:
             out[n].copy_(flat[n])
-    return gram, targets
+    return matrices, targets

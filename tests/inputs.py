@@ -194,11 +194,12 @@ def grams(num_paths: int, device="cpu", count: int = 40) -> torch.Tensor:
 
 def weigh(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     # Gram matrices are float64 whatever the gradients are.
+    count = 40 if samples is SAMPLES else 3
     for k in (1, 2, 3, 8) if dtype == torch.float64 else (2,):
-        gram, order = grams(k, device), alignment.random_order(k, 0, 0, device)
+        gram, order = grams(k, device, count), alignment.random_order(k, 0, 0, device)
         for method in METHODS:
             yield f"{method}, {k} paths", (gram, method, None, None, 0.5, False, 0.5)
-        rho = torch.linspace(-0.5, 1, k * k, dtype=torch.float64, device=device).reshape(k, k).expand(40, k, k)
+        rho = torch.linspace(-0.5, 1, k * k, dtype=torch.float64, device=device).reshape(k, k).expand(count, k, k)
         for method in ("pcgrad", "gradvac"):
             yield f"{method}, {k} paths, order", (gram, method, rho, order, 0.3, method == "gradvac", 0.0)
     yield "no segment", (grams(2, device)[:0], "pcgrad", None, None, 0.5, False, 0.5)

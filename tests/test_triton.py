@@ -54,9 +54,9 @@ def test_launchers_have_the_signature_of_the_reference():
 def test_kernels_and_launchers_are_named_after_their_op():
     from triton.runtime.jit import KernelInterface
 
-    from gradalign.kernels import gradients, rawboost, rawboost_backward
+    from gradalign.kernels import gradients, rawboost, rawboost_backward, weigh
 
-    for module in (gradients, rawboost, rawboost_backward):
+    for module in (gradients, rawboost, rawboost_backward, weigh):
         defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
         public = [n for n, v in defined.items() if isinstance(v, KernelInterface) and not n.startswith("_")]
         for name in public:
@@ -94,17 +94,6 @@ def test_equals_float64_reference(op, dtype, monkeypatch):
         monkeypatch.setattr(inputs, "bank", lambda dtype, device="cpu": _short_bank(3, dtype))
     samples = inputs.SAMPLES if DEVICE == "cuda" else SMALL_SAMPLES[dtype]
     for name, args in inputs.CASES[op](dtype, device=DEVICE, samples=samples):
-        if op in ("weigh", "align_") and declared()[op].why_not("triton", *args):
-            # align_ is for two paths; so is weigh where the method is iterative for more.
-            if op == "align_":
-                assert len(args[1]) != len(args[0])
-            else:
-                assert args[0].shape[1] > 2
-                assert args[1] not in ("mean", "pcgrad", "gradvac")
-            continue
-        if op == "weigh" and INTERPRETED and args[1] == "gradvac" and args[0].shape[1] == 8:
-            # Ten thousand tiny operations: half a minute.
-            continue
         found = inputs.run(op, "triton", args)
         expected = inputs.run(op, "reference", inputs.widen(args))
         for i, (f, e) in enumerate(zip(found, expected, strict=True)):
@@ -412,6 +401,24 @@ def test_plans_of_more_than_2_to_the_31_elements():
     assert torch.equal(rows[:, 1], torch.arange(len(rows)) * CHUNK)
     assert int(rows[:, 2].sum()) == size
     assert plan.bounds.tolist() == [0, len(rows), len(rows) + 1]
+
+
+@kernels
+@pytest.mark.parametrize("num_paths", [4, 7])
+def test_weights_of_opposed_and_dependent_gradients(num_paths):
+    """Of gradients that nearly cancel, all alike, and two of them opposed, the merges are compared: where gradients are
+    dependent, other weights may merge them alike.
+    """
+    rows = torch.randn(3, num_paths, num_paths - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[0] -= 0.99 * rows[0].mean(0)
+    rows[1] += 20
+    rows[2, 0] = -2 * rows[2, 1]
+    gram = (rows @ rows.mT).to(DEVICE)
+    for method in inputs.METHODS:
+        args = (gram, method, None, None, 0.5, False, 0.5)
+        found, expected = (inputs.run("weigh", backend, args)[0] for backend in ("triton", "reference"))
+        error = ((found - expected).cpu()[:, None] @ rows).square().sum((1, 2)).sqrt() / rows.norm(dim=-1).amax(-1)
+        assert error.max() <= WEIGHED, method
 
 
 @kernels

@@ -18,14 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gradalign.kernels import gradients, rawboost, rawboost_backward
+from gradalign.kernels import gradients, rawboost, rawboost_backward, weigh
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_SAMPLES = 64600
 BOOST = ("notch_draws", "notch_bank", "lnl", "isd", "ssi")
 BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
 OPS = (*BOOST, *BACKWARD, "gram", "weigh", "combine_", "align_")
-MODULES = dict.fromkeys(BOOST, rawboost) | dict.fromkeys(BACKWARD, rawboost_backward)
+MODULES = dict.fromkeys(BOOST, rawboost) | dict.fromkeys(BACKWARD, rawboost_backward) | {"weigh": weigh}
 
 
 def _launcher(op):
@@ -41,7 +41,7 @@ def launches(monkeypatch):
         assert programs > 0
         recorded.append((kernel, args, meta))
 
-    for module in (rawboost, rawboost_backward, gradients):
+    for module in (rawboost, rawboost_backward, gradients, weigh):
         monkeypatch.setattr(module, "launch", record)
     return recorded
 
@@ -64,12 +64,7 @@ def _arguments(op, dtype):
             (x, bank[:, 0], None, None, x, level, 0.0, 0.0),
         ]
     if op == "weigh":
-        # Every method of two paths, and those that are served for up to eight.
-        return [
-            args
-            for name, args in inputs.CASES[op](torch.float64)
-            if len(args[0]) and (args[0].shape[1] == 2 or args[1] in ("pcgrad", "gradvac"))
-        ]
+        return [args for name, args in inputs.CASES[op](torch.float64) if len(args[0])]
     if op == "align_":
         cases = [args for name, args in inputs.CASES[op](dtype) if len(args[1]) == len(args[0])]
         # The dearest methods, one of them in every dtype, and addresses that forbid wide loads.
@@ -134,7 +129,7 @@ def test_every_kernel_is_compiled(launches):
             _launcher(op)(*args)
     defined = {
         name
-        for module in (rawboost, rawboost_backward, gradients)
+        for module in (rawboost, rawboost_backward, gradients, weigh)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }

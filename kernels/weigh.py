@@ -1,0 +1,584 @@
+"""weigh in Triton: Gram matrices to weights. Equivalent to `reference.weigh`; csrc/weigh.h is the same in C++.
+
+gradalign/alignment.py says what each method is and where it comes from. Two paths have closed forms; more are solved by
+the same iterations as there, one program and one warp for a matrix, which lies in registers as a tile [P, P], P a power
+of two. Beyond the K paths it holds zeros.
+"""
+# Triton's language has no starred tuples.
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradalign import ops
+from gradalign.alignment import JACOBI_SWEEPS, NASH_ROUNDS, NASH_SEARCH
+from gradalign.kernels import available, launch, why_unsupported
+
+# A matrix of more paths would not stay in one warp's registers.
+MAX_PATHS = 8
+
+
+@triton.jit
+def _is_finite(value):
+    return tl.abs(value) <= 1.7976931348623157e308
+
+
+# ---------------------------------------------------------------------------------------------------- up to two paths
+
+
+@triton.jit
+def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexpr):
+    """GradVac: the multiple of g_j that path i gains, and the target that is left."""
+    cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
+    cosine = tl.where(norm_i > 0, cosine, 0.0)
+    target = tl.minimum(rho, 1.0 - 1e-6)
+    sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
+    target_sine = tl.sqrt(1 - target * target)
+    gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, 1e-300)
+    moved = rho + BETA * (cosine - rho)
+    if not ALWAYS:
+        moved = tl.where(cosine > 0, moved, rho)
+    return tl.where((cosine < target) & (norm_j > 0), gain, 0.0), moved
+
+
+@triton.jit
+def _exact_step(slope, k, alpha, beta, gamma, low, high):
+    """The t in [low, high] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma)."""
+    alpha = tl.maximum(alpha, 1e-300)
+    curvature = k * k * alpha - slope * slope
+    delta = tl.maximum(gamma - beta * beta / alpha, 0.0)
+    u = tl.minimum(tl.sqrt(slope * slope * delta / tl.maximum(alpha * curvature, 1e-300)), 1e300)
+    u = tl.where(slope == 0, 0.0, tl.where(curvature > 0, u, 1e300))
+    return tl.minimum(tl.maximum(tl.where(slope > 0, -u, u) - beta / alpha, low), high)
+
+
+@triton.jit
+def _weigh_two(
+    aa, ab, bb, rho_ab, rho_ba, METHOD: tl.constexpr, BETA: tl.constexpr, ALWAYS: tl.constexpr, C: tl.constexpr
+):
+    """Weights of two paths, G = [aa, ab; ab, bb], and GradVac's targets; csrc/weigh.h has the same closed forms."""
+    one = aa * 0.0 + 0.5
+    two = one
+    if METHOD == "pcgrad" or METHOD == "upgrad":
+        q = 0.5 * tl.minimum(ab, 0.0)
+        one = 0.5 - q / tl.maximum(aa, 1e-300)
+        two = 0.5 - q / tl.maximum(bb, 1e-300)
+    elif METHOD == "gradvac":
+        gain_a, rho_ab = _pull_up(tl.sqrt(aa), tl.sqrt(bb), ab, rho_ab, BETA, ALWAYS)
+        gain_b, rho_ba = _pull_up(tl.sqrt(bb), tl.sqrt(aa), ab, rho_ba, BETA, ALWAYS)
+        one = 0.5 + 0.5 * gain_b
+        two = 0.5 + 0.5 * gain_a
+    elif METHOD == "cagrad" or METHOD == "mgda":
+        product_a = 0.5 * (aa + ab)
+        product_b = 0.5 * (ab + bb)
+        gamma = tl.maximum(0.5 * (product_a + product_b), 0.0)
+        if METHOD == "cagrad":
+            slope = product_a - product_b
+            k = C * tl.sqrt(tl.maximum(0.25 * (aa + 2 * ab + bb), 0.0))
+            eps = tl.maximum(1e-12 * 0.5 * (aa + bb), 1e-300)
+        else:
+            slope = aa * 0.0
+            k = slope + 1.0
+            eps = tl.maximum(0.5 * (aa + bb), 1e-300)
+        t = _exact_step(slope, k, aa + bb - 2 * ab, product_a - product_b, gamma + eps, -0.5, 0.5)
+        one = 0.5 + t
+        two = 0.5 - t
+        if METHOD == "cagrad":
+            square = tl.maximum(one * (aa * one + ab * two) + two * (ab * one + bb * two), 0.0)
+            ratio = k / tl.sqrt(square + eps)
+            one = (0.5 + ratio * one) / (1 + C * C)
+            two = (0.5 + ratio * two) / (1 + C * C)
+    elif METHOD == "dualproj":
+        # At most one path conflicts with the mean.
+        a = 0.5 * (aa + ab)
+        b = 0.5 * (ab + bb)
+        one = 0.5 - tl.where(a < b, tl.minimum(a, 0.0) / tl.maximum(aa, 1e-300), 0.0)
+        two = 0.5 - tl.where(a < b, 0.0, tl.minimum(b, 0.0) / tl.maximum(bb, 1e-300))
+    elif METHOD == "imtlg" or METHOD == "nashmtl":
+        a = tl.sqrt(tl.maximum(aa, 0.0))
+        b = tl.sqrt(tl.maximum(bb, 0.0))
+        # Lengths first, so that nothing overflows. A zero gradient is left out; of two, both are kept.
+        longer = tl.maximum(tl.maximum(a, b), 1e-300)
+        both = (a > 0) == (b > 0)
+        one = tl.where(both, tl.where(a > 0, b / longer, 1.0), tl.where(a > 0, 1.0, 0.0))
+        two = tl.where(both, tl.where(a > 0, a / longer, 1.0), tl.where(a > 0, 0.0, 1.0))
+        one, two = one / (one + two), two / (one + two)
+    elif METHOD == "alignedmtl":
+        # One rotation diagonalises G.
+        tau = (bb - aa) / tl.where(ab == 0, 1.0, 2 * ab)
+        tangent = tl.where(tau < 0, -1.0, 1.0) / (tl.abs(tau) + tl.sqrt(1 + tau * tau))
+        tangent = tl.where(ab == 0, 0.0, tangent)
+        c = 1 / tl.sqrt(1 + tangent * tangent)
+        s = tangent * c
+        first = aa - tangent * ab
+        second = bb + tangent * ab
+        cut = 1e-12 * tl.maximum(tl.maximum(first, second), 0.0)
+        both = (first > cut) & (second > cut)
+        least = tl.where(both, tl.minimum(first, second), tl.maximum(first, second))
+        u = tl.where(first > cut, tl.sqrt(least / tl.where(first > cut, first, 1.0)) * 0.5 * (c - s), 0.0)
+        v = tl.where(second > cut, tl.sqrt(least / tl.where(second > cut, second, 1.0)) * 0.5 * (c + s), 0.0)
+        none = (first <= cut) & (second <= cut)
+        one = tl.where(none, 0.5, u * c + v * s)
+        two = tl.where(none, 0.5, v * c - u * s)
+    return one, two, rho_ab, rho_ba
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def weigh_kernel(
+    gram,
+    rho,
+    weights,
+    targets,
+    num_segments,
+    NUM_PATHS: tl.constexpr,
+    METHOD: tl.constexpr,
+    BETA: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK segments per program, of one or two paths, or of any number for the mean: gram [S, K, K] -> weights [S, K];
+    for GradVac also rho -> targets [S, K, K].
+    """
+    segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    own = segment < num_segments
+    matrix = gram + segment * (NUM_PATHS * NUM_PATHS)
+    good = own
+    for i in range(NUM_PATHS * NUM_PATHS):
+        good = good & _is_finite(tl.load(matrix + i, mask=own, other=0.0))
+    total = ()
+    if NUM_PATHS == 2:
+        aa = tl.load(matrix, mask=good, other=1.0)
+        ab = tl.load(matrix + 1, mask=good, other=0.0)
+        bb = tl.load(matrix + 3, mask=good, other=1.0)
+        rho_ab = aa * 0.0
+        rho_ba = aa * 0.0
+        if METHOD == "gradvac" and rho is not None:
+            rho_ab = tl.load(rho + segment * 4 + 1, mask=own, other=0.0)
+            rho_ba = tl.load(rho + segment * 4 + 2, mask=own, other=0.0)
+        one, two, new_ab, new_ba = _weigh_two(aa, ab, bb, rho_ab, rho_ba, METHOD, BETA, ALWAYS, C)
+        total = (one, two)
+        if METHOD == "gradvac":
+            tl.store(targets + segment * 4 + 1, tl.where(good, new_ab, rho_ab), mask=own)
+            tl.store(targets + segment * 4 + 2, tl.where(good, new_ba, rho_ba), mask=own)
+    else:
+        for _ in tl.static_range(NUM_PATHS):
+            total = total + (tl.full([BLOCK], 1.0 / NUM_PATHS, tl.float64),)
+    if METHOD == "gradvac":
+        # A path has no target with itself; what is there stays.
+        for i in tl.static_range(NUM_PATHS):
+            old = tl.zeros([BLOCK], tl.float64)
+            if rho is not None:
+                old = tl.load(rho + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), mask=own, other=0.0)
+            tl.store(targets + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), old, mask=own)
+    for k in tl.static_range(NUM_PATHS):
+        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, total[k], float("nan")), mask=own)
+
+
+# ------------------------------------------------------------------------------------------------- more than two paths
+
+
+@triton.jit
+def _times(matrix, vector):
+    """matrix [P, P] times vector [P]."""
+    return tl.sum(matrix * vector[None, :], 1)
+
+
+@triton.jit
+def _diagonal(matrix, P: tl.constexpr):
+    own = tl.arange(0, P)
+    return tl.sum(tl.where(own[:, None] == own[None, :], matrix, 0.0), 0)
+
+
+@triton.jit
+def _entry(vector, index, P: tl.constexpr):
+    """vector[index]."""
+    return tl.sum(tl.where(tl.arange(0, P) == index, vector, 0.0), 0)
+
+
+@triton.jit
+def _solve(matrix, right, COUNT: tl.constexpr, P: tl.constexpr):
+    """The x [P] with matrix x = right, of the first COUNT rows and columns, by Gauss-Jordan elimination with the
+    largest pivots. A singular matrix gives values that are not finite.
+    """
+    own = tl.arange(0, P)
+    # Of which unknown a row was the pivot.
+    unknown = tl.full([P], -1, tl.int32)
+    for column in range(COUNT):
+        entries = tl.sum(tl.where(own[None, :] == column, matrix, 0.0), 1)
+        waits = (unknown < 0) & (own < COUNT)
+        pivot = own == tl.argmax(tl.where(waits, tl.abs(entries), -1.0), 0)
+        divisor = tl.sum(tl.where(pivot, entries, 0.0), 0)
+        line = tl.sum(tl.where(pivot[:, None], matrix, 0.0), 0) / divisor
+        value = tl.sum(tl.where(pivot, right, 0.0), 0) / divisor
+        matrix = tl.where(pivot[:, None], line[None, :], matrix - entries[:, None] * line[None, :])
+        right = tl.where(pivot, value, right - entries * value)
+        unknown = tl.where(pivot, column, unknown)
+    return tl.sum(tl.where(unknown[:, None] == own[None, :], right[:, None], 0.0), 0)
+
+
+@triton.jit
+def _finite_or_zero(vector, kept, COUNT: tl.constexpr, P: tl.constexpr):
+    """The ``kept`` entries of a solution; all of them zero where any of its first COUNT is not finite."""
+    wrong = tl.sum(tl.where(_is_finite(vector) | (tl.arange(0, P) >= COUNT), 0, 1), 0)
+    return tl.where(kept & (wrong == 0), vector, 0.0)
+
+
+@triton.jit
+def _quadratic(x, gram, eps):
+    """G x and x^T G x + eps."""
+    product = _times(gram, x)
+    return product, tl.maximum(tl.sum(x * product, 0), 0.0) + eps
+
+
+@triton.jit
+def _newton_direction(x, linear, scale, product, gamma, gram, ridge, NUM_PATHS: tl.constexpr, P: tl.constexpr):
+    """Newton's direction among the coordinates with x > 0, which sums to 0; zero where it would not descend."""
+    own = tl.arange(0, P)
+    diagonal = own[:, None] == own[None, :]
+    free = x > 0
+    border = own == NUM_PATHS
+    slope = linear + scale * product
+    hessian = gram - product[:, None] * product[None, :] / gamma + tl.where(diagonal, ridge, 0.0)
+    # [H 1; 1^T 0] with the identity in place of the coordinates that are held at 0.
+    ones = (free[:, None] & border[None, :]) | (border[:, None] & free[None, :])
+    ones = ones | (diagonal & ~free[:, None] & ~border[:, None])
+    system = tl.where(free[:, None] & free[None, :], scale * hessian, tl.where(ones, 1.0, 0.0))
+    d = _finite_or_zero(_solve(system, tl.where(free, -slope, 0.0), NUM_PATHS + 1, P), free, NUM_PATHS, P)
+    d = d - tl.where(free, tl.sum(d, 0) / tl.sum(free.to(tl.float64), 0), 0.0)
+    d = d / tl.maximum(tl.max(tl.abs(d), 0), 1e-300)
+    return tl.where(tl.sum(d * slope, 0) < 0, d, 0.0)
+
+
+@triton.jit
+def _minimize_on_simplex(linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, P: tl.constexpr):
+    """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre."""
+    own = tl.arange(0, P)
+    mine = own < NUM_PATHS
+    inside = mine[:, None] & mine[None, :]
+    squares = _diagonal(gram, P)
+    ridge = 1e-14 * tl.sum(squares, 0) / NUM_PATHS
+    edge_alpha = squares[:, None] + squares[None, :] - 2 * gram
+    edge_slope = linear[:, None] - linear[None, :]
+    x = tl.where(mine, linear * 0.0 + 1.0 / NUM_PATHS, 0.0)
+    for _ in range(ROUNDS):
+        product, gamma = _quadratic(x, gram, eps)
+        beta = product[:, None] - product[None, :]
+        t = _exact_step(edge_slope, k, edge_alpha, beta, gamma, -x[:, None], x[None, :])
+        value = edge_slope * t + k * tl.sqrt(tl.maximum((edge_alpha * t + 2 * beta) * t + gamma, 0.0))
+        best = tl.argmin(tl.reshape(tl.where(inside, value, float("inf")), [P * P]), 0)
+        up = own == best // P
+        down = own == best % P
+        step = tl.sum(tl.sum(tl.where(up[:, None] & down[None, :], t, 0.0), 1), 0)
+        x = tl.maximum(x + tl.where(up, step, 0.0) - tl.where(down, step, 0.0), 0.0)
+        product, gamma = _quadratic(x, gram, eps)
+        d = _newton_direction(x, linear, k / tl.sqrt(gamma), product, gamma, gram, ridge, NUM_PATHS, P)
+        room = tl.min(tl.where(d < 0, -x / tl.where(d < 0, d, 1.0), float("inf")), 0)
+        room = tl.where(_is_finite(room), room, 0.0)
+        alpha = tl.sum(d * _times(gram, d), 0)
+        t = _exact_step(tl.sum(linear * d, 0), k, alpha, tl.sum(d * product, 0), gamma, 0.0, room)
+        x = tl.maximum(x + t * d, 0.0)
+    return x
+
+
+@triton.jit
+def _project_to_dual_cone(start, gram, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, P: tl.constexpr):
+    """Minimise v^T G v over v >= start."""
+    own = tl.arange(0, P)
+    mine = own < NUM_PATHS
+    diagonal = own[:, None] == own[None, :]
+    squares = tl.maximum(_diagonal(gram, P), 1e-300)
+    ridge = 1e-14 * tl.sum(tl.where(mine, squares, 0.0), 0) / NUM_PATHS
+    added = start * 0.0
+    for _ in range(ROUNDS):
+        slope = _times(gram, start + added)
+        t = tl.maximum(-slope / squares, -added)
+        value = tl.where(mine, t * (2 * slope + t * squares), float("inf"))
+        added = tl.where(own == tl.argmin(value, 0), tl.maximum(added + t, 0.0), added)
+        free = added > 0
+        slope = _times(gram, start + added)
+        inner = gram + tl.where(diagonal, ridge, 0.0)
+        system = tl.where(free[:, None] & free[None, :], inner, tl.where(diagonal, 1.0, 0.0))
+        d = _finite_or_zero(_solve(system, tl.where(free, -slope, 0.0), NUM_PATHS, P), free, NUM_PATHS, P)
+        room = tl.min(tl.where(d < 0, -added / tl.where(d < 0, d, 1.0), float("inf")), 0)
+        added = tl.maximum(added + tl.minimum(room, 1.0) * d, 0.0)
+    return start + added
+
+
+@triton.jit
+def _partner(own, turn, NUM_PATHS: tl.constexpr):
+    """Whom each path meets in a round of a round-robin tournament; itself where it is idle."""
+    ROUNDS: tl.constexpr = NUM_PATHS - 1 + NUM_PATHS % 2
+    partner = (turn - own + 2 * ROUNDS) % ROUNDS
+    if NUM_PATHS % 2 == 0:
+        # Who would meet itself meets the last.
+        idle = tl.sum(tl.where((partner == own) & (own < ROUNDS), own, 0), 0)
+        partner = tl.where(partner == own, ROUNDS, partner)
+        partner = tl.where(own == ROUNDS, idle, partner)
+    return tl.where(own < NUM_PATHS, partner, own)
+
+
+@triton.jit
+def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, P: tl.constexpr):
+    """Eigenvalues [P] and eigenvectors [P, P] (columns), in no order, by Jacobi's rotations of disjoint pairs."""
+    own = tl.arange(0, P)
+    row = own[:, None]
+    column = own[None, :]
+    ROUNDS: tl.constexpr = NUM_PATHS - 1 + NUM_PATHS % 2
+    vectors = tl.where(row == column, matrix * 0.0 + 1.0, 0.0)
+    for turn in range(ROUNDS * SWEEPS):
+        partner = _partner(own, turn % ROUNDS, NUM_PATHS)
+        across = tl.broadcast_to(partner[None, :], [P, P])
+        down = tl.broadcast_to(partner[:, None], [P, P])
+        diagonal = tl.sum(tl.where(row == column, matrix, 0.0), 0)
+        other = tl.sum(tl.where(row == partner[None, :], diagonal[:, None], 0.0), 0)
+        # Both of a pair turn by exactly the same angle.
+        above = tl.sum(tl.where(row == partner[None, :], matrix, 0.0), 0)
+        below = tl.sum(tl.where(column == partner[:, None], matrix, 0.0), 1)
+        off = tl.where(partner == own, 0.0, 0.5 * (above + below))
+        tau = (other - diagonal) / tl.where(off == 0, 1.0, 2 * off)
+        side = tl.where((tau < 0) | ((tau == 0) & (own > partner)), -1.0, 1.0)
+        tangent = tl.where(off == 0, 0.0, side / (tl.abs(tau) + tl.sqrt(1 + tau * tau)))
+        cosine = 1 / tl.sqrt(1 + tangent * tangent)
+        sine = tangent * cosine
+        vectors = vectors * cosine[None, :] - tl.gather(vectors, across, 1) * sine[None, :]
+        matrix = matrix * cosine[None, :] - tl.gather(matrix, across, 1) * sine[None, :]
+        matrix = matrix * cosine[:, None] - tl.gather(matrix, down, 0) * sine[:, None]
+    return _diagonal(matrix, P), vectors
+
+
+@triton.jit
+def _scale_to_sum_one(weights, mine, NUM_PATHS: tl.constexpr):
+    """Divide by the sum; 1/K where it vanishes."""
+    weights = weights / tl.maximum(tl.max(tl.abs(weights), 0), 1e-300)
+    total = tl.sum(weights, 0)
+    vanishes = tl.abs(total) <= 1e-12 * tl.sum(tl.abs(weights), 0)
+    return tl.where(vanishes, 1.0 / NUM_PATHS, weights / tl.where(vanishes, 1.0, total))
+
+
+@triton.jit
+def _norms_and_cosines(gram, P: tl.constexpr):
+    norms = tl.sqrt(tl.maximum(_diagonal(gram, P), 0.0))
+    return norms, gram / tl.maximum(norms[:, None] * norms[None, :], 1e-300)
+
+
+@triton.jit
+def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEARCH: tl.constexpr, P: tl.constexpr):
+    """Nash-MTL: the y > 0 with C y = 1 / y, by Newton's method."""
+    own = tl.arange(0, P)
+    mine = own < NUM_PATHS
+    diagonal = own[:, None] == own[None, :]
+    matrix = cosines + tl.where(diagonal & mine[:, None], tl.where(norms[:, None] > 0, 1e-10, 1.0 + 1e-10), 0.0)
+    y = tl.where(mine, norms * 0.0 + 1.0, 0.0)
+    for _ in range(ROUNDS):
+        product = _times(matrix, y)
+        # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
+        length = tl.sqrt(NUM_PATHS / tl.sum(y * product, 0))
+        y = y * length
+        inner = matrix * y[:, None] * y[None, :]
+        residual = tl.where(mine, 1 - y * product * length, 0.0)
+        z = tl.where(mine, _solve(inner + tl.where(diagonal, 1.0, 0.0), residual, NUM_PATHS, P), 0.0)
+        square = tl.sum(z * _times(inner, z), 0)
+        slope = tl.sum(z * (1 - residual), 0)
+        decrement = tl.sqrt(tl.maximum(tl.sum(z * residual, 0), 0.0))
+        room = tl.min(tl.where(z < 0, -1 / tl.where(z < 0, z, 1.0), float("inf")), 0)
+        t = tl.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
+        for _ in range(SEARCH):
+            quotient = z / (1 + t * z)
+            step = (square * t + slope - tl.sum(quotient, 0)) / tl.maximum(
+                square + tl.sum(quotient * quotient, 0), 1e-300
+            )
+            t = tl.minimum(tl.maximum(t - step, 0.1 * t), 0.5 * (t + room))
+        y = y * (1 + t * z)
+    return y
+
+
+@triton.jit
+def _meet(gram, gram_at, rho, order, METHOD: tl.constexpr, BETA: tl.constexpr, ALWAYS: tl.constexpr,
+          NUM_PATHS: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """PCGrad and GradVac: all paths at once, each meeting the others in its order -> weights [P], new targets [P, P].
+
+    ``gram_at`` points to the matrix in memory, where rows can be chosen.
+    """
+    own = tl.arange(0, P)
+    row = own[:, None]
+    column = own[None, :]
+    mine = own < NUM_PATHS
+    inside = mine[:, None] & mine[None, :]
+    lengths = tl.sqrt(tl.maximum(_diagonal(gram, P), 0.0))
+    rows = tl.where(row == column, gram * 0.0 + 1.0, 0.0)
+    for m in range(NUM_PATHS):
+        met = own * 0 + m
+        if order is not None:
+            met = tl.load(order + own * NUM_PATHS + m, mask=mine, other=0).to(tl.int32)
+        meets = mine & (met != own) & (met >= 0) & (met < NUM_PATHS)
+        met = tl.where(meets, met, 0)
+        chosen = (column == met[:, None]) & meets[:, None]
+        # Row i: G's row of the path that i meets.
+        theirs = tl.load(gram_at + met[:, None] * NUM_PATHS + column, mask=inside, other=0.0)
+        inner = tl.sum(rows * theirs, 1)
+        square = tl.sum(tl.where(chosen, theirs, 0.0), 1)
+        if METHOD == "gradvac":
+            norm = inner * 0.0
+            for j in range(NUM_PATHS):
+                line = tl.sum(tl.where(row == j, gram, 0.0), 0)
+                norm += tl.sum(tl.where(column == j, rows, 0.0), 1) * tl.sum(rows * line[None, :], 1)
+            norm = tl.sqrt(tl.maximum(norm, 0.0))
+            # Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
+            norm = tl.where(norm > 1e-7 * tl.sum(tl.abs(rows) * lengths[None, :], 1), norm, 0.0)
+            old = tl.sum(tl.where(chosen, rho, 0.0), 1)
+            gain, moved = _pull_up(norm, tl.sqrt(square), inner, old, BETA, ALWAYS)
+            rho = tl.where(chosen, moved[:, None], rho)
+        else:
+            gain = -tl.minimum(inner, 0.0) / tl.maximum(square, 1e-300)
+        rows += tl.where(chosen, gain[:, None], 0.0)
+    return tl.sum(tl.where(inside, rows, 0.0), 0) / NUM_PATHS, rho
+
+
+@triton.jit
+def weigh_many_kernel(
+    gram,
+    rho,
+    order,
+    weights,
+    targets,
+    NUM_PATHS: tl.constexpr,
+    METHOD: tl.constexpr,
+    BETA: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    C: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    NASH_SEARCHES: tl.constexpr,
+    P: tl.constexpr,
+):
+    """One segment per program, of more than two paths: gram [S, K, K] -> weights [S, K]; for GradVac also rho ->
+    targets [S, K, K].
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    own = tl.arange(0, P)
+    mine = own < NUM_PATHS
+    row = own[:, None]
+    column = own[None, :]
+    at = segment * (NUM_PATHS * NUM_PATHS)
+    place = at + row * NUM_PATHS + column
+    inside = mine[:, None] & mine[None, :]
+    matrix = tl.load(gram + place, mask=inside, other=0.0)
+    good = tl.sum(tl.sum(tl.where(_is_finite(matrix), 0, 1), 1), 0) == 0
+    matrix = tl.where(good, matrix, 0.0)
+    zero = tl.sum(matrix * 0.0, 1)
+    if METHOD == "pcgrad" or METHOD == "gradvac":
+        old = matrix * 0.0
+        if METHOD == "gradvac" and rho is not None:
+            old = tl.load(rho + place, mask=inside, other=0.0)
+        # A matrix that is not finite is read as it is; its results are dropped.
+        found, moved = _meet(matrix, gram + at, old, order, METHOD, BETA, ALWAYS, NUM_PATHS, P)
+        if METHOD == "gradvac":
+            tl.store(targets + place, tl.where(good, moved, old), mask=inside)
+    elif METHOD == "cagrad":
+        total = tl.sum(matrix, 1)
+        k = C * tl.sqrt(tl.maximum(tl.sum(total, 0) / (NUM_PATHS * NUM_PATHS), 0.0))
+        eps = tl.maximum(1e-12 * tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
+        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, P)
+        _, square = _quadratic(x, matrix, eps)
+        found = (1.0 / NUM_PATHS + k / tl.sqrt(square) * x) / (1 + C * C)
+    elif METHOD == "mgda":
+        eps = tl.maximum(tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
+        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, P)
+    elif METHOD == "dualproj":
+        start = tl.where(mine, zero + 1.0 / NUM_PATHS, 0.0)
+        found = _project_to_dual_cone(start, matrix, NUM_PATHS, ROUNDS, P)
+    elif METHOD == "upgrad":
+        found = zero
+        for i in range(NUM_PATHS):
+            start = tl.where(own == i, zero + 1.0 / NUM_PATHS, 0.0)
+            found += _project_to_dual_cone(start, matrix, NUM_PATHS, ROUNDS, P)
+    elif METHOD == "imtlg":
+        norms, cosines = _norms_and_cosines(matrix, P)
+        values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, P)
+        kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
+        inverse = tl.where(kept, 1 / tl.where(kept, values, 1.0), 0.0)
+        y = _times(vectors, inverse * tl.sum(vectors, 0))
+        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
+    elif METHOD == "alignedmtl":
+        values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, P)
+        kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
+        least = tl.min(tl.where(kept, values, float("inf")), 0)
+        ratio = tl.where(kept, tl.sqrt(tl.where(kept, least / tl.where(kept, values, 1.0), 1.0)), 0.0)
+        found = _times(vectors, ratio * tl.sum(vectors, 0) / NUM_PATHS)
+        # A zero matrix keeps the mean.
+        found = tl.where(_is_finite(least), found, 1.0 / NUM_PATHS)
+    elif METHOD == "nashmtl":
+        norms, cosines = _norms_and_cosines(matrix, P)
+        y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, NASH_SEARCHES, P)
+        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
+    tl.store(weights + segment * NUM_PATHS + own, tl.where(good, found, float("nan")), mask=mine)
+
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+def _supports(
+    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
+) -> str:
+    if gram.shape[1] > MAX_PATHS:
+        return f"takes up to {MAX_PATHS} paths, found {gram.shape[1]}"
+    return why_unsupported([gram, rho, order])
+
+
+@ops.weigh.backend("triton", available=available, supports=_supports)
+def weigh(
+    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices [S, K, K] -> weights [S, K] and GradVac's targets. Equivalent to `reference.weigh`."""
+    gram, moves, (num_segments, num_paths, _) = gram.contiguous(), method == "gradvac", gram.shape
+    weights = torch.empty(num_segments, num_paths, dtype=gram.dtype, device=gram.device)
+    targets = torch.empty(gram.shape if moves else (0,), dtype=gram.dtype, device=gram.device)
+    rho = rho.contiguous() if moves and rho is not None else None
+    # What a method does not read must not compile it anew.
+    options = {
+        "NUM_PATHS": num_paths,
+        "METHOD": method,
+        "BETA": beta if moves else 0.0,
+        "ALWAYS": always if moves else False,
+        "C": c if method == "cagrad" else 0.0,
+    }
+    if num_paths <= 2 or method == "mean":
+        programs = triton.cdiv(num_segments, BLOCK)
+        launch(
+            weigh_kernel, programs, gram.device, gram, rho, weights, targets, num_segments, **options, BLOCK=BLOCK,
+            num_warps=4,
+        )  # fmt: skip
+    else:
+        order = order.contiguous() if method in ("pcgrad", "gradvac") and order is not None else None
+        launch(
+            weigh_many_kernel,
+            num_segments,
+            gram.device,
+            gram,
+            rho,
+            order,
+            weights,
+            targets,
+            **options,
+            ROUNDS=_rounds(method, num_paths),
+            NASH_SEARCHES=NASH_SEARCH,
+            # Newton's system on the simplex has one row more.
+            P=triton.next_power_of_2(num_paths + (method in ("cagrad", "mgda"))),
+            num_warps=1,
+        )
+    return weights, targets
+
+
+# Segments per program where there is nothing to solve.
+BLOCK = 128
+
+
+def _rounds(method: str, num_paths: int) -> int:
+    """How often a method iterates, as in alignment.py."""
+    if method in ("imtlg", "alignedmtl"):
+        return JACOBI_SWEEPS
+    return NASH_ROUNDS if method == "nashmtl" else max(16, 2 * num_paths)
