@@ -39,7 +39,15 @@ from gradalign._errors import AudioError, CheckpointError, ConfigError, DataErro
 from gradalign._files import remove_leftovers, write_text
 from gradalign.config import TrainConfig
 from gradalign.data import datasets
-from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
+from gradalign.data.dataset import (
+    Batch,
+    SpeechDataset,
+    augmented_view,
+    epoch_plan,
+    load_batches,
+    to_device,
+    utterance_draws,
+)
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.evaluation import Scores, write_scores
@@ -400,7 +408,7 @@ class _Training:
         ):
             self._note_bad(self.train_data, batch.bad)
             # What the loss is divided by: the class weights of the step's labels, over all processes.
-            total = _ranks.add_up(self.class_weights[batch.label.to(self.device)].sum())
+            total = _ranks.add_up(self.class_weights[to_device(batch.label, self.device)].sum())
             # A process without utterances takes part unless nobody has any.
             if len(batch.row) or float(total) > 0:
                 steps.append(self._step(batch, total))
@@ -424,8 +432,7 @@ class _Training:
         cosine between any two views' gradients, and 1 for a step that was taken, 0 for one that was skipped.
         """
         optimizer, scaler = self.optimizer, self.scaler
-        labels = batch.label.to(self.device, non_blocking=True)
-        wave = batch.wave.to(self.device, non_blocking=True)
+        labels, wave = to_device(batch.label, self.device), to_device(batch.wave, self.device)
         seen = [view(wave, batch.length, batch.seed) for view in self.views]
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         optimizer.zero_grad()
