@@ -28,14 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 GPU_TESTS = (
-    "test_cuda",
-    "test_triton",
-    "test_ops",
-    "test_rawboost",
-    "test_alignment",
-    "test_optim",
-    "test_loader",
-    "test_distributed",
+    "test_cuda.py",
+    "test_triton.py",
+    "test_ops.py",
+    "test_rawboost.py",
+    "test_alignment.py",
+    "test_optim.py",
+    "test_loader.py",
+    "test_distributed.py",
+    "test_trainer.py::test_a_gpu_trains_as_the_cpu_does",
+    "test_trainer.py::test_a_gpu_step_never_waits",
 )
 # Small shapes of every kernel: the sanitizer runs them some hundred times slower.
 SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
@@ -55,7 +57,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None) -> list[Stage
     numpy_code = ("--published", str(rawboost), "--published-processes", "16") if rawboost else ()
     published = ("--published-aligners", str(aligners)) if aligners else ()
     pcgrad = ("--published-pcgrad", str(aligners / "pcgrad.py")) if aligners else ()
-    tests = [str(path) for name in GPU_TESTS if (path := ROOT / "tests" / f"{name}.py").exists()]
+    tests = [str(ROOT / "tests" / name) for name in GPU_TESTS]
 
     def bench(script: str, name: str, *options: str) -> tuple[str, ...]:
         path = ROOT / "benchmarks" / f"{script}.py"

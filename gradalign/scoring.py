@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
     """The device of a name; ``auto`` is a GPU where there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
         # Under torchrun each process has a GPU of its own.
-        return torch.device("cuda", _ranks.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        name = f"cuda:{_ranks.local_rank()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

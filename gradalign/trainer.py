@@ -464,7 +464,8 @@ class _Training:
             buffer.copy_(torch.where(taken, buffer, kept))
         reference, *others = (loss.double() / num_ranks() for loss in losses)
         pairs = torch.ones_like(cosine).triu(1) > 0
-        return torch.stack([reference, torch.stack(others).mean(), cosine[pairs].min(), taken.double()])
+        least = torch.where(pairs, cosine, torch.inf).min()
+        return torch.stack([reference, torch.stack(others).mean(), least, taken.double()])
 
     def _parts(self, rows: Tensor) -> list[Tensor]:
         """This process' part of a batch, in the parts that go through the detector one after the other.

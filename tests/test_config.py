@@ -33,6 +33,7 @@ def config_of(out, **changes) -> TrainConfig:
         epochs=3,
         lr=1e-3,
         threads=1,
+        device="cpu",
     )
     return replace(settings, **changes)
 
@@ -150,7 +151,7 @@ def test_every_detector_trains_resumes_scores_and_evaluates(name, tmp_path, caps
     whole, broken = (load_checkpoint(tmp_path / out / "pcgrad-seed0" / "checkpoint.pt") for out in ("whole", "broken"))
     assert all(torch.equal(value, broken["model"][key]) for key, value in whole["model"].items())
     model, scores = tmp_path / "whole" / "pcgrad-seed0" / "best.pt", tmp_path / "scores.txt"
-    assert main(["score", str(model), str(CLIPS), "-o", str(scores)]) == 0
+    assert main(["score", str(model), str(CLIPS), "-o", str(scores), "--device", "cpu"]) == 0
     assert scores.read_text() == (model.parent / "scores_test.txt").read_text()
     capsys.readouterr()
     assert main(["evaluate", str(scores), "--json"]) == 0

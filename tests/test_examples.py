@@ -91,7 +91,7 @@ def test_the_trainer_takes_several_views_by_name(monkeypatch, tmp_path):
     path.write_text(
         json.dumps({"data": str(EXAMPLES.parent / "tests" / "data" / "clips"), "out": str(tmp_path / "runs")})
     )
-    small = ["detector=light", "num_samples=4000", "batch_size=4", "epochs=1", "threads=1"]
+    small = ["detector=light", "num_samples=4000", "batch_size=4", "epochs=1", "threads=1", "device=cpu"]
     assert cli.main(["train", str(path), 'views=[clean, rawboost, "views:telephone", "views:room"]', *small]) == 0
     results = json.loads((tmp_path / "runs" / "pcgrad-seed0" / "results.json").read_text())
     assert results["steps"] > 0

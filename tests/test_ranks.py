@@ -32,6 +32,7 @@ def config_of(out: Path, **changes) -> TrainConfig:
         epochs=3,
         lr=1e-3,
         threads=1,
+        device="cpu",
     )
     return replace(settings, **changes)
 

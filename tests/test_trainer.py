@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradalign import _files
+from gradalign import _files, trainer
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.config import METHODS, TrainConfig
 from gradalign.data import SpeechDataset, Utterance, fit_length, read_protocol
+from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import load_detector, predict, score, scores_of
 from gradalign.sweep import sweep
@@ -89,6 +91,80 @@ def rows(run):
 
 def without_seconds(table):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
+
+
+class NoReads(TorchDispatchMode):
+    """Raise where a tensor's values would decide what the host does next."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        if name == "index":
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), "index by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", ["split", "joint"])
+def test_a_step_never_waits_for_the_device(config, monkeypatch, path):
+    """But for RawBoost and the inner optimizer, which have tests of their own."""
+
+    def fused(config, model, device):
+        optimizer = AlignedOptimizer(torch.optim.Adam(model.parameters(), fused=True), config.align)
+        # As after its first step, in which the flag is read once.
+        optimizer._stepped = set(range(len(optimizer.param_groups[0]["params"])))
+        return optimizer
+
+    step, taken = trainer._Training._step, []
+
+    def watched(self, batch, total):
+        with NoReads():
+            taken.append(step(self, batch, total))
+        return taken[-1]
+
+    monkeypatch.setitem(sys.modules, "my_views", sys.modules[__name__])
+    monkeypatch.setattr(trainer, "_make_optimizer", fused)
+    monkeypatch.setattr(trainer._Training, "_step", watched)
+    train(replace(config, views=["clean", "my_views:louder"], path=path, epochs=1), progress=False)
+    assert len(taken) == 4
+
+
+def louder(wave, seeds):
+    return wave * (1 + (seeds % 3)[:, None] / 10)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_gpu_trains_as_the_cpu_does(config, tmp_path, amp):
+    here = train(replace(config, out=str(tmp_path / "cpu"), amp=amp), progress=False)
+    there = train(replace(config, out=str(tmp_path / "gpu"), amp=amp, device="cuda"), progress=False)
+    for a, b in zip(rows(here), rows(there), strict=True):
+        for key in ("train_loss_clean", "train_loss_augmented", "dev_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3 if amp == "off" else 3e-2), key
+    utterances = read_protocol(Path(config.data) / "protocols" / "test.txt")
+    found, bad = score(there, utterances, Path(config.data) / "flac", device="cpu", progress=False)
+    assert np.isfinite(found).all()
+    assert not bad
+
+
+@gpu
+def test_a_gpu_step_never_waits(config, tmp_path, monkeypatch):
+    step, taken = trainer._Training._step, []
+
+    def watched(self, batch, total):
+        # In the first step the state is made, and the flag read once.
+        torch.cuda.set_sync_debug_mode("error" if taken else "default")
+        try:
+            taken.append(step(self, batch, total))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return taken[-1]
+
+    monkeypatch.setattr(trainer._Training, "_step", watched)
+    train(replace(config, device="cuda", epochs=1), progress=False)
+    assert len(taken) == 4
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -225,7 +301,7 @@ def test_scores_agree_with_the_run_and_bad_files_have_none(finished, tmp_path):
     config, run = finished
     data = Path(config.data)
     utterances = read_protocol(data / "protocols" / "test.txt")
-    found, bad = score(run / "best.pt", utterances, data / "flac", batch_size=4, progress=False)
+    found, bad = score(run / "best.pt", utterances, data / "flac", batch_size=4, device="cpu", progress=False)
     assert bad == []
     expected = [float(line.split()[3]) for line in (run / "scores_test.txt").read_text().splitlines()]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -233,13 +309,13 @@ def test_scores_agree_with_the_run_and_bad_files_have_none(finished, tmp_path):
     broken.write_bytes(b"no audio")
     paths = [data / "flac" / "test00.flac", broken, data / "flac" / "test01.flac"]
     files = [Utterance(path.name, "-", "-", 0, path=path) for path in paths]
-    scores, messages = score(run, files, skip_bad=True, progress=False)
+    scores, messages = score(run, files, skip_bad=True, device="cpu", progress=False)
     np.testing.assert_allclose(scores[[0, 2]], expected[:2], rtol=1e-5, atol=1e-5)
     assert np.isnan(scores[1])
     assert len(messages) == 1
     assert str(broken) in messages[0]
     with pytest.raises(AudioError, match=r"broken\.flac"):
-        score(run, files, progress=False)
+        score(run, files, device="cpu", progress=False)
 
 
 def test_a_finished_run_is_left_alone_and_more_epochs_go_on_as_if_unbroken(finished, config):
