@@ -33,6 +33,9 @@ _ops: dict[str, Op] = {}
 def use_backends(*names: str) -> Iterator[None]:
     """Restrict every op inside the block to the named backends; a call that none of them can serve raises RuntimeError.
 
+    A gradient is computed by those that its forward call was restricted to, wherever ``backward`` is called; code that
+    torch.compile has made keeps the backends of its compilation.
+
     Args:
         names: one or more of "cuda", "triton", "cpp" and "reference".
 
@@ -107,6 +110,8 @@ class Op:
         """
 
         def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            # The gradients of CUDA tensors are computed in another thread, where `use_backends` is not seen.
+            ctx.allowed = _allowed.get()
             ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
             ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
             ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
@@ -114,7 +119,8 @@ class Op:
         def run(ctx: Any, grad: Tensor) -> tuple:
             saved = iter(ctx.saved_tensors)
             args = [next(saved) if t else value for t, value in zip(ctx.is_tensor, ctx.plain, strict=True)]
-            return backward(grad, *args), *(None,) * (len(args) - 1)
+            with use_backends(*ctx.allowed):
+                return backward(grad, *args), *(None,) * (len(args) - 1)
 
         torch.library.register_autograd(f"gradalign::{self.name}", run, setup_context=save, lib=_public)
 
@@ -142,9 +148,7 @@ class Op:
         """Return the reason why backend ``name`` does not serve these arguments, empty when it does; with no arguments,
         why it is not there at all.
         """
-        backend = self.backends.get(name)
-        if backend is None:
-            return "has no kernel for this op"
+        backend = self.backends[name]
         return backend.available() or (backend.supports(*args) if args else "")
 
     def dispatch(self, *args: Any) -> Any:

@@ -69,12 +69,7 @@ def _cuda_supports(op: str, args: tuple[Any, ...]) -> str:
     return _supports("cuda", args)
 
 
-def register_cpp(op: Op) -> None:
-    """Offer csrc's kernel of ``op`` as the backend "cpp"."""
-    op.native_backend("cpp", _cpp_available, lambda *args: _cpp_supports(op.name, args))
-
-
 def register(op: Op) -> None:
     """Offer csrc's kernels of ``op`` as the backends "cpp" and "cuda"."""
-    register_cpp(op)
+    op.native_backend("cpp", _cpp_available, lambda *args: _cpp_supports(op.name, args))
     op.native_backend("cuda", _cuda_available, lambda *args: _cuda_supports(op.name, args))

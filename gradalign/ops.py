@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from gradalign import _extension, alignment, reference
+from gradalign import _dispatch, _extension, alignment, reference
 from gradalign._dispatch import Op
 
 
 def _like_first(x, *_):
-    return torch.empty_like(x)
+    # Kernels write contiguous results, whatever the layout of x.
+    return x.new_empty(x.shape)
 
 
 def _check_gram(grads, num_paths, segments, num_segments):
@@ -95,10 +96,8 @@ weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh)
 combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
 align_ = Op(reference.align_, mutates=("out",), fake=_like_gram, check=_check_align)
 
-for _op in (notch_draws, notch_bank, lnl, isd, ssi, gram, weigh, combine_, align_):
+for _op in _dispatch.ops().values():
     _extension.register(_op)
-for _op in (lnl_backward, isd_backward, ssi_backward):
-    _extension.register_cpp(_op)
 
 # The Triton kernels register themselves as a backend of the ops above.
 import gradalign.kernels  # noqa: E402, F401

@@ -516,7 +516,8 @@ class AlignedOptimizer(Optimizer):
         if sharded:
             paths = [_distributed.local(grads) for grads in paths]
 
-        each = self.scope == "parameter" and [*subsets] == [complete] and bool(self._weigh.name)
+        # In one pass, where every path reaches every parameter and nothing is to be added up over processes.
+        each = self.scope == "parameter" and len(subsets.get(complete, ())) == num_params and bool(self._weigh.name)
         each = each and self._averager is None and not sharded and not self._exclude
         if each:
             gram, rho = self._align_each(paths)

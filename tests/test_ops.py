@@ -1,5 +1,7 @@
 """Every backend of every op against the float64 reference, on awkward inputs; the ops' schemas and fake kernels."""
 
+import threading
+
 import inputs
 import pytest
 import torch
@@ -244,8 +246,40 @@ def test_use_backends_raises_when_it_cannot_serve():
         pass
 
 
-def test_every_op_has_an_input_generator_and_a_reference():
+def test_a_gradient_is_served_by_what_served_the_result():
+    """Wherever backward is called: for CUDA tensors PyTorch calls it in a thread of its own."""
+    x = torch.randn(2, 300, requires_grad=True)
+    with ga.use_backends("reference"):
+        expected = ga.RawBoost(5)(x, seeds=torch.tensor([1, 2]))
+    for backend, forbidden in (("reference", "cpp"), ("cpp", "reference")):
+        with ga.use_backends(backend):
+            y = ga.RawBoost(5)(x, seeds=torch.tensor([1, 2]))
+        with pytest.MonkeyPatch.context() as patch:
+            for op in ("lnl_backward", "isd_backward", "ssi_backward"):
+                patch.setitem(declared()[op].backends, forbidden, None)
+            thread = threading.Thread(target=y.square().sum().backward)
+            thread.start()
+            thread.join()
+        assert x.grad is not None
+        found, x.grad = x.grad, None
+        wanted = torch.autograd.grad(expected.square().sum(), x, retain_graph=True)[0]
+        assert max_norm_error(found, wanted) <= RELATIVE[torch.float32]
+
+
+def test_results_are_contiguous_as_the_fake_kernels_say():
+    for op in ("lnl", "isd", "ssi", "lnl_backward", "isd_backward", "ssi_backward"):
+        for name, args in inputs.CASES[op](torch.float32, samples=(127,)):
+            columns = [a.t().contiguous().t() if isinstance(a, torch.Tensor) and a.dim() == 2 else a for a in args]
+            for backend in ("reference", "cpp"):
+                assert inputs.run(op, backend, columns)[0].is_contiguous(), name
+            torch.library.opcheck(
+                declared()[op].public, columns, test_utils=("test_schema", "test_faketensor"), raise_exception=True
+            )
+
+
+def test_every_op_has_an_input_generator_and_every_backend():
     assert set(declared()) == set(inputs.CASES)
     for op in declared().values():
         assert isinstance(op, Op)
+        assert set(op.backends) == {"reference", "cpp", "cuda", "triton"}
         assert op.backends["reference"].run is getattr(reference, op.name)

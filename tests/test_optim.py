@@ -270,13 +270,34 @@ def partial_setup(method, scope="model", seed=0):
     return params, paths, opt
 
 
-def test_unreached_and_frozen_parameters_are_left_alone():
+@pytest.mark.parametrize("scope", ["model", "parameter"])
+def test_unreached_and_frozen_parameters_are_left_alone(scope):
     for method in ("mean", "pcgrad", "gradvac", "cagrad"):
-        params, _, opt = partial_setup(method)
+        params, _, opt = partial_setup(method, scope)
         for n in (4, 5):
             assert params[n].grad is None
             assert torch.equal(params[n], torch.ones(4, dtype=torch.float64))
             assert params[n] not in opt.state
+
+
+@pytest.mark.parametrize("method", alignment.METHODS)
+def test_parameters_on_their_own_beside_one_that_no_path_reaches(method):
+    """Where all others are reached by every path, which is merged in one pass without the unreached one."""
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+    paths = [[torch.randn(4, 3, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
+    merged, conflicts = [], []
+    for unreached in (None, 1):
+        kept = [n for n in range(3) if unreached is None or n != unreached]
+        params = [nn.Parameter(value.clone()) for value in start]
+        opt = AlignedOptimizer(torch.optim.SGD(params, lr=0.1), method, scope="parameter")
+        set_paths(opt, params, [[g if n in kept else None for n, g in enumerate(path)] for path in paths])
+        opt.step()
+        assert unreached is None or torch.equal(params[unreached], start[unreached])
+        merged.append([params[n] for n in (0, 2)])
+        conflicts.append(opt.stats.parameter_conflicts[[0, 2]])
+    assert_same(*merged, rtol=1e-12, atol=1e-12)
+    assert torch.equal(*conflicts)
 
 
 @pytest.mark.parametrize("method", ["mean", "pcgrad", "gradvac", "cagrad"])
