@@ -461,8 +461,9 @@ def align__kernel(
             total_ab = tl.sum(sum_ab, 0)
             total_bb = tl.sum(sum_bb, 0)
             good = _is_finite(total_aa) & _is_finite(total_ab) & _is_finite(total_bb)
-            rho_ab = total_aa * 0.0
-            rho_ba = total_aa * 0.0
+            nothing = tl.full([], 0.0, tl.float64)
+            rho_ab = nothing
+            rho_ba = nothing
             if METHOD == "gradvac" and rho is not None:
                 rho_ab = tl.load(rho + n * 4 + 1)
                 rho_ba = tl.load(rho + n * 4 + 2)
@@ -479,7 +480,7 @@ def align__kernel(
             )
             if METHOD == "gradvac":
                 for i in tl.static_range(0, 4, 3):
-                    old = total_aa * 0.0
+                    old = nothing
                     if rho is not None:
                         old = tl.load(rho + n * 4 + i)
                     tl.store(targets + n * 4 + i, old)

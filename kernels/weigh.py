@@ -35,7 +35,8 @@ def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexp
     """GradVac: the multiple of g_j that path i gains, and the target that is left."""
     cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
     cosine = tl.where(norm_i > 0, cosine, 0.0)
-    target = tl.minimum(rho, 1.0 - 1e-6)
+    # tl.minimum would round the constant to float32.
+    target = tl.where(rho > 1.0 - 1e-6, 1.0 - 1e-6, rho)
     sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
     target_sine = tl.sqrt(1 - target * target)
     gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, 1e-300)

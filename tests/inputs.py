@@ -199,7 +199,9 @@ def weigh(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
         gram, order = grams(k, device, count), alignment.random_order(k, 0, 0, device)
         for method in METHODS:
             yield f"{method}, {k} paths", (gram, method, None, None, 0.5, False, 0.5)
-        rho = torch.linspace(-0.5, 1, k * k, dtype=torch.float64, device=device).reshape(k, k).expand(count, k, k)
+        # Targets of 1 too, which no angle reaches.
+        rho = torch.linspace(-0.5, 2.5, k * k, dtype=torch.float64, device=device).reshape(k, k).clamp(max=1.0)
+        rho = rho.expand(count, k, k)
         for method in ("pcgrad", "gradvac"):
             yield f"{method}, {k} paths, order", (gram, method, rho, order, 0.3, method == "gradvac", 0.0)
     yield "no segment", (grams(2, device)[:0], "pcgrad", None, None, 0.5, False, 0.5)

@@ -422,11 +422,13 @@ def test_weights_of_opposed_and_dependent_gradients(num_paths):
 
 
 @kernels
-def test_align_of_a_nonfinite_parameter_leaves_the_others_alone():
+@pytest.mark.parametrize("targets", ["old", "none"])
+def test_align_of_a_nonfinite_parameter_leaves_the_others_alone(targets):
     g = [torch.randn(50, device=DEVICE) for _ in range(4)]
     g[0][3] = float("nan")
     expected = [t.clone() for t in g]
-    options = ("gradvac", torch.full((2, 2, 2), 0.3, dtype=torch.float64, device=DEVICE), None, 0.5, False, 0.5)
+    rho = torch.full((2, 2, 2), 0.3, dtype=torch.float64, device=DEVICE) if targets == "old" else None
+    options = ("gradvac", rho, None, 0.5, False, 0.5)
     _, moved = reference.align_(expected[:2], expected[2:], *options)
     with ga.use_backends("triton"):
         gram, targets = ops.align_(g[:2], g[2:], *options)
