@@ -474,31 +474,40 @@ def main(arguments: list[str] | None = None) -> int:
         f"{environment['device']}, {environment['threads']} threads, "
         f"load {environment['load_average']}, {bench.ceilings}"
     )
+
+    def save() -> None:
+        if options.name:
+            measure.save(
+                {
+                    "name": options.name,
+                    "environment": environment,
+                    "ceilings": bench.ceilings,
+                    "goals": bench.goals(),
+                    "rows": bench.rows,
+                    "comparisons": bench.comparisons,
+                    "skipped": bench.skipped,
+                    "failed": bench.failed,
+                },
+                options.name,
+            )
+
     for kind, details in workloads(options):
         if kind != "gradient_op" and options.device.type == "cpu" and details[-2] * details[-1] > _LARGEST_CPU_SAMPLES:
             bench.skip(f"{kind} {details}: PyTorch's versions need over 10 GB for it")
             continue
         run: Callable[..., None] = getattr(bench, kind)
         run(*details)
-    goals = bench.goals()
+        # Each time: a run that is stopped keeps what it has measured.
+        save()
     for c in bench.comparisons:
         if c["against"] != "reference" and c["times_faster_wall"]["median"] < 1:
             print(
                 f"loss: {c['ours']} is slower than {c['against']}: {c['times_faster_wall']['median']:.2f}x at {c['op']}"
             )
-    measure.print_goals(goals)
+    measure.print_goals(bench.goals())
+    save()
     if options.name:
-        result = {
-            "name": options.name,
-            "environment": environment,
-            "ceilings": bench.ceilings,
-            "goals": goals,
-            "rows": bench.rows,
-            "comparisons": bench.comparisons,
-            "skipped": bench.skipped,
-            "failed": bench.failed,
-        }
-        print(f"wrote {measure.save(result, options.name)}")
+        print(f"wrote {measure.RESULTS / options.name}.json")
     return 1 if bench.failed else 0
 
 

@@ -37,8 +37,8 @@ class Work:
 
 def wave(batch: int, samples: int, device: torch.device, seed: int) -> Tensor:
     """Noise at speech's level, float32 [B, T]."""
-    generator = torch.Generator().manual_seed(seed)
-    return (0.1 * torch.randn(batch, samples, generator=generator)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return 0.1 * torch.randn(batch, samples, generator=generator, device=device)
 
 
 def seeds(batch: int, device: torch.device, seed: int) -> Tensor:

@@ -36,6 +36,7 @@ gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
