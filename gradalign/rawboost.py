@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradalign import ops, reference
+from gradalign._device import to_device
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The steps each algorithm runs, in order; 8 adds its two in parallel.
@@ -246,7 +247,7 @@ class RawBoost(nn.Module):
         if seeds is None:
             seeds = torch.randint(torch.iinfo(torch.int64).max, (x.shape[0],), dtype=torch.int64, device=x.device)
         else:
-            seeds = _check_seeds(seeds if batched else _row(seeds), x.shape[0]).to(x.device)
+            seeds = to_device(_check_seeds(seeds if batched else _row(seeds), x.shape[0]), x.device)
         lnl_filters, ssi_filters = self._design(self._draw_notches(seeds), x.dtype)
         y = self._run(x, lengths, lnl_filters, ssi_filters, seeds, RawBoostDraws())
         return y if batched else y[0]
@@ -470,6 +471,6 @@ def _check_lengths(lengths: Tensor, batch: int, num_samples: int, device: torch.
             raise ValueError(
                 f"`lengths` must lie in [0, T] = [0, {num_samples}]; found [{int(lengths.min())}, {int(lengths.max())}]"
             )
-        return lengths.to(device, torch.int64)
+        return to_device(lengths.to(torch.int64), device)
     # Reading a device's values would stall it.
     return lengths.to(device, torch.int64).clamp(0, num_samples)

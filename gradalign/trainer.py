@@ -34,20 +34,13 @@ from torch.nn import functional
 
 from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gradalign._device import to_device
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign._files import remove_leftovers, write_text
 from gradalign.config import TrainConfig
 from gradalign.data import datasets
-from gradalign.data.dataset import (
-    Batch,
-    SpeechDataset,
-    augmented_view,
-    epoch_plan,
-    load_batches,
-    to_device,
-    utterance_draws,
-)
+from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
 from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.evaluation import Scores, write_scores

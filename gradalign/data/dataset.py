@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gradalign._device import to_device
 from gradalign._errors import AudioError
 from gradalign.data.audio import find_audio, fit_length, read_audio
 from gradalign.data.protocol import Utterance
@@ -154,19 +155,6 @@ class SpeechDataset(Dataset[Example]):
 
 Augment = Callable[..., Tensor]
 """An augmentation: (wave [B, T], lengths=int64 [B] or None for T, seeds=int64 [B]) -> [B, T], such as `RawBoost`."""
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; the host does not wait for a copy to a CUDA device.
-
-    >>> to_device(torch.zeros(2), torch.device("cpu")).device.type
-    'cpu'
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    # The allocator of pinned memory waits for the copy before it hands the memory out again.
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return pinned.to(device, non_blocking=True)
 
 
 def augmented_view(augment: Augment, wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:

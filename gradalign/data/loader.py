@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from gradalign._device import to_device
 from gradalign._errors import AudioError
 from gradalign.data.audio import fit_length
-from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, to_device, utterance_draws, window
+from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, utterance_draws, window
 
 
 class Views(NamedTuple):
