@@ -498,6 +498,43 @@ def test_cuda_graph_capture():
 
 
 @gpu
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
+def test_align_of_more_items_than_run_at_once(method):
+    """Programs wait for each other's sums: the same bits every time, and in a CUDA graph."""
+    from gradalign.kernels.gradients import ALIGN_CHUNK
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    sizes = [ALIGN_CHUNK * (1 + n % 40) - n for n in range(300)]
+    first, second = ([torch.randn(m, generator=generator, device=DEVICE) for m in sizes] for _ in range(2))
+    options = (method, None, None, 0.5, False, 0.5)
+    expected = [g.double() for g in first]
+    reference.align_(expected, [g.double() for g in second], *options)
+    merged = [g.clone() for g in first]
+
+    def align():
+        for g, start in zip(merged, first, strict=True):
+            g.copy_(start)
+        return ops.align_(merged, second, *options)[0]
+
+    with ga.use_backends("triton"):
+        gram = align()
+        for found, wanted in zip(merged, expected, strict=True):
+            assert max_norm_error(found, wanted) <= RELATIVE[torch.float32]
+        bits = [g.clone() for g in merged]
+        for _ in range(30):
+            assert torch.equal(align(), gram)
+            assert all(torch.equal(a, b) for a, b in zip(merged, bits, strict=True))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = align()
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(captured, gram)
+            assert all(torch.equal(a, b) for a, b in zip(merged, bits, strict=True))
+
+
+@gpu
 def test_side_stream():
     boost, seeds = ga.RawBoost(4), inputs.seeds(DEVICE)
     x, grads = inputs.wave(4097, torch.float32, DEVICE), inputs.gradients(2, torch.float32, DEVICE)
