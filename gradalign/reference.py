@@ -219,8 +219,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the mask [B, T] of the samples inside the utterances and x with 0 outside them."""
-    index = torch.arange(x.shape[1], device=x.device)
-    mask = index[None, :] < (torch.full_like(x[:, 0], x.shape[1]) if lengths is None else lengths)[:, None]
+    if lengths is None:
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device), x.contiguous()
+    mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return mask, torch.where(mask, x, 0.0)
 
 
@@ -234,6 +235,8 @@ def _filter(x: Tensor, filters: Tensor, advance: int) -> Tensor:
 
 def cond_norm(y: Tensor) -> Tensor:
     """Divide each row by its largest magnitude where that is above 1."""
+    if y.shape[-1] == 0:
+        return y
     peak = y.abs().amax(-1, keepdim=True)
     return y / torch.where(peak > 1, peak, 1.0)
 

@@ -416,3 +416,30 @@ def test_a_bank_is_scipys_convolved_and_scaled():
         margin = (491 - len(expected)) // 2
         assert np.abs(bank[margin : 491 - margin] - expected).max() < 1e-12
         assert not bank[:margin].any() or np.abs(bank[:margin]).max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_algorithm_0_keeps_every_sample(dtype):
+    # float16 has no number above 65504, bfloat16 none between 64512 and 65024.
+    for num_samples in (1, 16000, 64600, 66800):
+        x = torch.rand(2, num_samples, generator=torch.Generator().manual_seed(0)).to(dtype)
+        y = ga.RawBoost(0)(x)
+        assert torch.equal(y, x)
+        assert y.data_ptr() != x.data_ptr()
+        inside = ga.RawBoost(0)(x, lengths=torch.tensor([num_samples, 1]))
+        assert torch.equal(inside[0], x[0])
+        assert torch.equal(inside[1, :1], x[1, :1])
+        assert not inside[1, 1:].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("algo", range(9))
+def test_waveforms_without_samples_and_batches_without_waveforms(algo, backend):
+    boost = ga.RawBoost(algo)
+    with ga.use_backends(backend):
+        for shape in ((5, 0), (0, 100), (0, 0), (0,)):
+            x = torch.zeros(shape, requires_grad=True)
+            y = boost(x)
+            assert y.shape == x.shape
+            y.sum().backward()
+            assert x.grad.shape == x.shape
