@@ -99,8 +99,6 @@ class Op:
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if self.check is not None:
-            self.check(*args)
         return self.public(*args)
 
     def differentiate(self, backward: Op) -> None:
@@ -153,6 +151,8 @@ class Op:
 
     def dispatch(self, *args: Any) -> Any:
         """Run the first allowed backend that takes these arguments."""
+        if self.check is not None:
+            self.check(*args)
         allowed = _allowed.get()
         for name in self.order:
             if name in allowed and not self.why_not(name, *args):

@@ -20,6 +20,71 @@ def _like_first(x, *_):
     return x.new_empty(x.shape)
 
 
+def _expect(name, value, shape, *dtypes):
+    """Raise ValueError where a tensor, if it is there, has not this shape (None: any size), TypeError for its dtype."""
+    if value is None:
+        return
+    if value.dim() != len(shape) or any(n not in (None, size) for n, size in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("*" if n is None else str(n) for n in shape)
+        raise ValueError(f"`{name}` must be [{wanted}]; found {list(value.shape)}")
+    if value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"`{name}` must be {wanted}; found {str(value.dtype).removeprefix('torch.')}")
+
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check_drawn(seeds, **drawn):
+    if seeds is None and any(value is None for value in drawn.values()):
+        raise ValueError(f"expected `seeds`, or {', '.join(f'`{name}`' for name in drawn)}; found None")
+
+
+def _check_notch_draws(seeds, *_):
+    _expect("seeds", seeds, (None,), torch.int64)
+
+
+def _check_notch_bank(center_hz, width_hz, taps, gain_db, sample_rate, num_taps, dtype):
+    _expect("center_hz", center_hz, (None, None, None), *_FLOATS)
+    _expect("width_hz", width_hz, center_hz.shape, *_FLOATS)
+    _expect("taps", taps, center_hz.shape, torch.int64)
+    _expect("gain_db", gain_db, center_hz.shape[:2], *_FLOATS)
+    if num_taps < 1 or num_taps % 2 == 0:
+        raise ValueError(f"`num_taps` must be odd and at least 1; found {num_taps}")
+
+
+def _check_lnl(x, filters, lengths):
+    _expect("x", x, (None, None), *_FLOATS)
+    _expect("filters", filters, (len(x), None, None), *_FLOATS)
+    _expect("lengths", lengths, (len(x),), torch.int64)
+
+
+def _check_isd(x, lengths, seeds, factor, p, g_sd):
+    _expect("x", x, (None, None), *_FLOATS)
+    _expect("lengths", lengths, (len(x),), torch.int64)
+    _expect("seeds", seeds, (len(x),), torch.int64)
+    _expect("factor", factor, x.shape, *_FLOATS)
+    _check_drawn(seeds, factor=factor)
+
+
+def _check_ssi(x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max):
+    _expect("x", x, (None, None), *_FLOATS)
+    _expect("filters", filters, (len(x), None), *_FLOATS)
+    _expect("lengths", lengths, (len(x),), torch.int64)
+    _expect("seeds", seeds, (len(x),), torch.int64)
+    _expect("noise", noise, x.shape, *_FLOATS)
+    _expect("snr_db", snr_db, (len(x),), *_FLOATS)
+    _check_drawn(seeds if noise is None else None, noise=noise, snr_db=snr_db)
+
+
+def _backward_of(check):
+    def check_backward(grad, x, *rest):
+        check(x, *rest)
+        _expect("grad", grad, x.shape, *_FLOATS)
+
+    return check_backward
+
+
 def _check_gram(grads, num_paths, segments, num_segments):
     if num_paths < 1 or not segments or len(grads) != num_paths * len(segments):
         raise ValueError(
@@ -80,14 +145,14 @@ def _check_segments(segments, num_segments):
         raise ValueError(f"`segments` must lie in [0, {num_segments}); found [{min(segments)}, {max(segments)}]")
 
 
-notch_draws = Op(reference.notch_draws)
-notch_bank = Op(reference.notch_bank)
-lnl = Op(reference.lnl, fake=_like_first)
-isd = Op(reference.isd, fake=_like_first)
-ssi = Op(reference.ssi, fake=_like_first)
-lnl_backward = Op(reference.lnl_backward, fake=_like_first)
-isd_backward = Op(reference.isd_backward, fake=_like_first)
-ssi_backward = Op(reference.ssi_backward, fake=_like_first)
+notch_draws = Op(reference.notch_draws, check=_check_notch_draws)
+notch_bank = Op(reference.notch_bank, check=_check_notch_bank)
+lnl = Op(reference.lnl, fake=_like_first, check=_check_lnl)
+isd = Op(reference.isd, fake=_like_first, check=_check_isd)
+ssi = Op(reference.ssi, fake=_like_first, check=_check_ssi)
+lnl_backward = Op(reference.lnl_backward, fake=_like_first, check=_backward_of(_check_lnl))
+isd_backward = Op(reference.isd_backward, fake=_like_first, check=_backward_of(_check_isd))
+ssi_backward = Op(reference.ssi_backward, fake=_like_first, check=_backward_of(_check_ssi))
 lnl.differentiate(lnl_backward)
 isd.differentiate(isd_backward)
 ssi.differentiate(ssi_backward)

@@ -268,7 +268,8 @@ def _isd_gain(
     """1 + g_sd * f, [B, T]."""
     if factor is None:
         assert seeds is not None
-        own_lengths = torch.full_like(seeds, wave.shape[1]) if lengths is None else lengths
+        whole = wave.shape[1]
+        own_lengths = torch.full_like(seeds, whole) if lengths is None else lengths.clamp(0, whole)
         factor = isd_factor(seeds, own_lengths, wave.shape[1], p)
     return 1 + g_sd * factor.to(wave.dtype)
 

@@ -153,6 +153,34 @@ def test_lists_of_wrong_length_never_reach_a_kernel():
         ops.combine_(g, g, weights.float(), [0, 0])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("call", [ops, torch.ops.gradalign], ids=["ops", "torch.ops"])
+def test_waves_filters_and_draws_that_do_not_fit_never_reach_a_kernel(backend, call):
+    x, one, five = torch.zeros(2, 300), torch.zeros(2, 11), torch.zeros(2, 5, 11)
+    seeds, bands = torch.tensor([1, 2]), torch.ones(2, 1, 5)
+    design = (bands.long(), torch.zeros(2, 1), 16000.0, 55, torch.float32)
+    cases = [
+        (lambda: call.isd(x, None, None, None, 10.0, 2.0), ValueError, "expected `seeds`, or `factor`; found None"),
+        (
+            lambda: call.isd(x, None, None, x[:, 1:], 10.0, 2.0),
+            ValueError,
+            r"`factor` must be \[2, 300\]",
+        ),
+        (lambda: call.isd(x, None, seeds.int(), None, 10.0, 2.0), TypeError, "`seeds` must be int64; found int32"),
+        (lambda: call.isd(x, seeds[:1], seeds, None, 10.0, 2.0), ValueError, r"`lengths` must be \[2\]; found \[1\]"),
+        (lambda: call.ssi(x, one, None, None, x, None, 10.0, 40.0), ValueError, "or `noise`, `snr_db`; found None"),
+        (lambda: call.ssi(x, five, None, seeds, None, None, 10.0, 40.0), ValueError, r"`filters` must be \[2, \*\]"),
+        (lambda: call.lnl(x, five[:1], None), ValueError, r"`filters` must be \[2, \*, \*\]; found \[1, 5, 11\]"),
+        (lambda: call.lnl(x.long(), five, None), TypeError, "`x` must be float32, .*; found int64"),
+        (lambda: call.lnl_backward(x[:1], x, five, None), ValueError, r"`grad` must be \[2, 300\]; found \[1, 300\]"),
+        (lambda: call.notch_bank(bands, bands[..., 1:], *design), ValueError, r"`width_hz` must be \[2, 1, 5\]"),
+    ]
+    with ga.use_backends(backend):
+        for run, error, message in cases:
+            with pytest.raises(error, match=message):
+                run()
+
+
 def test_wrong_matrices_and_methods_never_reach_a_kernel():
     gram, rest = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1), (0.5, False, 0.5)
     with pytest.raises(ValueError, match=r"`gram` must be float64 \[S, K, K\]; found torch.float32 \[3, 2, 2\]"):
