@@ -28,16 +28,21 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+# The keys of a detector's weights, best.pt.
+WEIGHTS: dict[str, Any] = {"keys": ("config", "model", "epoch", "dev_loss"), "optional": ("averaged_epochs",)}
+
+
+def load_checkpoint(path: str | Path, keys: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in it is executed.
 
     Args:
         path: the file.
-        keys: what it must hold at least.
+        keys: what it must hold; nothing is checked without any.
+        optional: what it may hold too.
 
     Raises:
-        CheckpointError: naming the file, when it is missing, damaged, holds more than tensors and plain values, or
-            lacks a key.
+        CheckpointError: naming the file, when it is missing, damaged, holds more than tensors and plain values, lacks a
+            key or has another one.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,8 +62,12 @@ def load_checkpoint(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, A
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a checkpoint; found {type(content).__name__}")
     missing = [key for key in keys if key not in content]
-    if missing:
-        raise CheckpointError(f"{path}: expected the keys {', '.join(keys)}; missing {', '.join(missing)}")
+    unexpected = [str(key) for key in content if keys and key not in keys + optional]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: expected the keys {', '.join(keys)}; missing {', '.join(missing) or 'none'}; "
+            f"unexpected {', '.join(unexpected) or 'none'}"
+        )
     return content
 
 

@@ -5,8 +5,8 @@ alone: it returns weights w, and the merged gradient is sum_k w_k g_k. Leading a
 problems (the segments of a model), so ``[..., K, K]`` gives ``[..., K]``. Everything is computed in float64 on the
 device of ``gram``; no value is ever read on the host.
 
-Every merge is an *average*: two equal paths give their common gradient back (sum-reducing implementations differ by
-the factor K).
+Every merge is an *average*: equal paths give their common gradient back (sum-reducing implementations differ by the
+factor K), but for CAGrad, which lengthens it by (1 + c) / (1 + c^2) as published.
 
 >>> import torch
 >>> gram = torch.tensor([[1.0, -1.0], [-1.0, 4.0]], dtype=torch.float64)
@@ -17,6 +17,7 @@ tensor([1.0000, 0.6250], dtype=torch.float64)
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,6 +120,7 @@ def gradvac(
     if variant not in ("dual_path", "paper"):
         raise ValueError(f"`variant` must be 'dual_path' or 'paper'; found {variant!r}")
     beta = _BETA[variant] if beta is None else beta
+    _expect_number("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"`beta` must be in [0, 1]; found {beta}")
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -167,6 +169,7 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     >>> cagrad(torch.eye(2, dtype=torch.float64))
     tensor([0.6000, 0.6000], dtype=torch.float64)
     """
+    _expect_number("c", c)
     if not c >= 0:
         raise ValueError(f"`c` must be at least 0; found {c}")
     num_paths = gram.shape[-1]
@@ -488,6 +491,11 @@ def _newton_direction(x: Tensor, slope: Tensor, scale: Tensor, product: Tensor, 
     d = d - free * (d.sum(-1) / free.sum(-1))[..., None]
     d = d / d.abs().amax(-1, keepdim=True).clamp_min(_TINY)
     return torch.where((d * slope).sum(-1, keepdim=True) < 0, d, 0.0)
+
+
+def _expect_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number; found {value!r}")
 
 
 def random_order(num_paths: int, seed: int, step: int | Tensor, device: torch.device | None = None) -> Tensor:

@@ -86,6 +86,9 @@ def _score(args: argparse.Namespace) -> int:
     from gradalign._files import write_text
     from gradalign.evaluation import Scores, write_scores
 
+    # Before hours of scoring, not after.
+    if not args.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{args.output}: expected a folder to write it into; found none")
     data, folder, labelled = _to_score(args)
     values, bad = scoring.score(
         args.model,
@@ -513,8 +516,10 @@ def build_parser() -> argparse.ArgumentParser:
         _train,
         "train a detector on clean and RawBoost-augmented speech, once for each method and seed",
         "  gradalign train data --out runs --detector light --align none,pcgrad --seeds 0,1,2 --jobs 2\n"
-        "  gradalign train configs/paper/xlsr_aasist.yaml align=gradvac data.root=/data/LA\n"
-        "  torchrun --nproc_per_node=4 -m gradalign train configs/paper/xlsr_aasist.yaml data.root=/data/LA\n\n"
+        "  gradalign train configs/paper/xlsr_aasist.yaml align=gradvac data.root=/data/LA \\\n"
+        "    detector_options.frontend.weights=/data/xlsr2_300m.pt\n"
+        "  torchrun --nproc_per_node=4 -m gradalign train configs/paper/xlsr_aasist.yaml data.root=/data/LA \\\n"
+        "    detector_options.frontend.weights=/data/xlsr2_300m.pt\n\n"
         "Run the same command again to go on where it was stopped; finished runs are kept.",
     )
     train.add_argument(
@@ -699,7 +704,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="the folder given to `gradalign corpus build`")
 
-    data = commands.add_parser("data", help="look at public data sets", description="Look at public data sets.")
+    data = _command(
+        commands, "data", _data_check, "look at public data sets", "  gradalign data check asvspoof2019-la /data/LA"
+    )
     data_actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = _command(
         data_actions,

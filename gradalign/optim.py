@@ -320,10 +320,14 @@ class AlignedOptimizer(Optimizer):
                 ``process_group``, unless all parameters are DTensors.
         """
         self._begin("backward(losses)")
-        if isinstance(losses, Tensor) or not all(isinstance(loss, Tensor) for loss in losses):
+        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             raise TypeError(
                 f"`losses` must be a sequence of scalar tensors, one per path; found {type(losses).__name__}"
             )
+        losses = list(losses)
+        for k, loss in enumerate(losses):
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"losses[{k}] must be a scalar tensor; found {type(loss).__name__}")
         if self._paths and not self._joint:
             raise RuntimeError(
                 "a step takes either backward(losses) or path() blocks; found backward(losses) after a path()"

@@ -272,6 +272,8 @@ class RawBoost(nn.Module):
         """
         c, steps = self.config, _STEPS[self.config.algo]
         seeds = _check_seeds(seeds, None)
+        if not isinstance(num_samples, int):
+            raise TypeError(f"`num_samples` must be an int; found {num_samples!r}")
         if num_samples < 0:
             raise ValueError(f"`num_samples` must be at least 0; found {num_samples}")
         if lengths is None:

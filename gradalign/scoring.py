@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradalign import _ranks
-from gradalign._checkpoint import load_checkpoint, load_weights
+from gradalign._checkpoint import WEIGHTS, load_checkpoint, load_weights
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.data.dataset import SpeechDataset, load_batches
@@ -58,7 +58,7 @@ def load_detector(path: str | Path, device: str = "auto") -> TrainedDetector:
     path = Path(path)
     if path.is_dir():
         path = path / "best.pt"
-    content = load_checkpoint(path, keys=("config", "model"))
+    content = load_checkpoint(path, **WEIGHTS)
     config = content["config"]
     try:
         model = detectors.create(config["detector"], **config["detector_options"])

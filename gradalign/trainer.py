@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradalign import _ranks
-from gradalign._checkpoint import load_checkpoint, load_weights, save_checkpoint
+from gradalign._checkpoint import WEIGHTS, load_checkpoint, load_weights, save_checkpoint
 from gradalign._device import to_device
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
@@ -280,10 +280,12 @@ def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 # ---- one run -------------------------------------------------------------------------------------------------------
 
-# What may differ when a run goes on: where things are, how fast they are read, and how long it lasts.
+# What may differ when a run goes on: where things are, how fast they are read, how long it lasts, and what becomes of
+# files that cannot be read (at which a run that does not skip them has stopped).
 _FREE_TO_CHANGE = {
     "data", "train_protocol", "dev_protocol", "test_protocol", "train_audio", "dev_audio", "test_audio", "test_sets",
     "out", "epochs", "patience", "shard", "threads", "num_workers", "cache_mb", "checkpoint_steps", "tensorboard",
+    "skip_bad",
 }  # fmt: skip
 
 
@@ -309,6 +311,7 @@ class _Progress:
 class _Training:
     def __init__(self, config: TrainConfig, progress: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
         from gradalign import detectors
+        from gradalign.detectors.ssl import SSLDetector
 
         self.config, self.run, self.show, self.on_epoch = config, config.run_dir, progress, on_epoch
         self.first = _ranks.rank() == 0
@@ -327,6 +330,12 @@ class _Training:
             model = detectors.create(config.detector, **config.detector_options)
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"detector: {error}") from None
+        frontend = config.detector_options.get("frontend", {})
+        if isinstance(model, SSLDetector) and not frontend.get("weights"):
+            self._say(
+                "warning: the front end starts from random weights, not pretrained ones; the paper's systems need "
+                "detector_options.frontend.weights=PATH/xlsr2_300m.pt"
+            )
         if num_ranks() > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device)
@@ -568,7 +577,7 @@ class _Training:
     def _average_weights(self) -> None:
         """Write best.pt, the mean of the best epochs' weights (of whole numbers, the best epoch's)."""
         epochs = self._best_epochs()
-        found = [load_checkpoint(self._weights_of(epoch), keys=("model", "epoch")) for epoch in epochs]
+        found = [load_checkpoint(self._weights_of(epoch), **WEIGHTS) for epoch in epochs]
         mean = dict(found[0]["model"])
         for name, value in mean.items():
             if value.is_floating_point():
@@ -584,7 +593,7 @@ class _Training:
         if self.config.average_best > 1 and self.first:
             self._average_weights()
         _ranks.wait()
-        best = load_checkpoint(self.run / "best.pt", keys=("model", "epoch"))
+        best = load_checkpoint(self.run / "best.pt", **WEIGHTS)
         if best["epoch"] != at.best_epoch:
             raise CheckpointError(f"{self.run / 'best.pt'}: expected epoch {at.best_epoch}; found {best['epoch']}")
         load_weights(self.model, best["model"], self.run / "best.pt")

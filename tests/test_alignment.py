@@ -607,6 +607,8 @@ def test_random_order_is_a_uniform_pure_function():
         ((torch.eye(2), "pc-grad"), {}, ValueError, "one of mean, none, pcgrad, .*found 'pc-grad'"),
         ((torch.eye(2), 3), {}, TypeError, "found int"),
         ((torch.eye(2), "cagrad"), {"beta": 1}, TypeError, "'cagrad' takes the options c; found beta"),
+        ((torch.eye(2), "cagrad"), {"c": "x"}, TypeError, "`c` must be a number; found 'x'"),
+        ((torch.eye(2), "gradvac"), {"beta": "x"}, TypeError, "`beta` must be a number; found 'x'"),
         ((torch.eye(2), "mean"), {"c": 1}, TypeError, r"\(none\); found c"),
         ((torch.eye(2), "gradvac"), {"variant": "x"}, ValueError, "'dual_path' or 'paper'; found 'x'"),
         ((torch.eye(2), "gradvac"), {"beta": 1.5}, ValueError, r"in \[0, 1\]; found 1.5"),

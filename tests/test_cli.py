@@ -133,6 +133,12 @@ def test_scores_of_a_folder_are_those_of_training(runs, corpus, tmp_path, capsys
     assert found.values == pytest.approx(expected.values, abs=1e-5)
 
 
+def test_no_folder_for_the_scores_is_seen_before_scoring(tmp_path, capsys):
+    out = tmp_path / "absent" / "scores.txt"
+    assert cli.main(["score", str(tmp_path / "no model"), str(tmp_path), "-o", str(out)]) == 2
+    assert f"{out}: expected a folder to write it into; found none" in capsys.readouterr().err
+
+
 def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path):
     model, out = str(runs / "pcgrad-seed0"), tmp_path / "scores.txt"
     assert cli.main(["pack", str(corpus), str(tmp_path / "packed")]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gradalign import metrics
 from gradalign.metrics import AsvRates
@@ -296,3 +297,8 @@ def test_equals_official_asvspoof_5_package(name):
         package.compute_actDCF(bonafide, spoof, 0.05, 1, 10)[0], abs=1e-9
     )
     assert metrics.cllr(bonafide, spoof) == pytest.approx(package.calculate_CLLR(bonafide, spoof), abs=1e-9)
+
+
+def test_scores_may_be_tensors_of_a_model():
+    bonafide, spoof = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor([1.0, 2.5])
+    assert metrics.eer(bonafide, spoof) == metrics.eer([2.0, 3.0], [1.0, 2.5])

@@ -1182,7 +1182,9 @@ def test_backward_errors(setup):
     model, opt, loss = setup
     with pytest.raises(TypeError, match=r"sequence of scalar tensors.*found Tensor"):
         opt.backward(loss())
-    with pytest.raises(TypeError, match="found list"):
+    with pytest.raises(TypeError, match="sequence of scalar tensors, one per path; found NoneType"):
+        opt.backward(None)
+    with pytest.raises(TypeError, match=r"losses\[1\] must be a scalar tensor; found float"):
         opt.backward([loss(), 1.0])
     with pytest.raises(ValueError, match="one loss per path; found none"):
         opt.backward([])

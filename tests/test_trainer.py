@@ -499,6 +499,25 @@ def test_bad_audio_stops_training_by_name_or_is_left_out_and_listed(own_corpus, 
     assert len((run / "scores_test.txt").read_text().splitlines()) == 11
 
 
+def test_a_bad_file_of_the_test_set_does_not_lose_the_training(own_corpus, config):
+    """It is only read after the last epoch; the same run then goes on without it."""
+    config = replace(config, data=str(own_corpus), epochs=1)
+    (own_corpus / "flac" / "test05.flac").write_bytes(b"no audio")
+    with pytest.raises(AudioError, match=r"test05\.flac: expected a readable audio file"):
+        train(config, progress=False)
+    trained = weights(config.run_dir / "checkpoint.pt")
+    run = train(replace(config, skip_bad=True), progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), trained)
+    assert len((run / "scores_test.txt").read_text().splitlines()) == 11
+
+
+def test_a_front_end_without_pretrained_weights_is_not_silent(config, tmp_path, capsys):
+    tiny = {"detector": "xlsr-mlp", "detector_options": {"frontend": {"name": "tiny"}}}
+    for name, changes, warned in (("light", {}, False), ("tiny", tiny, True)):
+        train(replace(config, out=str(tmp_path / name), num_samples=2000, epochs=1, **changes))
+        assert ("warning: the front end starts from random weights" in capsys.readouterr().err) is warned
+
+
 def test_another_sample_rate_stops_training_by_name_or_is_converted(own_corpus, config):
     config = replace(config, data=str(own_corpus))
     soundfile.write(own_corpus / "flac" / "dev01.flac", 0.1 * np.random.default_rng(0).standard_normal(4000), 8000)
@@ -599,6 +618,10 @@ def test_weights_that_do_not_fit_are_named(finished, tmp_path):
     content["model"]["surprise.weight"] = content["model"].pop(name)
     torch.save(content, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match=rf"unexpected key surprise\.weight; missing key {name}"):
+        load_detector(tmp_path / "best.pt")
+    del content["epoch"]
+    torch.save(content | {"surprise": 1}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"best\.pt: expected the keys .*; missing epoch; unexpected surprise"):
         load_detector(tmp_path / "best.pt")
 
 

@@ -81,7 +81,8 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
     if rate != sample_rate:
         if not resample:
             raise AudioError(
-                f"{path}: expected a sample rate of {sample_rate} Hz; found {rate} Hz (resampling converts such files)"
+                f"{path}: expected a sample rate of {sample_rate} Hz; found {rate} Hz (--resample or `resample` "
+                "converts such files)"
             )
         from torchaudio.functional import resample as convert
 

@@ -24,8 +24,11 @@ def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | N
         official = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint of plain tensors ({error})") from error
+    except pickle.UnpicklingError:
+        # PyTorch's own text recommends to load the file with the code in it.
+        raise ValueError(f"{path}: expected a PyTorch checkpoint of plain tensors; found other content") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: expected a PyTorch checkpoint of plain tensors; found: {error}") from None
     if not isinstance(official, dict):
         raise ValueError(f"{path}: expected a state dict; found {type(official).__name__}")
     # Keys that have no name here keep their own, and are unexpected below.
