@@ -162,9 +162,7 @@ def test_a_checkpoint_executes_nothing(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"pos_S": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(
-        ValueError, match=r"evil.pth: expected a PyTorch checkpoint .*; found other content$"
-    ):
+    with pytest.raises(ValueError, match=r"evil.pth: expected a PyTorch checkpoint .*; found other content$"):
         ga.detectors.load_published("aasist", tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 
