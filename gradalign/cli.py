@@ -346,9 +346,12 @@ def _bench(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{package}: expected benchmarks/run.py in or beside it; found none")
     folder = script / "benchmarks"
     sys.path.insert(0, str(folder))
+    # What its own parser calls itself.
+    before, sys.argv[0] = sys.argv[0], "gradalign bench"
     try:
         return int(runpy.run_path(str(folder / "run.py"))["main"](args.options))
     finally:
+        sys.argv[0] = before
         sys.path.remove(str(folder))
 
 
@@ -414,7 +417,7 @@ def _options(text: str) -> dict[str, Any]:
 
 
 # One flag for each setting of TrainConfig that is not given in another way: name, type, placeholder or choices, help.
-# They have no defaults here: the configuration's own hold, which `gradalign train --help` need not import.
+# Their defaults are the configuration's own; a flag that is not given leaves what a file says.
 _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("dataset", str, "NAME", _DATA_SETS),
     ("train_protocol", str, "FILE", "training protocol, when the data are no folder in corpus layout"),
@@ -463,13 +466,19 @@ _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("settings", "Each overrides --config; their defaults are those of TrainConfig.")
+    group = parser.add_argument_group("settings", "Each overrides --config.")
     for name, kind, values, about in _SETTINGS:
         _add_setting(group, name, kind, values, about)
 
 
 def _add_setting(parser: Any, name: str, kind: Any, values: Any, about: str) -> None:
-    flag = "--" + name.replace("_", "-")
+    from gradalign.config import TrainConfig
+
+    flag, default = "--" + name.replace("_", "-"), getattr(TrainConfig(), name)
+    if isinstance(default, (list, tuple)):
+        default = ",".join(map(str, default))
+    if isinstance(default, (str, int, float)) and not isinstance(default, bool):
+        about += f" (default: {default})"
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
     elif isinstance(values, str):
