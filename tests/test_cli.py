@@ -20,7 +20,7 @@ from gradalign.data import datasets
 from gradalign.fusion import Fusion
 
 COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
-COMMANDS += ["pack", "report", "info"]
+COMMANDS += ["pack", "report", "fuse", "table", "info"]
 
 
 @pytest.fixture(scope="module")
