@@ -16,17 +16,6 @@ from torch import Tensor
 import gradalign as ga
 from gradalign import reference
 
-STEPS = {
-    1: ("lnl",),
-    2: ("isd",),
-    3: ("ssi",),
-    4: ("lnl", "isd", "ssi"),
-    5: ("lnl", "isd"),
-    6: ("lnl", "ssi"),
-    7: ("isd", "ssi"),
-    8: ("lnl", "isd"),
-}
-
 
 def fast_length(least: int) -> int:
     """The smallest 2**a * 3**b * 5**c that is at least ``least``: what FFT libraries like."""
@@ -60,7 +49,7 @@ def draw(config: ga.RawBoostConfig, batch: int, samples: int, device: torch.devi
             taps + (taps % 2 == 0),
         )
 
-    draws, steps = ga.RawBoostDraws(), STEPS[c.algo]
+    draws, steps = ga.RawBoostDraws(), reference.STEPS[c.algo]
     if "lnl" in steps:
         first = _uniform((batch, 1), c.min_g, c.max_g, device)
         others = _uniform((batch, c.n_f - 1), c.min_g - c.min_bias, c.max_g - c.max_bias, device)
@@ -158,7 +147,7 @@ def apply(config: ga.RawBoostConfig, x: Tensor, draws: ga.RawBoostDraws) -> Tens
     if c.algo == 8:
         return _norm(convolutive(x) + impulsive(x))
     run = {"lnl": convolutive, "isd": impulsive, "ssi": stationary}
-    for step in STEPS[c.algo]:
+    for step in reference.STEPS[c.algo]:
         x = run[step](x)
     return x
 

@@ -51,13 +51,13 @@ GPU_TESTS = (
     ("test_distributed.py",),
     ("test_triton.py", "-k", "not equals_float64_reference"),
     ("test_triton.py", "-k", "equals_float64_reference and lnl"),
-    ("test_triton.py", "-k", "equals_float64_reference and (isd or ssi or notch)"),
+    ("test_triton.py", "-k", "equals_float64_reference and (isd or ssi or notch or rawboost)"),
     ("test_triton.py", "-k", "equals_float64_reference and (gram or weigh or combine_ or align_)"),
 )
 # Small shapes of every kernel: the sanitizer runs them some hundred times slower.
 SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
 # The project's kernels by name; those of PyTorch's float64 reference would take most of the time.
-KERNELS = {"test_cuda.py": "gradalign", "test_triton.py": "^(notch|lnl|isd|ssi|gram|weigh|combine|align)_"}
+KERNELS = {"test_cuda.py": "gradalign", "test_triton.py": "^(notch|lnl|isd|ssi|rawboost|gram|weigh|combine|align)_"}
 # What a stage that is stopped may still take, to say how far it came.
 GRACE_S = 5
 

@@ -73,7 +73,7 @@ def published_rawboost(module: ModuleType, x: np.ndarray, config: ga.RawBoostCon
     if c.algo == 8:
         return module.normWav(lnl(x) + isd(x), 0)
     run = {"lnl": lnl, "isd": isd, "ssi": ssi}
-    for step in batched.STEPS[c.algo]:
+    for step in reference.STEPS[c.algo]:
         x = run[step](x)
     return x
 

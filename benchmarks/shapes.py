@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gradalign as ga
+from gradalign import reference
 
 BATCHES = (1, 16, 64, 256)
 # One second, the field's usual length, and 25 seconds, at 16 kHz.
@@ -22,7 +23,7 @@ ALGORITHMS = (1, 2, 3, 4, 5, 6, 7, 8)
 MEAN_TAPS = 271
 # Algorithms that run LnL (five filters over powers of the signal) and SSI (one filter over noise).
 _WITH_LNL, _WITH_SSI = (1, 4, 5, 6, 8), (3, 4, 6, 7)
-WAVE_OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", "lnl_backward", "isd_backward", "ssi_backward")
+WAVE_OPS = ("notch_bank", "notch_filters", "lnl", "isd", "ssi", "lnl_backward", "isd_backward", "ssi_backward")
 GRADIENT_OPS = ("gram", "combine_")
 PARAMETER_LISTS = ("aasist", "xlsr-300m/4", "xlsr-300m", "xlsr-1b")
 
@@ -49,27 +50,14 @@ def seeds(batch: int, device: torch.device, seed: int) -> Tensor:
 def arguments(op: str, batch: int, samples: int, device: torch.device, seed: int) -> tuple:
     """Return the arguments of one of `WAVE_OPS`, as `ga.RawBoost` with the published parameters gives them."""
     boost, own_seeds = ga.RawBoost(algo=4), seeds(batch, device, seed)
-    c = boost.config
-    bias = [float(i > 0) for i in range(c.n_f)] + [0.0]
-    if op == "notch_draws":
-        return (
-            own_seeds,
-            [*range(c.n_f), 1 << 16],
-            [c.min_g - b * c.min_bias for b in bias],
-            [c.max_g - b * c.max_bias for b in bias],
-            c.n_bands,
-            *map(float, (c.min_f, c.max_f, c.min_bw, c.max_bw, c.min_coeff, c.max_coeff)),
-        )
-    notches = boost._draw_notches(own_seeds)
+    c, notches = boost.config, boost._notches()
+    design = (float(c.sample_rate), c.num_taps, torch.float32)
     if op == "notch_bank":
-        lnl, ssi = notches
-        assert lnl is not None
-        assert ssi is not None
-        parts = zip(("center_hz", "width_hz", "taps", "gain_db"), range(4), strict=True)
-        bands = [torch.cat([getattr(lnl, n), getattr(ssi, n)[:, None]], dim=1) for n, _ in parts]
-        return (*bands, float(c.sample_rate), c.num_taps, torch.float32)
+        return (*reference.notch_draws(own_seeds, *notches), *design)
+    if op == "notch_filters":
+        return (own_seeds, *notches, *design)
     x = wave(batch, samples, device, seed)
-    lnl_filters, ssi_filters = boost._design(notches, torch.float32)
+    lnl_filters, ssi_filters = reference.split_filters(ga.ops.notch_filters(own_seeds, *notches, *design), c.algo)
     rest: dict[str, tuple] = {
         "lnl": (x, lnl_filters, None),
         "isd": (x, None, own_seeds, None, float(c.p), float(c.g_sd)),
@@ -87,13 +75,12 @@ def wave_work(op: str, batch: int, samples: int, algo: int = 4) -> Work:
     fir = 2.0 * MEAN_TAPS * batch * samples
     row = 4.0 * batch * samples
     bank = 4.0 * batch * c.num_taps
-    draws = batch * (c.n_f + 1) * (c.n_bands * 24.0 + 8)
     if op == "rawboost":
         filters = c.n_f * (algo in _WITH_LNL) + (algo in _WITH_SSI)
         return Work(filters * fir, 2 * row)
     return {
-        "notch_draws": Work(0, 8.0 * batch + draws),
-        "notch_bank": Work(0, draws + (c.n_f + 1) * bank),
+        "notch_bank": Work(0, batch * (c.n_f + 1) * (c.n_bands * 24.0 + 8) + (c.n_f + 1) * bank),
+        "notch_filters": Work(0, 8.0 * batch + (c.n_f + 1) * bank),
         "lnl": Work(c.n_f * fir, 2 * row + c.n_f * bank),
         "isd": Work(0, 2 * row),
         "ssi": Work(fir, 2 * row + bank),

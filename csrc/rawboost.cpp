@@ -1,4 +1,4 @@
-// RawBoost on the CPU: notch_draws, notch_bank, lnl, isd, ssi and their gradients in the waveform. Equivalent to the functions of these
+// RawBoost on the CPU: notch_bank, notch_filters, lnl, isd, ssi, their gradients in the waveform, and rawboost. Equivalent to the functions of these
 // names in gradalign/reference.py.
 // One utterance per task; nothing an utterance yields depends on the batch around it or on the number of threads.
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "common.h"
 #include "fft.h"
 #include "notch.h"
+#include "steps.h"
 
 namespace gradalign {
 
@@ -262,6 +263,13 @@ GRADALIGN_HD void isd_backward_utterance(int64_t length, Scratch<T>& s) {
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.grad[t] * s.gain[t];
 }
 
+// cond_norm of the sum of two steps' results.
+template <typename T>
+GRADALIGN_HD void add_utterance(int64_t length, Scratch<T>& s) {
+  for (int64_t t = 0; t < length; ++t) s.out[t] += s.grad[t];
+  cond_norm(s.out.data(), length);
+}
+
 template <typename T>
 GRADALIGN_HD void white_noise(uint64_t seed, int64_t length, T* noise) {
   constexpr int kBlocks = 16;
@@ -315,6 +323,9 @@ GRADALIGN_HD void ssi_backward_utterance(const T* filter, int64_t num_taps, int6
   }                                                                                                                                       \
   GRADALIGN_CLONES void isd_backward_one(int64_t length, Scratch<T>& s) {                                                                 \
     isd_backward_utterance<T>(length, s);                                                                                                 \
+  }                                                                                                                                       \
+  GRADALIGN_CLONES void add_one(int64_t length, Scratch<T>& s) {                                                                          \
+    add_utterance<T>(length, s);                                                                                                          \
   }                                                                                                                                       \
   GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) {                                                              \
     white_noise<T>(seed, length, noise);                                                                                                  \
@@ -376,31 +387,6 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::sta
 
 ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> notch_draws(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
-                                                       const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz,
-                                                       double max_center_hz, double min_width_hz, double max_width_hz, double min_taps,
-                                                       double max_taps) {
-  const int64_t batch = seeds.size(0), num_filters = int64_t(filters.size());
-  Tensor keys = torch::stable::contiguous(seeds);
-  Tensor center_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double), width_hz = torch::stable::empty_like(center_hz);
-  Tensor taps = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Long);
-  Tensor gain_db = torch::stable::new_empty(seeds, {batch, num_filters}, ScalarType::Double);
-  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t f = 0; f < num_filters; ++f) {
-      for (int64_t band = 0; band < num_bands; ++band) {
-        NotchDraw draw = draw_notch(uint64_t(keys.const_data_ptr<int64_t>()[b]), uint32_t(filters[f]), uint32_t(band), ranges);
-        const int64_t i = (b * num_filters + f) * num_bands + band;
-        center_hz.mutable_data_ptr<double>()[i] = draw.center_hz;
-        width_hz.mutable_data_ptr<double>()[i] = draw.width_hz;
-        taps.mutable_data_ptr<int64_t>()[i] = draw.taps;
-        if (band == 0) gain_db.mutable_data_ptr<double>()[b * num_filters + f] = draw.gain * (max_gain_db[f] - min_gain_db[f]) + min_gain_db[f];
-      }
-    }
-  }
-  return {center_hz, width_hz, taps, gain_db};
-}
-
 // Design one bank into `bank` [num_taps], which is in the middle of its row between zeros.
 GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, double gain_db, int64_t num_taps, double* bank) {
   static const std::array<double, kResponsePoints> cos_w = [] {
@@ -442,23 +428,18 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
   for (int64_t n = 0; n < num_taps; ++n) bank[n] *= scale;
 }
 
-Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
-                  ScalarType dtype) {
-  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2);
-  Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
-  Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
-  Tensor out = torch::stable::new_empty(center_hz, {batch, num_filters, num_taps}, dtype);
+// Allocate banks [B, N_f, P] and design each from what read(b, f, bands) puts into bands [N_b] and the gain in dB that it returns.
+template <typename Read>
+Tensor design_banks(const Tensor& like, int64_t batch, int64_t num_filters, int64_t num_bands, int64_t num_taps, ScalarType dtype, Read&& read) {
+  Tensor out = torch::stable::new_empty(like, {batch, num_filters, num_taps}, dtype);
   dispatch_floating(dtype, "dtype", [&](auto type) {
     using S = decltype(type);
     torch::stable::parallel_for(0, batch * num_filters, 1, [&](int64_t begin, int64_t end) {
       std::vector<NotchBand> bands(num_bands);
       std::vector<double> bank(num_taps);
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t j = 0; j < num_bands; ++j) {
-          const int64_t at = i * num_bands + j;
-          bands[j] = notch_band(centers.const_data_ptr<double>()[at], widths.const_data_ptr<double>()[at], counts.const_data_ptr<int64_t>()[at], sample_rate);
-        }
-        design_bank(bands.data(), num_bands, gains.const_data_ptr<double>()[i], num_taps, bank.data());
+        const double gain_db = read(i / num_filters, i % num_filters, bands.data());
+        design_bank(bands.data(), num_bands, gain_db, num_taps, bank.data());
         for (int64_t n = 0; n < num_taps; ++n) static_cast<S*>(out.mutable_data_ptr())[i * num_taps + n] = S(Wide<S>(bank[n]));
       }
     });
@@ -466,96 +447,211 @@ Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor&
   return out;
 }
 
-// A step of RawBoost and its gradient differ in the function that runs per utterance, and in the row of `grad` that the latter reads.
-Tensor run_lnl(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
-  const int64_t num_filters = filters.size(1), num_taps = filters.size(2);
-  Tensor bank = contiguous_as(filters, wide_dtype(x));
-  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
-    using T = typename std::decay_t<decltype(s.wave)>::value_type;
-    const T* own = bank.const_data_ptr<T>() + b * num_filters * num_taps;
-    if (!grad) return lnl_one(own, num_filters, num_taps, length, s);
-    read_row(*grad, b, length, s.grad.data());
-    lnl_backward_one(own, num_filters, num_taps, length, s);
-  });
-}
-
-Tensor run_isd(const std::optional<Tensor>& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-               const std::optional<Tensor>& factor, double p, double g_sd) {
-  std::optional<Tensor> keys = factor ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
-  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
-    using T = typename std::decay_t<decltype(s.wave)>::value_type;
-    if (factor) {
-      read_row(*factor, b, length, s.gain.data());
-      for (int64_t t = 0; t < length; ++t) s.gain[t] = T(1) + T(g_sd) * s.gain[t];
-    } else {
-      gain_one(uint64_t(keys->const_data_ptr<int64_t>()[b]), p, g_sd, length, s);
+Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
+                  ScalarType dtype) {
+  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2);
+  const Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
+  const Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
+  const double *center = centers.const_data_ptr<double>(), *width = widths.const_data_ptr<double>(), *gain = gains.const_data_ptr<double>();
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  return design_banks(center_hz, batch, num_filters, num_bands, num_taps, dtype, [=](int64_t b, int64_t f, NotchBand* bands) {
+    const int64_t row = b * num_filters + f;
+    for (int64_t j = 0; j < num_bands; ++j) {
+      const int64_t at = row * num_bands + j;
+      bands[j] = notch_band(center[at], width[at], count[at], sample_rate);
     }
-    if (!grad) return isd_one(length, s);
-    read_row(*grad, b, length, s.grad.data());
-    isd_backward_one(length, s);
+    return gain[row];
   });
 }
 
-Tensor run_ssi(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths,
-               const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
-               double snr_max) {
-  const int64_t num_taps = filters.size(1);
-  Tensor bank = contiguous_as(filters, wide_dtype(x));
-  std::optional<Tensor> keys = noise ? std::nullopt : std::optional(torch::stable::contiguous(*seeds));
-  std::optional<Tensor> levels = noise ? std::optional(contiguous_as(*snr_db, ScalarType::Double)) : std::nullopt;
-  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
-    using T = typename std::decay_t<decltype(s.wave)>::value_type;
-    double level;
+Tensor notch_filters(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
+                     const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz, double max_center_hz, double min_width_hz,
+                     double max_width_hz, double min_taps, double max_taps, double sample_rate, int64_t num_taps, ScalarType dtype) {
+  const Tensor keys = torch::stable::contiguous(seeds);
+  const int64_t* seed = keys.const_data_ptr<int64_t>();
+  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
+  return design_banks(seeds, seeds.size(0), int64_t(filters.size()), num_bands, num_taps, dtype, [&](int64_t b, int64_t f, NotchBand* bands) {
+    for (int64_t j = 0; j < num_bands; ++j) {
+      const NotchDraw draw = draw_notch(uint64_t(seed[b]), uint32_t(filters[f]), uint32_t(j), ranges);
+      bands[j] = notch_band(draw.center_hz, draw.width_hz, draw.taps, sample_rate);
+    }
+    const double gain = draw_notch(uint64_t(seed[b]), uint32_t(filters[f]), 0, ranges).gain;
+    return gain * (max_gain_db[f] - min_gain_db[f]) + min_gain_db[f];
+  });
+}
+
+// RawBoost's steps. Each reads scratch.wave and writes scratch.out; its gradient reads scratch.grad too.
+
+struct Lnl {
+  // [B, F, P] in the dtype of computation, of whose F filters the first num_filters are LnL's.
+  Tensor bank;
+  int64_t num_filters;
+
+  template <typename T>
+  const T* filters(int64_t b) const {
+    return bank.const_data_ptr<T>() + b * bank.size(1) * bank.size(2);
+  }
+  template <typename T>
+  void forward(int64_t b, int64_t length, Scratch<T>& s) const {
+    lnl_one(filters<T>(b), num_filters, bank.size(2), length, s);
+  }
+  template <typename T>
+  void backward(int64_t b, int64_t length, Scratch<T>& s) const {
+    lnl_backward_one(filters<T>(b), num_filters, bank.size(2), length, s);
+  }
+};
+
+struct Isd {
+  Isd(const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p, double g_sd) : factor(factor), p(p), g_sd(g_sd) {
+    if (!factor) keys = torch::stable::contiguous(*seeds);
+  }
+  std::optional<Tensor> keys, factor;
+  double p, g_sd;
+
+  template <typename T>
+  void find_gain(int64_t b, int64_t length, Scratch<T>& s) const {
+    if (!factor) return gain_one(uint64_t(keys->const_data_ptr<int64_t>()[b]), p, g_sd, length, s);
+    read_row(*factor, b, length, s.gain.data());
+    for (int64_t t = 0; t < length; ++t) s.gain[t] = T(1) + T(g_sd) * s.gain[t];
+  }
+  template <typename T>
+  void forward(int64_t b, int64_t length, Scratch<T>& s) const {
+    find_gain(b, length, s);
+    isd_one(length, s);
+  }
+  template <typename T>
+  void backward(int64_t b, int64_t length, Scratch<T>& s) const {
+    find_gain(b, length, s);
+    isd_backward_one(length, s);
+  }
+};
+
+struct Ssi {
+  // `bank` [B, F, P] in the dtype of computation: SSI's filter is the last of F.
+  Ssi(const Tensor& bank, const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
+      double snr_max)
+      : bank(bank), noise(noise), snr_min(snr_min), snr_max(snr_max) {
+    if (noise)
+      levels = contiguous_as(*snr_db, ScalarType::Double);
+    else
+      keys = torch::stable::contiguous(*seeds);
+  }
+  Tensor bank;
+  std::optional<Tensor> keys, noise, levels;
+  double snr_min, snr_max;
+
+  template <typename T>
+  const T* filter(int64_t b) const {
+    return bank.const_data_ptr<T>() + ((b + 1) * bank.size(1) - 1) * bank.size(2);
+  }
+  // Put the noise into scratch.noise and return its level in dB.
+  template <typename T>
+  double find_noise(int64_t b, int64_t length, Scratch<T>& s) const {
     if (noise) {
       read_row(*noise, b, length, s.noise.data());
-      level = levels->const_data_ptr<double>()[b];
-    } else {
-      const uint64_t seed = uint64_t(keys->const_data_ptr<int64_t>()[b]);
-      noise_one(seed, length, s.noise.data());
-      level = uniform(philox(seed, kStreamSsiSnr, 0).w[0], snr_min, snr_max);
+      return levels->const_data_ptr<double>()[b];
     }
-    const T* own = bank.const_data_ptr<T>() + b * num_taps;
-    if (!grad) return ssi_one(own, num_taps, length, level, s);
-    read_row(*grad, b, length, s.grad.data());
-    ssi_backward_one(own, num_taps, length, level, s);
+    const uint64_t seed = uint64_t(keys->const_data_ptr<int64_t>()[b]);
+    noise_one(seed, length, s.noise.data());
+    return uniform(philox(seed, kStreamSsiSnr, 0).w[0], snr_min, snr_max);
+  }
+  template <typename T>
+  void forward(int64_t b, int64_t length, Scratch<T>& s) const {
+    const double level = find_noise(b, length, s);
+    ssi_one(filter<T>(b), bank.size(2), length, level, s);
+  }
+  template <typename T>
+  void backward(int64_t b, int64_t length, Scratch<T>& s) const {
+    const double level = find_noise(b, length, s);
+    ssi_backward_one(filter<T>(b), bank.size(2), length, level, s);
+  }
+};
+
+template <typename Step>
+Tensor forward(const Tensor& x, const std::optional<Tensor>& lengths, const Step& step) {
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) { step.forward(b, length, s); });
+}
+
+template <typename Step>
+Tensor backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const Step& step) {
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    read_row(grad, b, length, s.grad.data());
+    step.backward(b, length, s);
   });
 }
 
-Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) { return run_lnl(std::nullopt, x, filters, lengths); }
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  return forward(x, lengths, Lnl{contiguous_as(filters, wide_dtype(x)), filters.size(1)});
+}
 
 Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
-  return run_lnl(grad, x, filters, lengths);
+  return backward(grad, x, lengths, Lnl{contiguous_as(filters, wide_dtype(x)), filters.size(1)});
 }
 
 Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
            double g_sd) {
-  return run_isd(std::nullopt, x, lengths, seeds, factor, p, g_sd);
+  return forward(x, lengths, Isd(seeds, factor, p, g_sd));
 }
 
 Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
                     const std::optional<Tensor>& factor, double p, double g_sd) {
-  return run_isd(grad, x, lengths, seeds, factor, p, g_sd);
+  return backward(grad, x, lengths, Isd(seeds, factor, p, g_sd));
 }
+
+// SSI's filter [B, P] as a bank of one.
+Tensor bank_of_one(const Tensor& x, const Tensor& filters) { return torch::stable::unsqueeze(contiguous_as(filters, wide_dtype(x)), 1); }
 
 Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
            const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
-  return run_ssi(std::nullopt, x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max);
+  return forward(x, lengths, Ssi(bank_of_one(x, filters), seeds, noise, snr_db, snr_min, snr_max));
 }
 
 Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
                     const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
-  return run_ssi(grad, x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max);
+  return backward(grad, x, lengths, Ssi(bank_of_one(x, filters), seeds, noise, snr_db, snr_min, snr_max));
+}
+
+Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
+                double g_sd, double snr_min, double snr_max) {
+  const Steps steps = steps_of(algo);
+  std::optional<Lnl> lnl;
+  std::optional<Isd> isd;
+  std::optional<Ssi> ssi;
+  std::optional<Tensor> bank;
+  if (steps.lnl || steps.ssi) bank = contiguous_as(*filters, wide_dtype(x));
+  if (steps.lnl) lnl = Lnl{*bank, bank->size(1) - steps.ssi};
+  if (steps.isd) isd.emplace(seeds, factor, p, g_sd);
+  if (steps.ssi) ssi.emplace(*bank, seeds, noise, snr_db, snr_min, snr_max);
+  return for_each_utterance(x, lengths, [&](int64_t b, int64_t length, auto& s) {
+    if (steps.parallel) {
+      lnl->forward(b, length, s);
+      std::swap(s.out, s.grad);
+      isd->forward(b, length, s);
+      return add_one(length, s);
+    }
+    bool first = true;
+    auto run = [&](const auto& step) {
+      if (!step) return;
+      // Each step on the result of the one before.
+      if (!first) std::swap(s.wave, s.out);
+      step->forward(b, length, s);
+      first = false;
+    };
+    run(lnl), run(isd), run(ssi);
+  });
 }
 
 }  // namespace gradalign
 
 STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CPU, m) {
-  m.impl("notch_draws", TORCH_BOX(&gradalign::notch_draws));
   m.impl("notch_bank", TORCH_BOX(&gradalign::notch_bank));
+  m.impl("notch_filters", TORCH_BOX(&gradalign::notch_filters));
   m.impl("lnl", TORCH_BOX(&gradalign::lnl));
   m.impl("isd", TORCH_BOX(&gradalign::isd));
   m.impl("ssi", TORCH_BOX(&gradalign::ssi));
   m.impl("lnl_backward", TORCH_BOX(&gradalign::lnl_backward));
   m.impl("isd_backward", TORCH_BOX(&gradalign::isd_backward));
   m.impl("ssi_backward", TORCH_BOX(&gradalign::ssi_backward));
+  m.impl("rawboost", TORCH_BOX(&gradalign::rawboost));
 }

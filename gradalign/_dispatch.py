@@ -101,7 +101,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.public(*args)
 
-    def differentiate(self, backward: Op) -> None:
+    def differentiate(self, backward: Callable[..., Tensor]) -> None:
         """Make the first argument differentiable: ``backward(grad, *arguments)`` returns its gradient.
 
         The other arguments have none.

@@ -40,17 +40,30 @@ def _check_drawn(seeds, **drawn):
         raise ValueError(f"expected `seeds`, or {', '.join(f'`{name}`' for name in drawn)}; found None")
 
 
-def _check_notch_draws(seeds, *_):
-    _expect("seeds", seeds, (None,), torch.int64)
-
-
 def _check_notch_bank(center_hz, width_hz, taps, gain_db, sample_rate, num_taps, dtype):
     _expect("center_hz", center_hz, (None, None, None), *_FLOATS)
     _expect("width_hz", width_hz, center_hz.shape, *_FLOATS)
     _expect("taps", taps, center_hz.shape, torch.int64)
     _expect("gain_db", gain_db, center_hz.shape[:2], *_FLOATS)
+    _check_num_taps(num_taps)
+
+
+def _check_num_taps(num_taps):
     if num_taps < 1 or num_taps % 2 == 0:
         raise ValueError(f"`num_taps` must be odd and at least 1; found {num_taps}")
+
+
+def _check_notch_filters(seeds, filters, min_gain_db, max_gain_db, *rest):
+    _expect("seeds", seeds, (None,), torch.int64)
+    if not len(filters) == len(min_gain_db) == len(max_gain_db) > 0:
+        raise ValueError(
+            "`filters`, `min_gain_db` and `max_gain_db` must be of one length, at least 1; "
+            f"found {len(filters)}, {len(min_gain_db)} and {len(max_gain_db)}"
+        )
+    num_bands, *_, num_taps, _ = rest
+    if num_bands < 1:
+        raise ValueError(f"`num_bands` must be at least 1; found {num_bands}")
+    _check_num_taps(num_taps)
 
 
 def _check_lnl(x, filters, lengths):
@@ -75,6 +88,47 @@ def _check_ssi(x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max):
     _expect("noise", noise, x.shape, *_FLOATS)
     _expect("snr_db", snr_db, (len(x),), *_FLOATS)
     _check_drawn(seeds if noise is None else None, noise=noise, snr_db=snr_db)
+
+
+def _check_rawboost(x, filters, lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max):
+    if algo not in range(1, 9):
+        raise ValueError(f"`algo` must be one of 1..8; found {algo}")
+    steps = reference.STEPS[algo]
+    _expect("x", x, (None, None), *_FLOATS)
+    if "lnl" in steps or "ssi" in steps:
+        least = ("lnl" in steps) + ("ssi" in steps)
+        if filters is None or filters.dim() != 3 or filters.shape[1] < least:
+            found = filters if filters is None else list(filters.shape)
+            raise ValueError(f"`filters` must be [{len(x)}, {least} or more, *] for algorithm {algo}; found {found}")
+        _expect("filters", filters, (len(x), None, None), *_FLOATS)
+    if "isd" in steps:
+        _check_isd(x, lengths, seeds, factor, p, g_sd)
+    if "ssi" in steps:
+        _check_ssi(x, filters[:, -1], lengths, seeds, noise, snr_db, snr_min, snr_max)
+    _expect("lengths", lengths, (len(x),), torch.int64)
+
+
+def _rawboost_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max):
+    """Gradient of `rawboost` in ``x``: its steps' gradients in reverse, on waveforms that are computed again."""
+    if x.numel() == 0:
+        return x.clone()
+    dtype, grad, x = x.dtype, reference.wide(grad), reference.wide(x)
+    lnl_filters, ssi_filters = reference.split_filters(filters, algo)
+    of_isd, of_ssi = (lengths, seeds, factor, p, g_sd), (ssi_filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
+    if algo == 8:
+        both = lnl(x, lnl_filters, lengths) + isd(x, *of_isd)
+        grad = reference.cond_norm_backward(grad, both)
+        return (lnl_backward(grad, x, lnl_filters, lengths) + isd_backward(grad, x, *of_isd)).to(dtype)
+    run = {"lnl": (lnl, lnl_backward, (lnl_filters, lengths)), "isd": (isd, isd_backward, of_isd)}
+    run["ssi"] = (ssi, ssi_backward, of_ssi)
+    waves = [x]
+    for step in reference.STEPS[algo][:-1]:
+        forward, _, args = run[step]
+        waves.append(forward(waves[-1], *args))
+    for step, wave in zip(reversed(reference.STEPS[algo]), reversed(waves), strict=True):
+        _, backward, args = run[step]
+        grad = backward(grad, wave, *args)
+    return grad.to(dtype)
 
 
 def _backward_of(check):
@@ -145,8 +199,8 @@ def _check_segments(segments, num_segments):
         raise ValueError(f"`segments` must lie in [0, {num_segments}); found [{min(segments)}, {max(segments)}]")
 
 
-notch_draws = Op(reference.notch_draws, check=_check_notch_draws)
 notch_bank = Op(reference.notch_bank, check=_check_notch_bank)
+notch_filters = Op(reference.notch_filters, check=_check_notch_filters)
 lnl = Op(reference.lnl, fake=_like_first, check=_check_lnl)
 isd = Op(reference.isd, fake=_like_first, check=_check_isd)
 ssi = Op(reference.ssi, fake=_like_first, check=_check_ssi)
@@ -156,6 +210,8 @@ ssi_backward = Op(reference.ssi_backward, fake=_like_first, check=_backward_of(_
 lnl.differentiate(lnl_backward)
 isd.differentiate(isd_backward)
 ssi.differentiate(ssi_backward)
+rawboost = Op(reference.rawboost, fake=_like_first, check=_check_rawboost)
+rawboost.differentiate(_rawboost_backward)
 gram = Op(reference.gram, check=_check_gram)
 weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh)
 combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)

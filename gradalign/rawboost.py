@@ -18,18 +18,6 @@ from gradalign import ops, reference
 from gradalign._device import to_device
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The steps each algorithm runs, in order; 8 adds its two in parallel.
-_STEPS = {
-    0: (),
-    1: ("lnl",),
-    2: ("isd",),
-    3: ("ssi",),
-    4: ("lnl", "isd", "ssi"),
-    5: ("lnl", "isd"),
-    6: ("lnl", "ssi"),
-    7: ("isd", "ssi"),
-    8: ("lnl", "isd"),
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ class RawBoostConfig:
             value = getattr(self, f.name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise TypeError(f"`{f.name}` must be a finite number; found {value!r}")
-        if self.algo not in _STEPS:
+        if self.algo not in reference.STEPS:
             raise ValueError(f"`algo` must be one of 0..8; found {self.algo}")
         for name, least in (("sample_rate", 1), ("n_f", 1), ("n_bands", 1), ("min_coeff", 1)):
             if getattr(self, name) < least:
@@ -248,8 +236,10 @@ class RawBoost(nn.Module):
             seeds = torch.randint(torch.iinfo(torch.int64).max, (x.shape[0],), dtype=torch.int64, device=x.device)
         else:
             seeds = to_device(_check_seeds(seeds if batched else _row(seeds), x.shape[0]), x.device)
-        lnl_filters, ssi_filters = self._design(self._draw_notches(seeds), x.dtype)
-        y = self._run(x, lengths, lnl_filters, ssi_filters, seeds, RawBoostDraws())
+        filters, notches = None, self._notches()
+        if notches[0]:
+            filters = ops.notch_filters(seeds, *notches, *self._design(x))
+        y = self._run(x, filters, lengths, seeds, RawBoostDraws())
         return y if batched else y[0]
 
     def draw(self, seeds: Tensor, num_samples: int, lengths: Tensor | None = None) -> RawBoostDraws:
@@ -270,7 +260,7 @@ class RawBoost(nn.Module):
         >>> draws.lnl.center_hz.shape, draws.isd_factor.shape, draws.snr_db.shape
         (torch.Size([3, 5, 5]), torch.Size([3, 800]), torch.Size([3]))
         """
-        c, steps = self.config, _STEPS[self.config.algo]
+        c, steps = self.config, reference.STEPS[self.config.algo]
         seeds = _check_seeds(seeds, None)
         if not isinstance(num_samples, int):
             raise TypeError(f"`num_samples` must be an int; found {num_samples!r}")
@@ -280,11 +270,12 @@ class RawBoost(nn.Module):
             lengths = torch.full_like(seeds, num_samples)
         else:
             lengths = _check_lengths(lengths, seeds.shape[0], num_samples, seeds.device)
-        lnl, ssi = self._draw_notches(seeds)
+        notches = self._notches()
+        drawn = reference.notch_draws(seeds, *notches) if notches[0] else ()
         return RawBoostDraws(
-            lnl=lnl,
+            lnl=NotchDraws(*(v[:, : c.n_f] for v in drawn)) if "lnl" in steps else None,
             isd_factor=reference.isd_factor(seeds, lengths, num_samples, c.p) if "isd" in steps else None,
-            ssi=ssi,
+            ssi=NotchDraws(*(v[:, -1] for v in drawn)) if "ssi" in steps else None,
             ssi_noise=reference.ssi_noise(seeds, num_samples) if "ssi" in steps else None,
             snr_db=reference.ssi_snr_db(seeds, c.snr_min, c.snr_max) if "ssi" in steps else None,
         )
@@ -311,77 +302,39 @@ class RawBoost(nn.Module):
             raise TypeError(f"`draws` must be RawBoostDraws; found {type(draws).__name__}")
         x, lengths, batched = self._check_input(x, lengths)
         self._check_draws(draws, x)
-        lnl_filters, ssi_filters = self._design((draws.lnl, draws.ssi), x.dtype)
-        y = self._run(x, lengths, lnl_filters, ssi_filters, None, draws)
+        filters, steps = None, reference.STEPS[self.config.algo]
+        of_lnl = vars(draws.lnl).values() if "lnl" in steps else ()
+        of_ssi = [v[:, None] for v in vars(draws.ssi).values()] if "ssi" in steps else ()
+        if parts := [part for part in (of_lnl, of_ssi) if part]:
+            bands = [torch.cat(both, dim=1) for both in zip(*parts, strict=True)]
+            filters = ops.notch_bank(*bands, *self._design(x))
+        y = self._run(x, filters, lengths, None, draws)
         return y if batched else y[0]
 
-    def _draw_notches(self, seeds: Tensor) -> tuple[NotchDraws | None, NotchDraws | None]:
-        """Draw all filters of the algorithm at once; return (LnL's [B, N_f, N_b], SSI's [B, N_b])."""
-        c, steps = self.config, _STEPS[self.config.algo]
-        has_lnl, has_ssi = "lnl" in steps, "ssi" in steps
-        numbers = [*(range(c.n_f) if has_lnl else ()), *((reference.SSI_FILTER,) if has_ssi else ())]
-        if not numbers:
-            return None, None
+    def _notches(self) -> tuple[Any, ...]:
+        """What `reference.notch_draws` takes beside the seeds: LnL's filters, SSI's after them."""
+        c, steps = self.config, reference.STEPS[self.config.algo]
+        numbers = [*(range(c.n_f) if "lnl" in steps else ()), *((reference.SSI_FILTER,) if "ssi" in steps else ())]
         bias = [i != 0 and i != reference.SSI_FILTER for i in numbers]
-        center_hz, width_hz, taps, gain_db = ops.notch_draws(
-            seeds,
-            numbers,
-            [float(c.min_g - b * c.min_bias) for b in bias],
-            [float(c.max_g - b * c.max_bias) for b in bias],
-            c.n_bands,
-            float(c.min_f),
-            float(c.max_f),
-            float(c.min_bw),
-            float(c.max_bw),
-            float(c.min_coeff),
-            float(c.max_coeff),
-        )
-        lnl = NotchDraws(*(v[:, : c.n_f] for v in (center_hz, width_hz, taps, gain_db))) if has_lnl else None
-        ssi = NotchDraws(*(v[:, -1] for v in (center_hz, width_hz, taps, gain_db))) if has_ssi else None
-        return lnl, ssi
+        min_gain_db = [float(c.min_g - b * c.min_bias) for b in bias]
+        max_gain_db = [float(c.max_g - b * c.max_bias) for b in bias]
+        ranges = map(float, (c.min_f, c.max_f, c.min_bw, c.max_bw, c.min_coeff, c.max_coeff))
+        return (numbers, min_gain_db, max_gain_db, c.n_bands, *ranges)
 
-    def _design(
-        self, notches: tuple[NotchDraws | None, NotchDraws | None], dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Design all filters in one call; return (LnL's [B, N_f, P], SSI's [B, P])."""
-        lnl, ssi = notches
-        parts: list[tuple[Tensor, ...]] = [] if lnl is None else [(lnl.center_hz, lnl.width_hz, lnl.taps, lnl.gain_db)]
-        if ssi is not None:
-            parts.append(tuple(v[:, None] for v in (ssi.center_hz, ssi.width_hz, ssi.taps, ssi.gain_db)))
-        if not parts:
-            return None, None
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        bands = [parts[0][i] if len(parts) == 1 else torch.cat([part[i] for part in parts], dim=1) for i in range(4)]
-        filters = ops.notch_bank(*bands, float(self.config.sample_rate), self.config.num_taps, wide)
-        return (None if lnl is None else filters[:, : lnl.taps.shape[1]]), (None if ssi is None else filters[:, -1])
+    def _design(self, x: Tensor) -> tuple[float, int, torch.dtype]:
+        """What `reference.notch_bank` takes beside the notches, for waveforms like x."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return float(self.config.sample_rate), self.config.num_taps, wide
 
     def _run(
-        self,
-        x: Tensor,
-        lengths: Tensor | None,
-        lnl_filters: Tensor | None,
-        ssi_filters: Tensor | None,
-        seeds: Tensor | None,
-        draws: RawBoostDraws,
+        self, x: Tensor, filters: Tensor | None, lengths: Tensor | None, seeds: Tensor | None, draws: RawBoostDraws
     ) -> Tensor:
         c = self.config
-
-        def isd(wave: Tensor) -> Tensor:
-            return ops.isd(wave, lengths, seeds, draws.isd_factor, float(c.p), float(c.g_sd))
-
-        if c.algo == 8:
-            return reference.cond_norm(ops.lnl(x, lnl_filters, lengths) + isd(x))
-        y = x
-        for step in _STEPS[c.algo]:
-            if step == "lnl":
-                y = ops.lnl(y, lnl_filters, lengths)
-            elif step == "isd":
-                y = isd(y)
-            else:
-                y = ops.ssi(
-                    y, ssi_filters, lengths, seeds, draws.ssi_noise, draws.snr_db, float(c.snr_min), float(c.snr_max)
-                )
-        return reference.own(x, lengths)[1].clone() if c.algo == 0 else y
+        if c.algo == 0:
+            return reference.own(x, lengths)[1].clone()
+        given = (draws.isd_factor, draws.ssi_noise, draws.snr_db)
+        levels = (float(c.p), float(c.g_sd), float(c.snr_min), float(c.snr_max))
+        return ops.rawboost(x, filters, lengths, seeds, *given, c.algo, *levels)
 
     def _check_input(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
         if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
@@ -396,7 +349,7 @@ class RawBoost(nn.Module):
         return x, lengths, batched
 
     def _check_draws(self, draws: RawBoostDraws, x: Tensor) -> None:
-        c, (b, t), steps = self.config, x.shape, _STEPS[self.config.algo]
+        c, (b, t), steps = self.config, x.shape, reference.STEPS[self.config.algo]
         shapes: dict[str, tuple[int, ...]] = {}
         if "lnl" in steps:
             shapes |= {f"lnl.{n}": (b, c.n_f, c.n_bands) for n in ("center_hz", "width_hz", "taps")} | {

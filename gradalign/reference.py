@@ -29,6 +29,18 @@ STREAM_SSI_NOISE = 4
 STREAM_SSI_SNR = 5
 # The filter number of the stationary noise; the convolutive noise's filters count from 0.
 SSI_FILTER = 1 << 16
+# The steps that each of RawBoost's algorithms runs, in order; 8 adds its two in parallel.
+STEPS = {
+    0: (),
+    1: ("lnl",),
+    2: ("isd",),
+    3: ("ssi",),
+    4: ("lnl", "isd", "ssi"),
+    5: ("lnl", "isd"),
+    6: ("lnl", "ssi"),
+    7: ("isd", "ssi"),
+    8: ("lnl", "isd"),
+}
 
 BIJECTION_ROUNDS = 8
 _MASK = 0xFFFFFFFF
@@ -212,7 +224,32 @@ def notch_bank(
     return (10 ** (gain_db.double()[..., None] / 20) / peak * bank).to(dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def notch_filters(
+    seeds: Tensor,
+    filters: Sequence[int],
+    min_gain_db: Sequence[float],
+    max_gain_db: Sequence[float],
+    num_bands: int,
+    min_center_hz: float,
+    max_center_hz: float,
+    min_width_hz: float,
+    max_width_hz: float,
+    min_taps: float,
+    max_taps: float,
+    sample_rate: float,
+    num_taps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw notch banks (`notch_draws`) and design them (`notch_bank`): ``seeds`` int64 [B] -> [B, N_f, P] of ``dtype``,
+    P = ``num_taps`` (odd).
+    """
+    ranges = (min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps)
+    return notch_bank(
+        *notch_draws(seeds, filters, min_gain_db, max_gain_db, num_bands, *ranges), sample_rate, num_taps, dtype
+    )
+
+
+def wide(x: Tensor) -> Tensor:
     """Return x in the dtype it is computed in: float64 stays, everything else is float32."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -258,7 +295,7 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(_wide(x), lengths)
+    mask, wave = own(wide(x), lengths)
     return cond_norm(_lnl_before_norm(wave, mask, filters)).to(x.dtype)
 
 
@@ -284,7 +321,7 @@ def isd(
     """
     if x.numel() == 0:
         return x.clone()
-    _, wave = own(_wide(x), lengths)
+    _, wave = own(wide(x), lengths)
     return cond_norm(wave * _isd_gain(wave, lengths, seeds, factor, p, g_sd)).to(x.dtype)
 
 
@@ -328,12 +365,59 @@ def ssi(
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(_wide(x), lengths)
+    mask, wave = own(wide(x), lengths)
     unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
     return (wave + unit_noise * torch.linalg.vector_norm(wave, dim=1, keepdim=True)).to(x.dtype)
 
 
-def _cond_norm_backward(grad: Tensor, v: Tensor) -> Tensor:
+def rawboost(
+    x: Tensor,
+    filters: Tensor | None,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    algo: int,
+    p: float,
+    g_sd: float,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """RawBoost's algorithm 1 to 8: `lnl`, `isd` and `ssi` as `STEPS` says, each on the result of the one before.
+
+    ``x`` [B, T]; ``filters`` [B, F, P] are `lnl`'s, and `ssi`'s after them, of the steps that the algorithm has (None
+    where it has neither); the rest as for `isd` and `ssi`. Source: RawBoost (arXiv 2111.04433), its published code.
+    """
+    lnl_filters, ssi_filters = split_filters(filters, algo)
+    wave = wide(x)
+    if algo == 8:
+        assert lnl_filters is not None
+        both = lnl(wave, lnl_filters, lengths) + isd(wave, lengths, seeds, factor, p, g_sd)
+        return cond_norm(both).to(x.dtype)
+    y = wave
+    for step in STEPS[algo]:
+        if step == "lnl":
+            assert lnl_filters is not None
+            y = lnl(y, lnl_filters, lengths)
+        elif step == "isd":
+            y = isd(y, lengths, seeds, factor, p, g_sd)
+        else:
+            assert ssi_filters is not None
+            y = ssi(y, ssi_filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
+    return y.to(x.dtype)
+
+
+def split_filters(filters: Tensor | None, algo: int) -> tuple[Tensor | None, Tensor | None]:
+    """Split the filters [B, F, P] of `rawboost` into those of `lnl` [B, N_f, P] and that of `ssi` [B, P]."""
+    if filters is None:
+        return None, None
+    if "ssi" in STEPS[algo]:
+        return filters[:, :-1], filters[:, -1]
+    return filters, None
+
+
+def cond_norm_backward(grad: Tensor, v: Tensor) -> Tensor:
     """Gradient of `cond_norm` in v; of several largest magnitudes, the first one counts."""
     peak, at = v.abs().max(-1, keepdim=True)
     scaled = grad / peak
@@ -345,9 +429,9 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
     """Gradient of `lnl` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(_wide(x), lengths)
+    mask, wave = own(wide(x), lengths)
     centered = _lnl_before_norm(wave, mask, filters)
-    grad = torch.where(mask, _cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], centered), 0.0)
+    grad = torch.where(mask, cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], centered), 0.0)
     grad = torch.where(mask, grad - grad.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
     num_taps = filters.shape[-1]
     # Correlation with a filter is filtering with its mirror image.
@@ -368,9 +452,9 @@ def isd_backward(
     """Gradient of `isd` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    _, wave = own(_wide(x), lengths)
+    _, wave = own(wide(x), lengths)
     gain = _isd_gain(wave, lengths, seeds, factor, p, g_sd)
-    grad = _cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], wave * gain) * gain
+    grad = cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], wave * gain) * gain
     return own(grad, lengths)[1].to(x.dtype)
 
 
@@ -388,7 +472,7 @@ def ssi_backward(
     """Gradient of `ssi` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(_wide(x), lengths)
+    mask, wave = own(wide(x), lengths)
     unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
     grad = own(grad.to(wave.dtype), lengths)[1]
     norm = torch.linalg.vector_norm(wave, dim=1, keepdim=True)
@@ -442,11 +526,11 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
     """
     num_params = len(segments)
     for n, s in enumerate(segments):
-        wide = _wide(out[n])
-        w = weights[s].to(wide.dtype)
-        total = w[0] * wide
+        first = wide(out[n])
+        w = weights[s].to(first.dtype)
+        total = w[0] * first
         for k in range(1, weights.shape[1]):
-            total = total + w[k] * others[(k - 1) * num_params + n].to(wide.dtype)
+            total = total + w[k] * others[(k - 1) * num_params + n].to(first.dtype)
         out[n].copy_(total)
 
 

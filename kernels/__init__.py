@@ -1,7 +1,7 @@
 """Triton kernels; importing this package registers them as the backend "triton" of the ops.
 
-Layout of a kernel file: device functions, then per op its kernels `<op>_kernel` and `<op>_finish_kernel` and its
-launcher `<op>`. Nothing here reads a tensor's value on the host, and no kernel uses a float atomic: partial results are
+Layout of a kernel file: device functions, then per op its kernels `<op>_kernel`, `<op>_<part>_kernel` and its launcher
+`<op>`. Nothing here reads a tensor's value on the host, and no kernel uses a float atomic: partial results are
 stored and added in a fixed order, so that the same inputs give the same bits on every run of one device.
 """
 
@@ -66,14 +66,15 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
 if _missing:
     # The ops still know a backend "triton" and say why it is not there; its body is never reached.
     for _op in (
-        ops.notch_draws,
         ops.notch_bank,
+        ops.notch_filters,
         ops.lnl,
         ops.isd,
         ops.ssi,
         ops.lnl_backward,
         ops.isd_backward,
         ops.ssi_backward,
+        ops.rawboost,
         ops.gram,
         ops.weigh,
         ops.combine_,

@@ -1,14 +1,17 @@
-"""RawBoost in Triton: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to these functions of gradalign/reference.py.
+"""RawBoost in Triton: notch_bank, notch_filters, lnl, isd, ssi and rawboost, the chain of the three.
 
-B utterances of T samples, N_f filters of N_b bands and P taps. Work is cut into tiles of one utterance each; what a
-tile knows about its utterance (sums, extrema) is stored per tile, and a second, short kernel adds the tiles in order
-and finishes the samples.
+Equivalent to these functions of gradalign/reference.py. B utterances of T samples, N_f filters of N_b bands and P taps.
+What depends on a whole utterance (a mean, a peak, a norm) cuts the chain into passes over the samples: the filters
+(`lnl_kernel`, `ssi_kernel`), the impulses (`isd_kernel`, which also takes LnL's mean and norm on the way), and what is
+left (`rawboost_finish_kernel`). A pass stores what its tiles or blocks know about their utterance, and the next one
+adds that up, in a fixed order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -131,21 +134,21 @@ def _mix(v):
 
 
 @triton.jit
-def _permute_once(value, keys, low_bits, low_mask, high_mask):
-    """One pass of Feistel rounds over uint32 values; ``keys`` is a tuple of 8 uint32."""
+def _unpermute_once(value, keys, low_bits, low_mask, high_mask):
+    """The inverse of one pass of Feistel rounds over uint32 values; ``keys`` is a tuple of 8 uint32."""
     low = value & low_mask
     high = value >> low_bits
     for r in tl.static_range(0, 8, 2):
-        low ^= _mix(high + keys[r]) & low_mask
-        high ^= _mix(low + keys[r + 1]) & high_mask
+        high ^= _mix(low + keys[7 - r]) & high_mask
+        low ^= _mix(high + keys[6 - r]) & low_mask
     return (high << low_bits) | low
 
 
 @triton.jit
-def _bijection(seed, index, size):
-    """The rank pi(index), uint32, of each position below ``size`` (int32); further positions get any.
+def _positions(seed, rank, count, size):
+    """The position of each rank below ``count``, uint32; further ranks get any. ``count`` and ``size`` are int32.
 
-    Equivalent to `reference.bijection`.
+    Equivalent to the inverse of `reference.bijection`, which a few positions are found by sooner than by all ranks.
     """
     zero = tl.zeros([1], tl.uint32)
     k0, k1, k2, k3 = _philox(seed, _STREAM_ISD_KEYS, zero, 0)
@@ -158,13 +161,12 @@ def _bijection(seed, index, size):
     low_mask = ((zero + 1) << low_bits) - 1
     high_mask = ((zero + 1) << (bits - low_bits)) - 1
     bound = zero + size.to(tl.uint32)
-    value = index.to(tl.uint32)
-    inside = value < bound
-    value = _permute_once(value, keys, low_bits, low_mask, high_mask)
+    inside = rank < count
+    value = _unpermute_once(rank.to(tl.uint32), keys, low_bits, low_mask, high_mask)
     # A cycle leaves the outsiders at the latest after all of them, so the walk ends.
     walking = inside & (value >= bound)
     while tl.max(walking.to(tl.int32), 0) > 0:
-        value = tl.where(walking, _permute_once(value, keys, low_bits, low_mask, high_mask), value)
+        value = tl.where(walking, _unpermute_once(value, keys, low_bits, low_mask, high_mask), value)
         walking = inside & (value >= bound)
     return value
 
@@ -179,97 +181,57 @@ def _length(lengths, b, num_samples):
     return length
 
 
-# ---------------------------------------------------------------------------------------------------------- notch_draws
+# ---------------------------------------------------------------------------------------------------------- notch banks
 
 
-@triton.jit(do_not_specialize=["total"])
-def notch_draws_kernel(
-    seeds,
+@triton.jit
+def _band(
     center_hz,
     width_hz,
     taps,
-    gain_db,
-    total,
+    seeds,
+    row,
+    band,
+    num_bands,
+    most_reach,
     FILTERS: tl.constexpr,
-    MIN_GAIN_DB: tl.constexpr,
-    MAX_GAIN_DB: tl.constexpr,
-    NUM_FILTERS: tl.constexpr,
-    NUM_BANDS: tl.constexpr,
     RANGES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SAMPLE_RATE: tl.constexpr,
 ):
-    """seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f].
+    """Edges of a band as fractions of the Nyquist frequency, float64 [1], and how far its taps reach, int32: given, or
+    drawn from the utterance's seed.
 
     The ranges are compile-time constants, because a run-time float would be a float32.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < total
-    band = i % NUM_BANDS
-    row = i // NUM_BANDS
-    f = (row % NUM_FILTERS).to(tl.int32)
-    seed = tl.load(seeds + row // NUM_FILTERS, mask=mask, other=0)
-    number = tl.zeros([BLOCK], tl.uint32)
-    low = tl.zeros([BLOCK], tl.float64)
-    span = tl.zeros([BLOCK], tl.float64)
-    for j in tl.static_range(NUM_FILTERS):
-        number = tl.where(f == j, FILTERS[j], number)
-        low = tl.where(f == j, MIN_GAIN_DB[j], low)
-        span = tl.where(f == j, MAX_GAIN_DB[j] - MIN_GAIN_DB[j], span)
-    center, width, count, gain = _philox(seed, _STREAM_NOTCH, band, number)
-    tl.store(center_hz + i, _uniform(center, RANGES[0], RANGES[1]), mask=mask)
-    tl.store(width_hz + i, _uniform(width, RANGES[2], RANGES[3]), mask=mask)
-    count = tl.floor(_uniform(count, RANGES[4], RANGES[5])).to(tl.int64)
-    tl.store(taps + i, count + (count % 2 == 0).to(tl.int64), mask=mask)
-    tl.store(gain_db + row, _uniform(gain, 0.0, 1.0) * span + low, mask=mask & (band == 0))
+    if seeds is None:
+        center = tl.zeros([1], tl.float64) + tl.load(center_hz + row * num_bands + band)
+        width = tl.load(width_hz + row * num_bands + band)
+        count = tl.zeros([1], tl.int64) + tl.load(taps + row * num_bands + band)
+    else:
+        number = _of_filter(row, FILTERS, tl.uint32)
+        seed = tl.load(seeds + row // len(FILTERS))
+        words = _philox(seed, _STREAM_NOTCH, (tl.zeros([1], tl.int32) + band).to(tl.uint32), number)
+        center = _uniform(words[0], RANGES[0], RANGES[1])
+        width = _uniform(words[1], RANGES[2], RANGES[3])
+        count = tl.floor(_uniform(words[2], RANGES[4], RANGES[5])).to(tl.int64)
+        count += (count % 2 == 0).to(tl.int64)
+    low = center - width / 2
+    high = center + width / 2
+    left = tl.where(low <= 0, 0.001, low) * (2 / SAMPLE_RATE)
+    right = tl.where(high >= SAMPLE_RATE / 2, SAMPLE_RATE / 2 - 0.001, high) * (2 / SAMPLE_RATE)
+    # No tap beyond the row, whatever the counts say.
+    reach = tl.max(tl.minimum(tl.maximum((count - 1) // 2, 0), most_reach), 0).to(tl.int32)
+    return left, right, reach
 
 
-def _supports_draws(seeds: Tensor, *_: object) -> str:
-    return why_unsupported([seeds])
-
-
-@ops.notch_draws.backend("triton", available=available, supports=_supports_draws)
-def notch_draws(
-    seeds: Tensor,
-    filters: Sequence[int],
-    min_gain_db: Sequence[float],
-    max_gain_db: Sequence[float],
-    num_bands: int,
-    min_center_hz: float,
-    max_center_hz: float,
-    min_width_hz: float,
-    max_width_hz: float,
-    min_taps: float,
-    max_taps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f]. Equivalent to `reference.notch_draws`."""
-    seeds = seeds.contiguous()
-    shape = (seeds.shape[0], len(filters), num_bands)
-    center_hz, width_hz = (seeds.new_empty(shape, dtype=torch.float64) for _ in range(2))
-    taps = seeds.new_empty(shape)
-    gain_db = seeds.new_empty(shape[:2], dtype=torch.float64)
-    block = 128
-    launch(
-        notch_draws_kernel,
-        triton.cdiv(taps.numel(), block),
-        seeds.device,
-        seeds,
-        center_hz,
-        width_hz,
-        taps,
-        gain_db,
-        taps.numel(),
-        FILTERS=tuple(filters),
-        MIN_GAIN_DB=tuple(min_gain_db),
-        MAX_GAIN_DB=tuple(max_gain_db),
-        NUM_FILTERS=len(filters),
-        NUM_BANDS=num_bands,
-        RANGES=(min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps),
-        BLOCK=block,
-    )
-    return center_hz, width_hz, taps, gain_db
-
-
-# ----------------------------------------------------------------------------------------------------------- notch_bank
+@triton.jit
+def _of_filter(row, VALUES: tl.constexpr, dtype: tl.constexpr):
+    """The value of the row's filter, [1]."""
+    value = tl.zeros([1], dtype)
+    f = row % len(VALUES)
+    for j in tl.static_range(len(VALUES)):
+        value = tl.where(f == j, VALUES[j], value)
+    return value
 
 
 @triton.jit(do_not_specialize=["num_bands", "num_taps", "most_reach"])
@@ -278,16 +240,22 @@ def notch_bank_kernel(
     width_hz,
     taps,
     gain_db,
+    seeds,
     scratch,
     filters,
     num_bands,
     num_taps,
     most_reach,
+    FILTERS: tl.constexpr,
+    MIN_GAIN_DB: tl.constexpr,
+    MAX_GAIN_DB: tl.constexpr,
+    RANGES: tl.constexpr,
     SAMPLE_RATE: tl.constexpr,
     REACH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per bank: center_hz, width_hz, taps [B*N_f, N_b], gain_db [B*N_f] -> filters [B*N_f, P].
+    """One program per bank: center_hz, width_hz, taps [B*N_f, N_b] and gain_db [B*N_f], or seeds [B] -> filters
+    [B*N_f, P].
 
     ``scratch`` [B*N_f, N_b * REACH_BLOCK + 2 * P] float64 holds the bands' half taps, then two buffers for the
     convolution; the program alone uses its row, and a barrier stands between each write and the reads by other threads.
@@ -298,14 +266,9 @@ def notch_bank_kernel(
     middle = num_taps // 2
     m = tl.arange(0, REACH_BLOCK)
     for band in range(num_bands):
-        center = tl.load(center_hz + i * num_bands + band)
-        width = tl.load(width_hz + i * num_bands + band)
-        # No tap beyond the row, whatever the counts say.
-        reach = tl.minimum(tl.maximum((tl.load(taps + i * num_bands + band) - 1) // 2, 0), most_reach).to(tl.int32)
-        low = center - width / 2
-        high = center + width / 2
-        left = tl.where(low <= 0, 0.001, low) * (2 / SAMPLE_RATE)
-        right = tl.where(high >= SAMPLE_RATE / 2, SAMPLE_RATE / 2 - 0.001, high) * (2 / SAMPLE_RATE)
+        left, right, reach = _band(
+            center_hz, width_hz, taps, seeds, i, band, num_bands, most_reach, FILTERS, RANGES, SAMPLE_RATE
+        )
         wide_m = m.to(tl.float64)
         sin_left, _ = _sincos_turns(left * wide_m / 2)
         sin_right, _ = _sincos_turns(right * wide_m / 2)
@@ -323,7 +286,9 @@ def notch_bank_kernel(
     twice = 2 * cosine
     response = tl.full([_RESPONSE_POINTS], 1.0, tl.float64)
     for band in range(num_bands):
-        reach = tl.minimum(tl.maximum((tl.load(taps + i * num_bands + band) - 1) // 2, 0), most_reach).to(tl.int32)
+        left, right, reach = _band(
+            center_hz, width_hz, taps, seeds, i, band, num_bands, most_reach, FILTERS, RANGES, SAMPLE_RATE
+        )
         band_taps = half_taps + band * REACH_BLOCK
         last = tl.zeros([_RESPONSE_POINTS], tl.float64)
         before = tl.zeros([_RESPONSE_POINTS], tl.float64)
@@ -349,11 +314,68 @@ def notch_bank_kernel(
             tl.store(target + n, total, mask=inside)
         tl.debug_barrier()
 
-    scale = tl.exp2(tl.load(gain_db + i) * _LOG2_PER_DB) / tl.max(tl.abs(response), 0)
+    if seeds is None:
+        gain = tl.zeros([1], tl.float64) + tl.load(gain_db + i)
+    else:
+        word = _philox(
+            tl.load(seeds + i // len(FILTERS)),
+            _STREAM_NOTCH,
+            tl.zeros([1], tl.uint32),
+            _of_filter(i, FILTERS, tl.uint32),
+        )[3]
+        low = _of_filter(i, MIN_GAIN_DB, tl.float64)
+        gain = _uniform(word, 0.0, 1.0) * (_of_filter(i, MAX_GAIN_DB, tl.float64) - low) + low
+    scale = tl.exp2(gain * _LOG2_PER_DB) / tl.max(tl.abs(response), 0)
     for first in range(0, num_taps, BLOCK):
         n = first + tl.arange(0, BLOCK)
         bank = scale * tl.load(buffers + (num_bands % 2) * num_taps + n, mask=n < num_taps, other=0.0)
         tl.store(filters + i * num_taps + n, bank.to(filters.dtype.element_ty), mask=n < num_taps)
+
+
+def _supports_design(dtype: torch.dtype, *tensors: Tensor) -> str:
+    if dtype not in (torch.float32, torch.float64):
+        return f"designs float32 and float64 filters, found {dtype}"
+    return why_unsupported(tensors)
+
+
+def _design(
+    filters: Tensor,
+    num_bands: int,
+    sample_rate: float,
+    notches: tuple[Tensor | None, ...],
+    seeds: Tensor | None,
+    numbers: Sequence[int] = (),
+    min_gain_db: Sequence[float] = (),
+    max_gain_db: Sequence[float] = (),
+    ranges: Sequence[float] = (),
+) -> Tensor:
+    """Design filters [B, N_f, P] from the notches given, or drawn from seeds."""
+    num_taps = filters.shape[-1]
+    num_banks = filters.shape[0] * filters.shape[1]
+    most_reach = (num_taps - 1) // (2 * num_bands)
+    reach_block = triton.next_power_of_2(most_reach + 1)
+    scratch = filters.new_empty(num_banks, num_bands * reach_block + 2 * num_taps, dtype=torch.float64)
+    launch(
+        notch_bank_kernel,
+        num_banks,
+        filters.device,
+        *notches,
+        seeds,
+        scratch,
+        filters,
+        num_bands,
+        num_taps,
+        most_reach,
+        FILTERS=tuple(numbers),
+        MIN_GAIN_DB=tuple(min_gain_db),
+        MAX_GAIN_DB=tuple(max_gain_db),
+        RANGES=tuple(ranges),
+        SAMPLE_RATE=sample_rate,
+        REACH_BLOCK=reach_block,
+        BLOCK=512,
+        num_warps=4,
+    )
+    return filters
 
 
 def _supports_bank(
@@ -365,9 +387,7 @@ def _supports_bank(
     num_taps: int,
     dtype: torch.dtype,
 ) -> str:
-    if dtype not in (torch.float32, torch.float64):
-        return f"designs float32 and float64 filters, found {dtype}"
-    return why_unsupported([center_hz, width_hz, taps, gain_db])
+    return _supports_design(dtype, center_hz, width_hz, taps, gain_db)
 
 
 @ops.notch_bank.backend("triton", available=available, supports=_supports_bank)
@@ -383,32 +403,39 @@ def notch_bank(
     """center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f] -> [B, N_f, P]. Equivalent to
     `reference.notch_bank`.
     """
-    num_banks, num_bands = center_hz.shape[:-1].numel(), center_hz.shape[-1]
     filters = center_hz.new_empty(*center_hz.shape[:-1], num_taps, dtype=dtype)
     if center_hz.numel() == 0:
         return filters.zero_()
-    most_reach = (num_taps - 1) // (2 * num_bands)
-    reach_block = triton.next_power_of_2(most_reach + 1)
-    scratch = center_hz.new_empty(num_banks, num_bands * reach_block + 2 * num_taps, dtype=torch.float64)
-    launch(
-        notch_bank_kernel,
-        num_banks,
-        center_hz.device,
-        center_hz.double().contiguous(),
-        width_hz.double().contiguous(),
-        taps.contiguous(),
-        gain_db.double().contiguous(),
-        scratch,
-        filters,
-        num_bands,
-        num_taps,
-        most_reach,
-        SAMPLE_RATE=sample_rate,
-        REACH_BLOCK=reach_block,
-        BLOCK=512,
-        num_warps=4,
-    )
-    return filters
+    notches = (center_hz.double().contiguous(), width_hz.double().contiguous(), taps.contiguous())
+    return _design(filters, center_hz.shape[-1], sample_rate, (*notches, gain_db.double().contiguous()), None)
+
+
+def _supports_filters(seeds: Tensor, *rest: Any) -> str:
+    return _supports_design(rest[-1], seeds)
+
+
+@ops.notch_filters.backend("triton", available=available, supports=_supports_filters)
+def notch_filters(
+    seeds: Tensor,
+    filters: Sequence[int],
+    min_gain_db: Sequence[float],
+    max_gain_db: Sequence[float],
+    num_bands: int,
+    min_center_hz: float,
+    max_center_hz: float,
+    min_width_hz: float,
+    max_width_hz: float,
+    min_taps: float,
+    max_taps: float,
+    sample_rate: float,
+    num_taps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """seeds [B] -> [B, N_f, P]. Equivalent to `reference.notch_filters`."""
+    out = seeds.new_empty(seeds.shape[0], len(filters), num_taps, dtype=dtype)
+    ranges = (min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps)
+    drawn = (seeds.contiguous(), filters, min_gain_db, max_gain_db, ranges)
+    return _design(out, num_bands, sample_rate, (None,) * 4, *drawn)
 
 
 # ---------------------------------------------------------------------------------------------------------- the filters
@@ -557,6 +584,25 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@triton.jit
+def _level(sums, largest, smallest, b, length, num_tiles, WIDE: tl.constexpr, TILE_BLOCK: tl.constexpr):
+    """The mean of z and the largest magnitude of z - mean, from what `lnl_kernel` left."""
+    mean = (_sum_of(sums + b * num_tiles, num_tiles, TILE_BLOCK) / tl.maximum(length, 1)).to(WIDE)
+    above = _max_of(largest + b * num_tiles, num_tiles, TILE_BLOCK) - mean
+    below = _max_of(smallest + b * num_tiles, num_tiles, TILE_BLOCK) + mean
+    return mean, tl.maximum(above, below)
+
+
+@triton.jit
+def _noise_level(seeds, snr_db, b, SNR_MIN: tl.constexpr, SNR_MAX: tl.constexpr):
+    """10**(-SNR/20), float64 [1], the signal-to-noise ratio given [B] or drawn from the seeds [B]."""
+    if snr_db is None:
+        level = _uniform(_philox(tl.load(seeds + b), _STREAM_SSI_SNR, tl.zeros([1], tl.uint32), 0)[0], SNR_MIN, SNR_MAX)
+    else:
+        level = tl.zeros([1], tl.float64) + tl.load(snr_db + b)
+    return tl.exp2(-level * _LOG2_PER_DB)
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [B, T] with adjacent samples; rows may keep any distance."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -641,71 +687,13 @@ def lnl_kernel(
     tl.store(smallest + program, tl.max(tl.where(own, -value, float("-inf")), 0))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
-def lnl_finish_kernel(
-    z,
-    sums,
-    largest,
-    smallest,
-    lengths,
-    out,
-    num_samples,
-    num_tiles,
-    num_blocks,
-    TILE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min."""
-    program = tl.program_id(0)
-    b = (program // num_blocks).to(tl.int64)
-    length = _length(lengths, b, num_samples)
-    wide = z.dtype.element_ty
-    mean = (_sum_of(sums + b * num_tiles, num_tiles, TILE_BLOCK) / tl.maximum(length, 1)).to(wide)
-    above = _max_of(largest + b * num_tiles, num_tiles, TILE_BLOCK) - mean
-    below = _max_of(smallest + b * num_tiles, num_tiles, TILE_BLOCK) + mean
-    peak = tl.maximum(above, below)
-    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < length
-    value = tl.load(z + b * num_samples + n, mask=own, other=0.0)
-    value = tl.where(own, (value - mean) / tl.where(peak > 1, peak, 1.0), 0.0)
-    tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
-
-
-def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
-    return _supports_wave(x, filters, lengths)
-
-
-@ops.lnl.backend("triton", available=available, supports=_supports_lnl)
-def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
-    """x [B, T], filters [B, N_f, P], lengths [B] -> [B, T] like x. Equivalent to `reference.lnl`."""
-    x, filters, lengths = _rows(x), _bank(filters, x), _dense(lengths)
-    batch, num_samples = x.shape
-    out, z = _result_and_scratch(x)
-    sums, extrema = filter_powers(x, filters, lengths, z)
-    blocks = triton.cdiv(num_samples, BLOCK)
-    launch(
-        lnl_finish_kernel,
-        batch * blocks,
-        x.device,
-        z,
-        sums,
-        extrema[0],
-        extrema[1],
-        lengths,
-        out,
-        num_samples,
-        sums.shape[1],
-        blocks,
-        TILE_BLOCK=TILE_BLOCK,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return out
-
-
-def filter_powers(x: Tensor, filters: Tensor, lengths: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the sum of the filtered powers of x into z [B, T]; returns its tiles' sums and extrema of `lnl_kernel`."""
-    (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
+def filter_powers(
+    x: Tensor, filters: Tensor, num_filters: int, lengths: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the sum of the powers of x, filtered by the first num_filters of [B, F, P], into z [B, T]; returns its
+    tiles' sums and extrema of `lnl_kernel`.
+    """
+    (batch, num_samples), num_taps = x.shape, filters.shape[-1]
     tile = _tile(x)
     tiles = triton.cdiv(num_samples, tile["BLOCK"])
     sums = torch.empty(batch, tiles, dtype=torch.float64, device=x.device)
@@ -746,119 +734,126 @@ def _bank(filters: Tensor, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ isd
 
 
+@triton.jit(do_not_specialize=["num_blocks", "words"])
+def isd_mark_kernel(seeds, lengths, marks, num_samples, num_blocks, words, P: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per (utterance, block of ranks): a bit in marks int32 [B, words] at each chosen rank's position."""
+    program = tl.program_id(0)
+    b = (program // num_blocks).to(tl.int64)
+    first = (program % num_blocks) * BLOCK
+    length = _length(lengths, b, num_samples)
+    seed = tl.load(seeds + b)
+    beta = _uniform(_philox(seed, _STREAM_ISD_BETA, tl.zeros([1], tl.uint32), 0)[0], 0.0, P)
+    count = tl.max(tl.floor(length.to(tl.float64) * (beta / 100)), 0).to(tl.int32)
+    if first < count:
+        rank = first + tl.arange(0, BLOCK)
+        n = _positions(seed, rank, count, length)
+        bit = (tl.full([BLOCK], 1, tl.uint32) << (n % 32)).to(tl.int32, bitcast=True)
+        tl.atomic_or(marks + b * words + (n // 32).to(tl.int32), bit, mask=rank < count)
+
+
+def mark(x: Tensor, lengths: Tensor | None, seeds: Tensor | None, p: float) -> Tensor | None:
+    """The positions of the impulses that are drawn from seeds: one bit per sample, int32 [B, ceil(T / 32)]."""
+    if seeds is None:
+        return None
+    batch, num_samples = x.shape
+    words = triton.cdiv(num_samples, 32)
+    marks = torch.zeros(batch, words, dtype=torch.int32, device=x.device)
+    blocks = triton.cdiv(int(num_samples * (p / 100)), BLOCK)
+    launch(
+        isd_mark_kernel,
+        batch * blocks,
+        x.device,
+        seeds,
+        lengths,
+        marks,
+        num_samples,
+        blocks,
+        words,
+        P=p,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return marks
+
+
 @triton.jit
-def _isd_gain(seeds, factor, b, n, length, factor_stride, P: tl.constexpr, G_SD: tl.constexpr, WIDE: tl.constexpr):
-    """1 + g_sd * f at the positions n of utterance b, f given or drawn; 1 beyond its length."""
+def _isd_gain(
+    marks,
+    seeds,
+    factor,
+    b,
+    n,
+    length,
+    words,
+    factor_stride,
+    BLOCK: tl.constexpr,
+    G_SD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """1 + g_sd * f at the positions n of utterance b: f given, drawn where it is marked, or 0; 1 beyond its length."""
     own = n < length
-    if factor is None:
-        seed = tl.load(seeds + b)
-        beta = _uniform(_philox(seed, _STREAM_ISD_BETA, tl.zeros([1], tl.uint32), 0)[0], 0.0, P)
-        count = tl.floor(length.to(tl.float64) * (beta / 100)).to(tl.int32)
-        chosen = own & (_bijection(seed, n, length).to(tl.int32) < count)
-        word1, word2, _, _ = _philox(seed, _STREAM_ISD_FACTOR, n, 0)
+    if marks is not None:
+        word = tl.load(marks + b * words + n // 32, mask=own, other=0)
+        word1, word2, _, _ = _philox(tl.load(seeds + b), _STREAM_ISD_FACTOR, n, 0)
         u1 = (word1 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
         u2 = (word2 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
-        f = tl.where(chosen, u1 * u2, 0.0)
-    else:
+        f = tl.where(((word >> (n % 32)) & 1) != 0, u1 * u2, 0.0)
+    elif factor is not None:
         f = tl.load(factor + b * factor_stride + n, mask=own, other=0.0)
+    else:
+        f = tl.zeros([BLOCK], WIDE)
     return 1 + G_SD * f.to(WIDE)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "words", "source_stride", "factor_stride"])
 def isd_kernel(
-    x,
-    lengths,
+    source,
+    sums,
+    largest,
+    smallest,
+    marks,
     seeds,
     factor,
+    addend,
+    lengths,
     y,
     peaks,
+    squares,
     num_samples,
+    num_tiles,
     num_blocks,
-    x_stride,
+    words,
+    source_stride,
     factor_stride,
-    P: tl.constexpr,
     G_SD: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per (utterance, block): y = x + g_sd * x * f and the block's peak.
+    """One program per (utterance, block): y = v * (1 + g_sd * f) + addend, where v is the source or, where sums are
+    there, cond_norm(source - mean); the block's peak and, where asked for, its sum of squares.
 
-    x [B, T], lengths, seeds [B] or factor [B, T] -> y [B, T], peaks [B, blocks].
+    source, addend [B, T], sums, largest, smallest [B, tiles], marks [B, words] or factor [B, T] -> y [B, T], peaks,
+    squares [B, blocks]. Source and addend may be y.
     """
     program = tl.program_id(0)
     b = (program // num_blocks).to(tl.int64)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     length = _length(lengths, b, num_samples)
     own = n < length
-    value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(y.dtype.element_ty)
-    value *= _isd_gain(seeds, factor, b, n, length, factor_stride, P, G_SD, y.dtype.element_ty)
-    tl.store(y + b * num_samples + n, value, mask=own)
+    wide = peaks.dtype.element_ty
+    value = tl.load(source + b * source_stride + n, mask=own, other=0.0).to(wide)
+    if sums is not None:
+        mean, peak = _level(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
+        value = tl.where(own, (value - mean) / tl.where(peak > 1, peak, 1.0), 0.0)
+    if (marks is not None) or (factor is not None):
+        value *= _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
+    if addend is not None:
+        value += tl.load(addend + b * num_samples + n, mask=own, other=0.0).to(wide)
+    tl.store(y + b * num_samples + n, value.to(y.dtype.element_ty), mask=own)
     tl.store(peaks + program, tl.max(tl.abs(value), 0))
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def isd_finish_kernel(y, peaks, lengths, out, num_samples, num_blocks, TILE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """cond_norm(y) from the blocks' peaks."""
-    program = tl.program_id(0)
-    b = (program // num_blocks).to(tl.int64)
-    n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
-    value = tl.load(y + b * num_samples + n, mask=n < _length(lengths, b, num_samples), other=0.0)
-    value /= tl.where(peak > 1, peak, 1.0)
-    tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
-
-
-def _supports_isd(
-    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
-) -> str:
-    return _supports_wave(x, lengths, seeds, factor)
-
-
-@ops.isd.backend("triton", available=available, supports=_supports_isd)
-def isd(
-    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
-) -> Tensor:
-    """x [B, T], lengths [B], seeds [B] or factor [B, T] -> [B, T] like x. Equivalent to `reference.isd`."""
-    x, lengths = _rows(x), _dense(lengths)
-    batch, num_samples = x.shape
-    # A given factor goes before the seeds, as in the reference.
-    seeds, factor = (_dense(seeds), None) if factor is None else (None, _rows(factor))
-    out, y = _result_and_scratch(x)
-    blocks = triton.cdiv(num_samples, BLOCK)
-    peaks = torch.empty(batch, blocks, dtype=y.dtype, device=x.device)
-    launch(
-        isd_kernel,
-        batch * blocks,
-        x.device,
-        x,
-        lengths,
-        seeds,
-        factor,
-        y,
-        peaks,
-        num_samples,
-        blocks,
-        x.stride(0),
-        0 if factor is None else factor.stride(0),
-        P=p,
-        G_SD=g_sd,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
-    launch(
-        isd_finish_kernel,
-        batch * blocks,
-        x.device,
-        y,
-        peaks,
-        lengths,
-        out,
-        num_samples,
-        blocks,
-        TILE_BLOCK=TILE_BLOCK,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return out
+    if squares is not None:
+        square = value.to(tl.float64)
+        tl.store(squares + program, tl.sum(square * square, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------------ ssi
@@ -906,8 +901,8 @@ def ssi_kernel(
 ):
     """One program per (utterance, tile): v = FIR(noise), and the tile's sums of squares of x and v.
 
-    x, noise [B, T], filters [B, P] -> colored [B, T], signal_squares, noise_squares [B, tiles]. The squares are
-    float64: those of samples below 1e-23 would vanish in float32.
+    x, noise [B, T], filters [B, P] -> colored [B, T], signal_squares (where asked for), noise_squares [B, tiles]. The
+    squares are float64: those of samples below 1e-23 would vanish in float32.
     """
     program = tl.program_id(0)
     b = (program // num_tiles).to(tl.int64)
@@ -918,15 +913,70 @@ def ssi_kernel(
     n = first + tl.arange(0, BLOCK)
     own = n < length
     tl.store(colored + b * num_samples + n, value, mask=own)
-    wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(tl.float64)
     value = tl.where(own, value, 0.0).to(tl.float64)
-    tl.store(signal_squares + program, tl.sum(wave * wave, 0))
     tl.store(noise_squares + program, tl.sum(value * value, 0))
+    if signal_squares is not None:
+        wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(tl.float64)
+        tl.store(signal_squares + program, tl.sum(wave * wave, 0))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
-def ssi_finish_kernel(
-    x,
+def color_noise(
+    x: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    colored: Tensor,
+    signal: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Write the noise, filtered by the last of [B, F, P], into colored [B, T]; returns the tiles' sums of squares of x
+    (where ``signal`` asks for them) and of it, [B, tiles].
+
+    The noise [B, T] is drawn from seeds [B] where it is not given.
+    """
+    batch, num_samples = x.shape
+    own = filters[:, -1]
+    if noise is None:
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        blocks = triton.cdiv(num_samples, BLOCK)
+        launch(ssi_noise_kernel, batch * blocks, x.device, seeds, noise, num_samples, blocks, BLOCK=BLOCK, num_warps=4)
+    noise = _rows(noise)
+    tile = _tile(x)
+    tiles = triton.cdiv(num_samples, tile["BLOCK"])
+    of_x, of_noise = torch.empty(2, batch, tiles, dtype=torch.float64, device=x.device)
+    launch(
+        ssi_kernel,
+        batch * tiles,
+        x.device,
+        x,
+        noise,
+        own,
+        lengths,
+        colored,
+        of_x if signal else None,
+        of_noise,
+        num_samples,
+        tiles,
+        own.shape[-1],
+        x.stride(0),
+        noise.stride(0),
+        own.stride(0),
+        TAPS_BLOCK=triton.next_power_of_2(own.shape[-1]),
+        **tile,
+    )
+    return of_x if signal else None, of_noise
+
+
+# ------------------------------------------------------------------------------------------------------------ the chain
+
+
+@triton.jit(do_not_specialize=["num_tiles", "signal_tiles", "noise_tiles", "num_blocks", "source_stride"])
+def rawboost_finish_kernel(
+    source,
+    sums,
+    largest,
+    smallest,
+    peaks,
     colored,
     signal_squares,
     noise_squares,
@@ -936,29 +986,194 @@ def ssi_finish_kernel(
     out,
     num_samples,
     num_tiles,
+    signal_tiles,
+    noise_tiles,
     num_blocks,
-    x_stride,
+    source_stride,
+    WIDE: tl.constexpr,
     SNR_MIN: tl.constexpr,
     SNR_MAX: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence."""
+    """What is left, one program per (utterance, block): of the source minus the mean and by the norm of its filters'
+    tiles, by the norm of the peaks, plus the noise at its level, where each of these is there; silence stays silence.
+
+    source, colored [B, T], sums, largest, smallest [B, tiles], peaks [B, blocks], the sums of squares [B, their own
+    tiles] -> out [B, T]. Source and colored may be out.
+    """
     program = tl.program_id(0)
     b = (program // num_blocks).to(tl.int64)
-    signal = _sum_of(signal_squares + b * num_tiles, num_tiles, TILE_BLOCK)
-    noise = _sum_of(noise_squares + b * num_tiles, num_tiles, TILE_BLOCK)
-    if snr_db is None:
-        level = _uniform(_philox(tl.load(seeds + b), _STREAM_SSI_SNR, tl.zeros([1], tl.uint32), 0)[0], SNR_MIN, SNR_MAX)
-    else:
-        level = tl.zeros([1], tl.float64) + tl.load(snr_db + b)
-    scale = tl.where(noise > 0, tl.sqrt(signal / noise) * tl.exp2(-level * _LOG2_PER_DB), 0.0)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < _length(lengths, b, num_samples)
-    wide = colored.dtype.element_ty
-    wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide)
-    value = wave + tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale.to(wide)
+    length = _length(lengths, b, num_samples)
+    own = n < length
+    value = tl.load(source + b * source_stride + n, mask=own, other=0.0).to(WIDE)
+    divisor = tl.full([], 1.0, WIDE)
+    if sums is not None:
+        mean, peak = _level(sums, largest, smallest, b, length, num_tiles, WIDE, TILE_BLOCK)
+        divisor = tl.where(peak > 1, peak, 1.0)
+        value -= mean
+    if peaks is not None:
+        peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
+        divisor = tl.where(peak > 1, peak, 1.0)
+    value /= divisor
+    if colored is not None:
+        signal = tl.sqrt(_sum_of(signal_squares + b * signal_tiles, signal_tiles, TILE_BLOCK)) / divisor.to(tl.float64)
+        noise = tl.sqrt(_sum_of(noise_squares + b * noise_tiles, noise_tiles, TILE_BLOCK))
+        level = _noise_level(seeds, snr_db, b, SNR_MIN, SNR_MAX)
+        scale = tl.where(noise > 0, signal / noise * level, 0.0)
+        value += tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale.to(WIDE)
+    value = tl.where(own, value, 0.0)
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
+
+
+def _supports_rawboost(x: Tensor, *rest: Any) -> str:
+    return _supports_wave(x, *rest[:6])
+
+
+@ops.rawboost.backend("triton", available=available, supports=_supports_rawboost)
+def rawboost(
+    x: Tensor,
+    filters: Tensor | None,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    algo: int,
+    p: float,
+    g_sd: float,
+    snr_min: float,
+    snr_max: float,
+) -> Tensor:
+    """x [B, T], filters [B, F, P], lengths, seeds, snr_db [B], factor, noise [B, T] -> like x. Equivalent to
+    `reference.rawboost`.
+    """
+    steps = reference.STEPS[algo]
+    x, lengths, seeds = _rows(x), _dense(lengths), _dense(seeds)
+    bank = None if filters is None else _bank(filters, x)
+    batch, num_samples = x.shape
+    out, scratch = _result_and_scratch(x)
+    blocks = triton.cdiv(num_samples, BLOCK)
+    peaks = torch.empty(batch, blocks, dtype=scratch.dtype, device=x.device)
+    squares = torch.empty(batch, blocks, dtype=torch.float64, device=x.device) if "ssi" in steps else None
+    # What is given goes before the seeds, as in the reference.
+    marks = mark(x, lengths, seeds, p) if "isd" in steps and factor is None else None
+    factor = _rows(factor) if "isd" in steps and factor is not None else None
+
+    def pass_over(source: Tensor, level: _Level, impulses: tuple[Tensor | None, ...], addend: Tensor | None) -> None:
+        launch(
+            isd_kernel,
+            batch * blocks,
+            x.device,
+            source,
+            *level,
+            *impulses,
+            addend,
+            lengths,
+            out,
+            peaks,
+            squares,
+            num_samples,
+            0 if level[0] is None else level[0].shape[1],
+            blocks,
+            0 if marks is None else marks.shape[1],
+            source.stride(0),
+            0 if factor is None else factor.stride(0),
+            G_SD=g_sd,
+            TILE_BLOCK=TILE_BLOCK,
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+
+    def finish(source: Tensor, level: _Level, passed: bool, noises: tuple[Tensor | None, ...] = (None,) * 3) -> None:
+        colored, of_signal, of_noise = noises
+        launch(
+            rawboost_finish_kernel,
+            batch * blocks,
+            x.device,
+            source,
+            *level,
+            peaks if passed else None,
+            colored,
+            of_signal,
+            of_noise,
+            lengths,
+            seeds,
+            None if noise is None or snr_db is None else _dense(snr_db.double()),
+            out,
+            num_samples,
+            0 if level[0] is None else level[0].shape[1],
+            0 if of_signal is None else of_signal.shape[1],
+            0 if of_noise is None else of_noise.shape[1],
+            blocks,
+            source.stride(0),
+            WIDE=tl.float64 if scratch.dtype == torch.float64 else tl.float32,
+            SNR_MIN=snr_min,
+            SNR_MAX=snr_max,
+            TILE_BLOCK=TILE_BLOCK,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+
+    impulses: tuple[Tensor | None, ...] = (marks, seeds, factor)
+    source, level, addend = x, _NO_LEVEL, None
+    if algo == 8:
+        pass_over(x, level, impulses, None)
+        finish(out, level, True)
+        impulses, addend = (None, None, None), out
+    # A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
+    passes = "isd" in steps or ("lnl" in steps and "ssi" in steps)
+    if "lnl" in steps:
+        assert bank is not None
+        source = _beside(scratch, out, addend is not None)
+        sums, extrema = filter_powers(x, bank, bank.shape[1] - ("ssi" in steps), lengths, source)
+        level = (sums, extrema[0], extrema[1])
+    if passes:
+        pass_over(source, level, impulses, addend)
+        source, level = out, _NO_LEVEL
+    if "ssi" in steps:
+        assert bank is not None
+        colored = _beside(scratch, out, passes)
+        of_x, of_noise = color_noise(x, bank, lengths, seeds, noise, colored, not passes)
+        finish(source, level, passes, (colored, squares if passes else of_x, of_noise))
+    else:
+        finish(source, level, passes)
+    return out
+
+
+# What `lnl_kernel` leaves of its tiles: sums, largest, smallest.
+_Level = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_LEVEL: _Level = (None, None, None)
+
+
+def _beside(scratch: Tensor, out: Tensor, taken: bool) -> Tensor:
+    """Unfinished samples: scratch, or others where scratch is the result, and that is taken."""
+    return torch.empty_like(scratch) if taken and scratch is out else scratch
+
+
+def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
+    return _supports_wave(x, filters, lengths)
+
+
+@ops.lnl.backend("triton", available=available, supports=_supports_lnl)
+def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [B, T], filters [B, N_f, P], lengths [B] -> [B, T] like x. Equivalent to `reference.lnl`."""
+    return rawboost(x, filters, lengths, None, None, None, None, 1, 0.0, 0.0, 0.0, 0.0)
+
+
+def _supports_isd(
+    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> str:
+    return _supports_wave(x, lengths, seeds, factor)
+
+
+@ops.isd.backend("triton", available=available, supports=_supports_isd)
+def isd(
+    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
+) -> Tensor:
+    """x [B, T], lengths [B], seeds [B] or factor [B, T] -> [B, T] like x. Equivalent to `reference.isd`."""
+    return rawboost(x, None, lengths, seeds, factor, None, None, 2, p, g_sd, 0.0, 0.0)
 
 
 def _supports_ssi(
@@ -986,72 +1201,4 @@ def ssi(
     snr_max: float,
 ) -> Tensor:
     """x [B, T], filters [B, P], seeds [B] or noise [B, T] and snr_db [B] -> like x. Equivalent to `reference.ssi`."""
-    x, filters, lengths = _rows(x), _bank(filters[:, None], x), _dense(lengths)
-    seeds, snr_db = (_dense(seeds), None) if noise is None else (None, _dense(snr_db.double()))
-    batch, num_samples = x.shape
-    out, colored = _result_and_scratch(x)
-    squares = color_noise(x, filters, lengths, seeds, noise, colored)
-    blocks = triton.cdiv(num_samples, BLOCK)
-    launch(
-        ssi_finish_kernel,
-        batch * blocks,
-        x.device,
-        x,
-        colored,
-        squares[0],
-        squares[1],
-        lengths,
-        seeds,
-        snr_db,
-        out,
-        num_samples,
-        squares.shape[2],
-        blocks,
-        x.stride(0),
-        SNR_MIN=snr_min,
-        SNR_MAX=snr_max,
-        TILE_BLOCK=TILE_BLOCK,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return out
-
-
-def color_noise(
-    x: Tensor, filters: Tensor, lengths: Tensor | None, seeds: Tensor | None, noise: Tensor | None, colored: Tensor
-) -> Tensor:
-    """Write the filtered noise into colored [B, T]; returns the tiles' sums of squares of x and of it [2, B, tiles].
-
-    filters [B, 1, P]; the noise [B, T] is drawn from seeds [B] where it is not given.
-    """
-    batch, num_samples = x.shape
-    num_taps = filters.shape[-1]
-    if noise is None:
-        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        blocks = triton.cdiv(num_samples, BLOCK)
-        launch(ssi_noise_kernel, batch * blocks, x.device, seeds, noise, num_samples, blocks, BLOCK=BLOCK, num_warps=4)
-    noise = _rows(noise)
-    tile = _tile(x)
-    tiles = triton.cdiv(num_samples, tile["BLOCK"])
-    squares = torch.empty(2, batch, tiles, dtype=torch.float64, device=x.device)
-    launch(
-        ssi_kernel,
-        batch * tiles,
-        x.device,
-        x,
-        noise,
-        filters,
-        lengths,
-        colored,
-        squares[0],
-        squares[1],
-        num_samples,
-        tiles,
-        num_taps,
-        x.stride(0),
-        noise.stride(0),
-        filters.stride(0),
-        TAPS_BLOCK=triton.next_power_of_2(num_taps),
-        **tile,
-    )
-    return squares
+    return rawboost(x, filters[:, None], lengths, seeds, None, noise, snr_db, 3, 0.0, 0.0, snr_min, snr_max)

@@ -14,8 +14,6 @@ from torch import Tensor
 from gradalign import ops
 from gradalign.kernels import available, launch
 from gradalign.kernels.rawboost import (
-    _LOG2_PER_DB,
-    _STREAM_SSI_SNR,
     BLOCK,
     TILE_BLOCK,
     _bank,
@@ -23,16 +21,17 @@ from gradalign.kernels.rawboost import (
     _fir_tile,
     _isd_gain,
     _length,
+    _level,
     _max_of,
-    _philox,
+    _noise_level,
     _rows,
     _sum_of,
     _supports_wave,
     _tile,
-    _uniform,
     _wide,
     color_noise,
     filter_powers,
+    mark,
 )
 
 # No sample: behind every place.
@@ -73,15 +72,6 @@ def _norm_backward(grad, n, dot, peak, place):
 # --------------------------------------------------------------------------------------------------------- lnl_backward
 
 
-@triton.jit
-def _lnl_mean_and_peak(sums, largest, smallest, b, length, num_tiles, WIDE: tl.constexpr, TILE_BLOCK: tl.constexpr):
-    """The mean of z and the largest magnitude of z - mean, from what `lnl_kernel` left."""
-    mean = (_sum_of(sums + b * num_tiles, num_tiles, TILE_BLOCK) / tl.maximum(length, 1)).to(WIDE)
-    above = _max_of(largest + b * num_tiles, num_tiles, TILE_BLOCK) - mean
-    below = _max_of(smallest + b * num_tiles, num_tiles, TILE_BLOCK) + mean
-    return mean, tl.maximum(above, below)
-
-
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "grad_stride"])
 def lnl_backward_sums_kernel(
     z,
@@ -105,7 +95,7 @@ def lnl_backward_sums_kernel(
     b = (program // num_blocks).to(tl.int64)
     length = _length(lengths, b, num_samples)
     wide = z.dtype.element_ty
-    mean, peak = _lnl_mean_and_peak(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
+    mean, peak = _level(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     own = n < length
     value = tl.where(own, tl.load(z + b * num_samples + n, mask=own, other=0.0) - mean, 0.0)
@@ -138,7 +128,7 @@ def lnl_backward_center_kernel(
     b = (program // num_blocks).to(tl.int64)
     length = _length(lengths, b, num_samples)
     wide = z.dtype.element_ty
-    _, peak = _lnl_mean_and_peak(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
+    _, peak = _level(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
     dot = _sum_of(dots + b * num_blocks, num_blocks, TILE_BLOCK)
     total = _sum_of(grad_sums + b * num_blocks, num_blocks, TILE_BLOCK)
     place = _min_of(places + b * num_blocks, num_blocks, TILE_BLOCK)
@@ -204,7 +194,7 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
     (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     z = torch.empty(x.shape, dtype=_wide(x), device=x.device)
-    sums, extrema = filter_powers(x, filters, lengths, z)
+    sums, extrema = filter_powers(x, filters, num_filters, lengths, z)
     tiles, blocks = sums.shape[1], triton.cdiv(num_samples, BLOCK)
     totals = torch.empty(2, batch, blocks, dtype=torch.float64, device=x.device)
     places = torch.empty(batch, blocks, dtype=torch.int64, device=x.device)
@@ -258,11 +248,12 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
 # --------------------------------------------------------------------------------------------------------- isd_backward
 
 
-@triton.jit(do_not_specialize=["num_blocks", "x_stride", "factor_stride", "grad_stride"])
+@triton.jit(do_not_specialize=["num_blocks", "words", "x_stride", "factor_stride", "grad_stride"])
 def isd_backward_sums_kernel(
     grad,
     x,
     lengths,
+    marks,
     seeds,
     factor,
     gains,
@@ -271,10 +262,10 @@ def isd_backward_sums_kernel(
     places,
     num_samples,
     num_blocks,
+    words,
     grad_stride,
     x_stride,
     factor_stride,
-    P: tl.constexpr,
     G_SD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -285,7 +276,7 @@ def isd_backward_sums_kernel(
     length = _length(lengths, b, num_samples)
     own = n < length
     wide = gains.dtype.element_ty
-    gain = _isd_gain(seeds, factor, b, n, length, factor_stride, P, G_SD, wide)
+    gain = _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
     value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide) * gain
     slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(tl.float64)
     peak = tl.max(tl.abs(value), 0)
@@ -356,6 +347,7 @@ def isd_backward(
     grad, x, lengths = _rows(grad), _rows(x), _dense(lengths)
     batch, num_samples = x.shape
     seeds, factor = (_dense(seeds), None) if factor is None else (None, _rows(factor))
+    marks = mark(x, lengths, seeds, p)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gains = out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
     blocks = triton.cdiv(num_samples, BLOCK)
@@ -369,6 +361,7 @@ def isd_backward(
         grad,
         x,
         lengths,
+        marks,
         seeds,
         factor,
         gains,
@@ -377,13 +370,13 @@ def isd_backward(
         places,
         num_samples,
         blocks,
+        0 if marks is None else marks.shape[1],
         grad.stride(0),
         x.stride(0),
         0 if factor is None else factor.stride(0),
-        P=p,
         G_SD=g_sd,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=16,
     )
     launch(
         isd_backward_kernel,
@@ -448,14 +441,11 @@ def ssi_backward_kernel(
     signal = _sum_of(signal_squares + b * num_tiles, num_tiles, TILE_BLOCK)
     noise = _sum_of(noise_squares + b * num_tiles, num_tiles, TILE_BLOCK)
     dot = _sum_of(dots + b * num_blocks, num_blocks, TILE_BLOCK)
-    if snr_db is None:
-        level = _uniform(_philox(tl.load(seeds + b), _STREAM_SSI_SNR, tl.zeros([1], tl.uint32), 0)[0], SNR_MIN, SNR_MAX)
-    else:
-        level = tl.zeros([1], tl.float64) + tl.load(snr_db + b)
+    level = _noise_level(seeds, snr_db, b, SNR_MIN, SNR_MAX)
     sounds = (signal > 0) & (noise > 0)
     # Two roots, because the product of two small squares may vanish.
     norms = tl.where(sounds, tl.sqrt(signal) * tl.sqrt(noise), 1.0)
-    toward_x = tl.where(sounds, dot / norms * tl.exp2(-level * _LOG2_PER_DB), 0.0)
+    toward_x = tl.where(sounds, dot / norms * level, 0.0)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     own = n < _length(lengths, b, num_samples)
     wide = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
@@ -499,7 +489,7 @@ def ssi_backward(
     batch, num_samples = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     colored = torch.empty(x.shape, dtype=_wide(x), device=x.device)
-    squares = color_noise(x, filters, lengths, seeds, noise, colored)
+    of_x, of_noise = color_noise(x, filters, lengths, seeds, noise, colored, True)
     blocks = triton.cdiv(num_samples, BLOCK)
     dots = torch.empty(batch, blocks, dtype=torch.float64, device=x.device)
     launch(
@@ -523,14 +513,14 @@ def ssi_backward(
         grad,
         x,
         dots,
-        squares[0],
-        squares[1],
+        of_x,
+        of_noise,
         lengths,
         seeds,
         snr_db,
         out,
         num_samples,
-        squares.shape[2],
+        of_noise.shape[1],
         blocks,
         grad.stride(0),
         x.stride(0),

@@ -59,12 +59,6 @@ def bank(dtype: torch.dtype, device="cpu") -> torch.Tensor:
     return reference.notch_bank(*notches(), 16000.0, 491, wide).to(device)
 
 
-def notch_draws(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
-    yield "three filters", (seeds(device), *_ranges())
-    yield "one filter, one band", (seeds(device), [4], [0.0], [1.0], 1, 20.0, 8000.0, 100.0, 1000.0, 1.0, 3.0)
-    yield "no utterance", (seeds(device)[:0], *_ranges())
-
-
 def notch_bank(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     yield "three filters", (*notches(device), 16000.0, 491, wide)
@@ -74,6 +68,14 @@ def notch_bank(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tupl
     long = torch.tensor([[[201, 99, 3]]], device=device)
     yield "a band longer than its room", (edge, width, long, edge[..., 0] * 0, 16000.0, 295, wide)
     yield "no utterance", (*(v[:0] for v in notches(device)), 16000.0, 491, wide)
+
+
+def notch_filters(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    yield "three filters", (seeds(device), *_ranges(), 16000.0, 491, wide)
+    one = ([4], [0.0], [1.0], 1, 20.0, 8000.0, 100.0, 1000.0, 1.0, 3.0)
+    yield "one filter, one band", (seeds(device), *one, 16000.0, 3, wide)
+    yield "no utterance", (seeds(device)[:0], *_ranges(), 16000.0, 491, wide)
 
 
 def lnl(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
@@ -120,6 +122,29 @@ def ssi(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
         "no utterance",
         (wave(700, dtype, device)[:0], b.new_zeros(0, b.shape[1]), None, seeds(device)[:0], None, None, 10.0, 40.0),
     )
+
+
+def rawboost(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
+    filters = bank(dtype, device)
+    for algo in range(1, 9):
+        own = None if algo == 2 else filters
+        levels = (algo, 30.0, 2.0, -5.0, 5.0)
+        # Long utterances are filtered by other means than short ones.
+        for t in sorted({samples[0], samples[-1]}):
+            yield (
+                f"algorithm {algo}, {t} samples",
+                (wave(t, dtype, device), own, None, seeds(device), *[None] * 3, *levels),
+            )
+        loud = wave(700, dtype, device, scale=1.5)
+        yield f"algorithm {algo}, lengths", (loud, own, lengths(700, device), seeds(device), *[None] * 3, *levels)
+        given = (wave(700, torch.float32, device), wave(700, torch.float32, device, scale=1.0))
+        snr_db = torch.tensor([10.0, 20.0, -3.0], dtype=torch.float64, device=device)
+        given = (strided_wave(700, dtype, device), own, lengths(700, device), None, *given, snr_db, *levels)
+        yield f"algorithm {algo}, strided, draws given", given
+        silence = wave(700, dtype, device) * 0
+        yield f"algorithm {algo}, silence", (silence, own, None, seeds(device), *[None] * 3, *levels)
+        none = (silence[:0], None if own is None else own[:0], None, seeds(device)[:0], *[None] * 3, *levels)
+        yield f"algorithm {algo}, no utterance", none
 
 
 def _with_gradient(cases) -> Iterator[tuple[str, tuple]]:
@@ -225,15 +250,25 @@ def align_(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
             yield f"{method}, {k} paths", (own[0], [t for path in own[1:] for t in path], method, rho, *rest)
 
 
+# Ops that draw, and the place of their seeds.
+_SEEDS = {"isd": 2, "ssi": 3, "isd_backward": 3, "ssi_backward": 4, "rawboost": 3}
+
+
+def draws(op: str, args: tuple) -> bool:
+    """Whether an op draws float32 numbers of its own for these arguments."""
+    return op in _SEEDS and args[_SEEDS[op]] is not None
+
+
 CASES = {
-    "notch_draws": notch_draws,
     "notch_bank": notch_bank,
+    "notch_filters": notch_filters,
     "lnl": lnl,
     "isd": isd,
     "ssi": ssi,
     "lnl_backward": lnl_backward,
     "isd_backward": isd_backward,
     "ssi_backward": ssi_backward,
+    "rawboost": rawboost,
     "gram": gram,
     "weigh": weigh,
     "combine_": combine_,

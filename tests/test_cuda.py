@@ -13,10 +13,8 @@ import gradalign as ga
 from gradalign import ops, reference
 
 BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
-OPS = ("notch_draws", "notch_bank", "lnl", "isd", "ssi", *BACKWARD, "gram", "weigh", "combine_", "align_")
+OPS = ("notch_bank", "notch_filters", "lnl", "isd", "ssi", *BACKWARD, "rawboost", "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Ops that draw, and the place of their seeds.
-DRAWING = {"isd": 2, "ssi": 3, "isd_backward": 3, "ssi_backward": 4}
 
 pytestmark = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a CUDA GPU: {ops.lnl.why_not('cuda')}")
 
@@ -30,7 +28,7 @@ def _tolerance(op, args, dtype):
     if op == "gram":
         # float64 results of float32 sums.
         return RELATIVE[torch.float64 if dtype == torch.float64 else torch.float32]
-    return (DRAWN if op in DRAWING and args[DRAWING[op]] is not None else RELATIVE)[dtype]
+    return (DRAWN if inputs.draws(op, args) else RELATIVE)[dtype]
 
 
 def _check(op, args, dtype, name):
@@ -104,7 +102,7 @@ def test_more_filters_than_a_launch_takes():
     count = 150
     gains = [float(i) for i in range(count)]
     args = (inputs.seeds("cuda"), list(range(count)), gains, gains, 2, 20.0, 8000.0, 100.0, 1000.0, 5.0, 16.0)
-    _check("notch_draws", args, torch.float64, "150 filters")
+    _check("notch_filters", (*args, 16000.0, 29, torch.float64), torch.float64, "150 filters")
 
 
 @pytest.mark.parametrize("algo", range(9))

@@ -13,19 +13,7 @@ NVCC = Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # The kernels that each file must contain; every op has one of its name.
 KERNELS = {
-    "rawboost": {
-        "notch_draws",
-        "notch_bank",
-        "spectra",
-        "lnl",
-        "lnl_fft",
-        "lnl_finish",
-        "isd",
-        "isd_finish",
-        "ssi",
-        "ssi_fft",
-        "ssi_finish",
-    },
+    "rawboost": {"notch_bank", "spectra", "lnl", "ssi", "filter_fft", "isd_mark", "isd", "rawboost_finish"},
     "rawboost_backward": {
         "lnl_backward",
         "lnl_backward_sums",

@@ -13,8 +13,6 @@ from gradalign._dispatch import Op
 from gradalign._dispatch import ops as declared
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Ops that draw, and the place of their seeds.
-DRAWING = {"isd": 2, "ssi": 3, "isd_backward": 3, "ssi_backward": 4}
 
 
 SERVED = [(backend, op) for backend in ("reference", "cpp") for op in inputs.CASES]
@@ -28,7 +26,7 @@ def test_backend_equals_float64_reference(backend, op, dtype):
         expected = inputs.run(op, "reference", inputs.widen(args))
         for i, (f, e) in enumerate(zip(found, expected, strict=True)):
             assert f.shape == e.shape, name
-            drawn = op in DRAWING and args[DRAWING[op]] is not None
+            drawn = inputs.draws(op, args)
             # gram accumulates and returns float64 for every dtype; a gradient's own rounding is in both sides' input.
             tolerance = 1e-12 if op == "gram" else WEIGHED if op == "weigh" else (DRAWN if drawn else RELATIVE)[dtype]
             if op == "align_":

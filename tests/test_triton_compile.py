@@ -22,7 +22,7 @@ from gradalign.kernels import gradients, rawboost, rawboost_backward, weigh
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUM_SAMPLES = 64600
-BOOST = ("notch_draws", "notch_bank", "lnl", "isd", "ssi")
+BOOST = ("notch_bank", "notch_filters", "lnl", "isd", "ssi", "rawboost")
 BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
 OPS = (*BOOST, *BACKWARD, "gram", "weigh", "combine_", "align_")
 MODULES = dict.fromkeys(BOOST, rawboost) | dict.fromkeys(BACKWARD, rawboost_backward) | {"weigh": weigh}
@@ -63,6 +63,10 @@ def _arguments(op, dtype):
             (x, bank[:, 0], lengths, seeds, None, None, 10.0, 40.0),
             (x, bank[:, 0], None, None, x, level, 0.0, 0.0),
         ]
+    if op == "rawboost":
+        # Passes that the three steps on their own do not take: 4 with, 6 without impulses, 8 with two summands.
+        drawn = (lengths, seeds, None, None, None)
+        return [(x, bank, *drawn, algo, 10.0, 2.0, 10.0, 40.0) for algo in (4, 6, 8)]
     if op == "weigh":
         return [args for name, args in inputs.CASES[op](torch.float64) if len(args[0])]
     if op == "align_":
@@ -104,7 +108,7 @@ def _compile(kernel, args, meta, arch, folder):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
-    # notch_draws takes no floats, notch_bank and weigh compute in float64.
+    # notch banks and weights are computed in float64.
     dtypes = (
         (torch.float32,) if op.startswith("notch") or op == "weigh" else (torch.float32, torch.bfloat16, torch.float64)
     )

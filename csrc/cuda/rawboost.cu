@@ -1,14 +1,18 @@
-// RawBoost on CUDA: notch_draws, notch_bank, lnl, isd, ssi. Equivalent to the functions of these names in gradalign/reference.py.
-// B utterances of T samples, N_f filters of N_b bands and P taps. An utterance is cut into tiles, one per block; what a tile knows about its
-// utterance (sums, extrema) is stored per tile, and a second kernel adds the tiles in order and finishes the samples.
+// RawBoost on CUDA: notch_bank, notch_filters, lnl, isd, ssi and rawboost, the chain of the three. Equivalent to the functions of these names in
+// gradalign/reference.py.
+// B utterances of T samples, N_f filters of N_b bands and P taps. What depends on a whole utterance (a mean, a peak, a norm) cuts the chain into
+// passes over the samples: the filters (`filter_powers`, `color_noise`, for long utterances both in one launch), the impulses (`isd_kernel`, which
+// also takes LnL's mean and norm on the way), and what is left (`rawboost_finish_kernel`). A pass stores what its tiles or blocks know about their
+// utterance, and the next one adds that up, in a fixed order.
 #include <algorithm>
 
 #include "../notch.h"
+#include "../steps.h"
 #include "rawboost.cuh"
 
 namespace gradalign::cuda {
 
-// ---------------------------------------------------------------------------------------------------------------------------- notch_draws
+// ----------------------------------------------------------------------------------------------------------------------------- notch banks
 
 // Filters per launch: their table is a kernel argument, which reaches the device without a copy of its own.
 constexpr int kFilterTable = 64;
@@ -18,64 +22,31 @@ struct FilterTable {
   double min_gain_db[kFilterTable], max_gain_db[kFilterTable];
 };
 
-// One thread per band: seeds [B] -> center_hz, width_hz, taps [B, N_f, N_b], gain_db [B, N_f], of the `count` filters from `first`.
-// Equivalent to `reference.notch_draws`.
-__global__ void notch_draws_kernel(const int64_t* seeds, const __grid_constant__ FilterTable table, NotchRanges ranges, int first, int count,
-                                   int num_filters, int num_bands, int64_t total, double* center_hz, double* width_hz, int64_t* taps, double* gain_db) {
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (thread >= total) return;
-  const int band = int(thread % num_bands), f = int(thread / num_bands % count);
-  const int64_t b = thread / num_bands / count, row = b * num_filters + first + f;
-  const NotchDraw draw = draw_notch(uint64_t(seeds[b]), table.number[f], uint32_t(band), ranges);
-  center_hz[row * num_bands + band] = draw.center_hz;
-  width_hz[row * num_bands + band] = draw.width_hz;
-  taps[row * num_bands + band] = draw.taps;
-  if (band == 0) gain_db[row] = draw.gain * (table.max_gain_db[f] - table.min_gain_db[f]) + table.min_gain_db[f];
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> notch_draws(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
-                                                       const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz,
-                                                       double max_center_hz, double min_width_hz, double max_width_hz, double min_taps,
-                                                       double max_taps) {
-  constexpr int kThreads = 128;
-  const OnDevice device(seeds);
-  const int64_t batch = seeds.size(0), num_filters = int64_t(filters.size());
-  const Tensor keys = torch::stable::contiguous(seeds);
-  Tensor center_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double);
-  Tensor width_hz = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Double);
-  Tensor taps = torch::stable::new_empty(seeds, {batch, num_filters, num_bands}, ScalarType::Long);
-  Tensor gain_db = torch::stable::new_empty(seeds, {batch, num_filters}, ScalarType::Double);
-  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
-  for (int64_t first = 0; first < num_filters; first += kFilterTable) {
-    const int64_t count = std::min<int64_t>(kFilterTable, num_filters - first), total = batch * count * num_bands;
-    FilterTable table{};
-    for (int64_t f = 0; f < count; ++f) {
-      table.number[f] = uint32_t(filters[first + f]);
-      table.min_gain_db[f] = min_gain_db[first + f];
-      table.max_gain_db[f] = max_gain_db[first + f];
-    }
-    device.launch(notch_draws_kernel, divide_up<int64_t>(total, kThreads), kThreads, keys.const_data_ptr<int64_t>(), table, ranges, int(first), int(count),
-                  int(num_filters), int(num_bands), total, center_hz.mutable_data_ptr<double>(), width_hz.mutable_data_ptr<double>(),
-                  taps.mutable_data_ptr<int64_t>(), gain_db.mutable_data_ptr<double>());
-  }
-  return {center_hz, width_hz, taps, gain_db};
-}
-
-// ----------------------------------------------------------------------------------------------------------------------------- notch_bank
+// Where a launch's banks come from: center_hz, width_hz, taps [rows, N_b] and gain_db [rows] or, where those are null, drawn from seeds [B]. The
+// launch has `count` of each utterance's num_filters filters, from `first` on.
+struct NotchSource {
+  const double *center_hz, *width_hz, *gain_db;
+  const int64_t *taps, *seeds;
+  NotchRanges ranges;
+  int first, count, num_filters;
+};
 
 constexpr int kBankThreads = 256;
 // The bands' half taps and two halves of the bank, 751 numbers with the published ranges, stay in shared memory up to here (16 KiB).
 constexpr int kBankShared = 2048;
 
-// One block per bank: center_hz, width_hz, taps [B*N_f, N_b], gain_db [B*N_f] -> out [B*N_f, P]. Equivalent to `reference.notch_bank`.
-// Everything is symmetric about the middle tap, so only taps m >= 0 are kept. `workspace` [B*N_f, N_b * (most_reach + 1) + 2 * (P/2 + 1)] is
-// there only for what is too large for shared memory.
+// One block per bank -> out [rows, P]. Equivalent to `reference.notch_bank` and `reference.notch_filters`.
+// Everything is symmetric about the middle tap, so only taps m >= 0 are kept. `workspace` [rows, N_b * (most_reach + 1) + 2 * (P/2 + 1)] is there
+// only for what is too large for shared memory.
 template <typename S>
-__global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* center_hz, const double* width_hz, const int64_t* taps,
-                                                                  const double* gain_db, double sample_rate, int num_bands, int num_taps,
-                                                                  int most_reach, double* workspace, S* out) {
+__global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const NotchSource source, const __grid_constant__ FilterTable table,
+                                                                  double sample_rate, int num_bands, int num_taps, int most_reach, double* workspace,
+                                                                  S* out) {
   __shared__ double shared[kBankShared];
-  const int64_t row = blockIdx.x;
+  const int64_t b = blockIdx.x / source.count;
+  const int f = int(blockIdx.x % source.count);
+  const int64_t row = b * source.num_filters + source.first + f;
+  const bool drawn = source.seeds != nullptr;
   const int middle = num_taps / 2, stride = most_reach + 1;
   double* half_taps = workspace == nullptr ? shared : workspace + row * (int64_t(num_bands) * stride + 2 * (middle + 1));
   double* bank = half_taps + num_bands * stride;
@@ -92,8 +63,14 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* 
   int reach = 0;
   for (int n = threadIdx.x; n <= middle; n += kBankThreads) bank[n] = n == 0 ? 1 : 0;
   for (int i = 0; i < num_bands; ++i) {
-    const int64_t at = row * num_bands + i;
-    const NotchBand band = notch_band(center_hz[at], width_hz[at], taps[at], sample_rate);
+    NotchBand band;
+    if (drawn) {
+      const NotchDraw draw = draw_notch(uint64_t(source.seeds[b]), table.number[f], uint32_t(i), source.ranges);
+      band = notch_band(draw.center_hz, draw.width_hz, draw.taps, sample_rate);
+    } else {
+      const int64_t at = row * num_bands + i;
+      band = notch_band(source.center_hz[at], source.width_hz[at], source.taps[at], sample_rate);
+    }
     // No tap beyond the row, whatever the counts say.
     const int band_reach = min(max(band.reach, 0), most_reach);
     double* tap = half_taps + i * stride;
@@ -125,17 +102,37 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const double* 
   double peak = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) peak = Larger{}(peak, fabs(response[j]));
-  const double scale = exp10(gain_db[row] / 20) / block_reduce<kBankThreads>(peak, Larger{});
+  double gain_db;
+  if (drawn) {
+    const double gain = draw_notch(uint64_t(source.seeds[b]), table.number[f], 0, source.ranges).gain;
+    gain_db = gain * (table.max_gain_db[f] - table.min_gain_db[f]) + table.min_gain_db[f];
+  } else {
+    gain_db = source.gain_db[row];
+  }
+  const double scale = exp10(gain_db / 20) / block_reduce<kBankThreads>(peak, Larger{});
   for (int n = threadIdx.x; n < num_taps; n += kBankThreads) {
     const int m = abs(n - middle);
     out[row * num_taps + n] = S(Wide<S>(m <= reach ? scale * bank[m] : 0));
   }
 }
 
+// Design the banks of `rows` filters into out [.., P], kFilterTable filters of each utterance at a time where they are drawn.
+void design_banks(const OnDevice& device, NotchSource source, const FilterTable& table, double sample_rate, int64_t batch, int64_t num_bands,
+                  const Tensor& out) {
+  const int64_t num_taps = out.size(2), most_reach = (num_taps - 1) / (2 * num_bands), numbers = num_bands * (most_reach + 1) + 2 * (num_taps / 2 + 1);
+  std::optional<Tensor> workspace;
+  if (numbers > kBankShared) workspace = torch::stable::new_empty(out, {out.size(0) * out.size(1), numbers}, ScalarType::Double);
+  dispatch_floating(out.scalar_type(), "dtype", [&](auto type) {
+    using S = decltype(type);
+    device.launch(notch_bank_kernel<S>, batch * source.count, kBankThreads, source, table, sample_rate, int(num_bands), int(num_taps), int(most_reach),
+                  workspace ? workspace->mutable_data_ptr<double>() : nullptr, static_cast<S*>(out.mutable_data_ptr()));
+  });
+}
+
 Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor& taps, const Tensor& gain_db, double sample_rate, int64_t num_taps,
                   ScalarType dtype) {
   const OnDevice device(center_hz);
-  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2), rows = batch * num_filters;
+  const int64_t batch = center_hz.size(0), num_filters = center_hz.size(1), num_bands = center_hz.size(2);
   Tensor out = torch::stable::new_empty(center_hz, {batch, num_filters, num_taps}, dtype);
   if (center_hz.numel() == 0) return torch::stable::zero_(out);
   check_same_device(width_hz, center_hz, "`width_hz`");
@@ -143,269 +140,117 @@ Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor&
   check_same_device(gain_db, center_hz, "`gain_db`");
   const Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
   const Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
-  const int64_t most_reach = (num_taps - 1) / (2 * num_bands), numbers = num_bands * (most_reach + 1) + 2 * (num_taps / 2 + 1);
-  std::optional<Tensor> workspace;
-  if (numbers > kBankShared) workspace = torch::stable::new_empty(center_hz, {rows, numbers}, ScalarType::Double);
-  dispatch_floating(dtype, "dtype", [&](auto type) {
-    using S = decltype(type);
-    device.launch(notch_bank_kernel<S>, rows, kBankThreads, centers.const_data_ptr<double>(), widths.const_data_ptr<double>(),
-                  counts.const_data_ptr<int64_t>(), gains.const_data_ptr<double>(), sample_rate, int(num_bands), int(num_taps), int(most_reach),
-                  workspace ? workspace->mutable_data_ptr<double>() : nullptr, static_cast<S*>(out.mutable_data_ptr()));
-  });
+  const NotchSource source{centers.const_data_ptr<double>(), widths.const_data_ptr<double>(), gains.const_data_ptr<double>(),
+                           counts.const_data_ptr<int64_t>(), nullptr, {}, 0, int(num_filters), int(num_filters)};
+  design_banks(device, source, FilterTable{}, sample_rate, batch, num_bands, out);
+  return out;
+}
+
+Tensor notch_filters(const Tensor& seeds, const std::vector<int64_t>& filters, const std::vector<double>& min_gain_db,
+                     const std::vector<double>& max_gain_db, int64_t num_bands, double min_center_hz, double max_center_hz, double min_width_hz,
+                     double max_width_hz, double min_taps, double max_taps, double sample_rate, int64_t num_taps, ScalarType dtype) {
+  const OnDevice device(seeds);
+  const int64_t batch = seeds.size(0), num_filters = int64_t(filters.size());
+  const Tensor keys = torch::stable::contiguous(seeds);
+  Tensor out = torch::stable::new_empty(seeds, {batch, num_filters, num_taps}, dtype);
+  const NotchRanges ranges{min_center_hz, max_center_hz, min_width_hz, max_width_hz, min_taps, max_taps};
+  for (int64_t first = 0; first < num_filters; first += kFilterTable) {
+    const int64_t count = std::min<int64_t>(kFilterTable, num_filters - first);
+    FilterTable table{};
+    for (int64_t f = 0; f < count; ++f) {
+      table.number[f] = uint32_t(filters[first + f]);
+      table.min_gain_db[f] = min_gain_db[first + f];
+      table.max_gain_db[f] = max_gain_db[first + f];
+    }
+    const NotchSource source{nullptr, nullptr, nullptr, nullptr, keys.const_data_ptr<int64_t>(), ranges, int(first), int(count), int(num_filters)};
+    design_banks(device, source, table, sample_rate, batch, num_bands, out);
+  }
   return out;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------- the filters
 
-// One block per filter: filters [rows, P] -> spectra [rows, 4096] in the order of Fft, divided by the number of points.
-__global__ __launch_bounds__(Fft::kThreads) void spectra_kernel(const float* filters, int num_taps, float2* spectra) {
+// One block per filter: filters [B, F, P] -> spectra [B, count, 4096] of those from `first` on, in the order of Fft, divided by the number of points.
+__global__ __launch_bounds__(Fft::kThreads) void spectra_kernel(const float* filters, int per_utterance, int num_taps, int first, int count,
+                                                                float2* spectra) {
   __shared__ float2 exchange[Fft::kShared];
-  const int64_t row = blockIdx.x;
+  const float* const taps = filters + (int64_t(blockIdx.x / count) * per_utterance + first + blockIdx.x % count) * num_taps;
   const Fft fft;
   float2 v[Fft::kEach];
 #pragma unroll
   for (int r = 0; r < Fft::kEach; ++r) {
     const int k = threadIdx.x + r * Fft::kThreads;
-    v[r] = {k < num_taps ? filters[row * num_taps + k] / Fft::kPoints : 0.0f, 0.0f};
+    v[r] = {k < num_taps ? taps[k] / Fft::kPoints : 0.0f, 0.0f};
   }
   fft.forward(v, exchange);
 #pragma unroll
-  for (int r = 0; r < Fft::kEach; ++r) spectra[row * Fft::kPoints + r * Fft::kThreads + threadIdx.x] = v[r];
+  for (int r = 0; r < Fft::kEach; ++r) spectra[int64_t(blockIdx.x) * Fft::kPoints + r * Fft::kThreads + threadIdx.x] = v[r];
 }
 
-Tensor spectra(const OnDevice& device, const Tensor& filters, int64_t rows, int num_taps) {
-  Tensor out = torch::stable::new_empty(filters, {rows, Fft::kPoints, 2}, ScalarType::Float);
-  device.launch(spectra_kernel, rows, Fft::kThreads, filters.const_data_ptr<float>(), num_taps, static_cast<float2*>(out.mutable_data_ptr()));
+Tensor spectra(const OnDevice& device, const Bank& bank, int first, int count) {
+  const int64_t batch = bank.taps.size(0);
+  Tensor out = torch::stable::new_empty(bank.taps, {batch, count, Fft::kPoints, 2}, ScalarType::Float);
+  device.launch(spectra_kernel, batch * count, Fft::kThreads, bank.data<float>(), bank.per_utterance, bank.num_taps, first, count,
+                static_cast<float2*>(out.mutable_data_ptr()));
   return out;
 }
 
-// ------------------------------------------------------------------------------------------------------------------------------------ lnl
-
-// One block per (utterance, tile): z [B, T] = sum over i of FIR_i(x**i), and the tile's sum and extrema [B, tiles].
-// Equivalent to `reference.lnl` before its mean and norm.
-template <typename T, int N>
-__global__ __launch_bounds__(Fir<T, N>::kThreads) void lnl_kernel(Wave x, const T* filters, const int64_t* lengths, int num_samples, int num_filters,
-                                                                  int num_taps, int num_tiles, T* z, double* sums, T* largest, T* smallest) {
-  using F = Fir<T, N>;
-  __shared__ FirShared<T, N> shared;
-  const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = length_of(lengths, b, num_samples);
-  // Tiles beyond the utterance are never asked for.
-  if (first >= length) return;
-  T value[F::kOutputs];
-  fir<T, N>(filters + b * num_filters * num_taps, num_filters, num_taps, first, shared, value, [&](int start, int count) {
-    for (int i = threadIdx.x; i < count; i += F::kThreads) {
-      const int n = start + i;
-      shared.window[F::place(i)] = n >= 0 && n < length ? sample<T>(x, b, n) : T(0);
-    }
-  });
-  double sum = 0;
-  T high = -INFINITY, low = -INFINITY;
-#pragma unroll
-  for (int r = 0; r < F::kOutputs; ++r) {
-    if (first + int(threadIdx.x) * F::kOutputs + r >= length) continue;
-    sum += double(value[r]);
-    high = Larger{}(high, value[r]);
-    low = Larger{}(low, -value[r]);
-  }
-  sum = block_reduce<F::kThreads>(sum, Add{});
-  high = block_reduce<F::kThreads>(high, Larger{});
-  low = block_reduce<F::kThreads>(low, Larger{});
-  if (threadIdx.x == 0) {
-    sums[blockIdx.x] = sum;
-    largest[blockIdx.x] = high;
-    smallest[blockIdx.x] = -low;
-  }
-  store_tile<T, N>(value, shared, z + b * num_samples, first, length);
-}
-
-// `lnl_kernel` by overlap-save; spectra [B, N_f, 4096].
-__global__ __launch_bounds__(Fft::kThreads, 2) void lnl_fft_kernel(Wave x, const float2* spectra, const int64_t* lengths, int num_samples,
-                                                                   int num_filters, int num_taps, int num_tiles, float* z, double* sums,
-                                                                   float* largest, float* smallest) {
-  extern __shared__ float2 memory[];
-  const Segments segments(num_taps);
-  const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * segments.tile(), length = length_of(lengths, b, num_samples);
-  // Tiles beyond the utterance are never asked for.
-  if (first >= length) return;
-  float2 value[Fft::kEach];
-  fft_filter(spectra + b * num_filters * Fft::kPoints, num_filters, segments, first, memory, value, [&](int start, int count, auto put) {
-    for (int n = start + int(threadIdx.x); n < start + count; n += Fft::kThreads) put(n, n >= 0 && n < length ? sample<float>(x, b, n) : 0.0f);
-  });
-  double sum = 0;
-  float high = -INFINITY, low = -INFINITY;
-#pragma unroll
-  for (int r = 0; r < Fft::kEach; ++r) {
-    const int m = threadIdx.x + r * Fft::kThreads;
-#pragma unroll
-    for (int segment = 0; segment < 2; ++segment) {
-      const int n = segments.output(first, segment, m);
-      if (m < num_taps - 1 || n >= length) continue;
-      const float v = segment == 0 ? value[r].x : value[r].y;
-      z[b * num_samples + n] = v;
-      sum += double(v);
-      high = Larger{}(high, v);
-      low = Larger{}(low, -v);
-    }
-  }
-  sum = block_reduce<Fft::kThreads>(sum, Add{});
-  high = block_reduce<Fft::kThreads>(high, Larger{});
-  low = block_reduce<Fft::kThreads>(low, Larger{});
-  if (threadIdx.x == 0) {
-    sums[blockIdx.x] = sum;
-    largest[blockIdx.x] = high;
-    smallest[blockIdx.x] = -low;
-  }
-}
-
-// cond_norm(z - mean(z)) from the tiles' sums and extrema: the peak is the farther of max - mean and mean - min. `z` may be `out`.
-template <typename S>
-__global__ __launch_bounds__(kThreads) void lnl_finish_kernel(const Wide<S>* z, const double* sums, const Wide<S>* extrema, const int64_t* lengths,
-                                                              int64_t size, int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
-  using T = Wide<S>;
-  const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const auto [mean, peak] = level_of<T>(sums, extrema, size, b, num_tiles, tile, length);
-  const T divisor = peak > 1 ? peak : T(1);
-#pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + threadIdx.x;
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S((z[b * num_samples + n] - mean) / divisor) : S(T(0));
-  }
-}
-
-Powers filter_powers(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Tensor& z) {
-  const int num_filters = int(bank.size(1)), num_taps = int(bank.size(2));
-  auto run = [&](auto type, int tile, auto&& filter) {
-    using T = decltype(type);
-    const int tiles = divide_up(batch.num_samples, tile);
-    Tensor sums = torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double);
-    Tensor extrema = torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x));
-    T* largest = static_cast<T*>(extrema.mutable_data_ptr());
-    filter(tiles, static_cast<T*>(z.mutable_data_ptr()), sums.mutable_data_ptr<double>(), largest, largest + batch.size * tiles);
-    return Powers{sums, extrema, tile, tiles};
-  };
-  auto run_direct = [&](auto type, auto branches) {
-    using T = decltype(type);
-    constexpr int N = decltype(branches)::value;
-    using F = Fir<T, N>;
-    return run(type, F::kTile, [&](int tiles, T* out, double* sums, T* largest, T* smallest) {
-      device.launch(lnl_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(bank.const_data_ptr()), batch.lengths,
-                    batch.num_samples, num_filters, num_taps, tiles, out, sums, largest, smallest);
-    });
-  };
-  if (filter_by_fft(x, num_filters, num_taps)) {
-    const Tensor spectrum = spectra(device, bank, batch.size * num_filters, num_taps);
-    return run(float{}, Segments(num_taps).tile(), [&](int tiles, float* out, double* sums, float* largest, float* smallest) {
-      device.launch_with_memory(kFftBytes, lnl_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
-                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_filters, num_taps, tiles,
-                                out, sums, largest, smallest);
-    });
-  }
-  if (x.scalar_type() == ScalarType::Double) return run_direct(double{}, std::integral_constant<int, 0>{});
-  if (num_filters > 5) return run_direct(float{}, std::integral_constant<int, 0>{});
-  return run_direct(float{}, std::integral_constant<int, 5>{});
-}
-
-Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
-  const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
-  check_same_device(filters, x, "`filters`");
-  const Powers powers = filter_powers(device, x, contiguous_as(filters, wide_dtype(x)), batch, batch.scratch);
-  dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
-    using S = decltype(stored);
-    using T = Wide<S>;
-    device.launch(lnl_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
-                  powers.sums.const_data_ptr<double>(), static_cast<const T*>(powers.extrema.const_data_ptr()), batch.lengths, batch.size,
-                  batch.num_samples, powers.tiles, powers.tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
-  });
-  return batch.out;
-}
-
-// ------------------------------------------------------------------------------------------------------------------------------------ isd
-
-// One block per (utterance, block of samples): y [B, T] = x + g_sd * x * f, and the block's peak [B, blocks]; f is `factor` [B, T] or, where its
-// data is null, drawn from seeds [B]. Equivalent to `reference.isd` before its norm.
+// Where a pass of filtered powers puts its samples, and what a tile knows of them [B, tiles]: their sum, the largest and the largest negated one.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void isd_kernel(Wave x, const int64_t* lengths, const int64_t* seeds, Wave factor, double p, T g_sd,
-                                                       int num_samples, int num_blocks, T* y, T* peaks) {
-  __shared__ Impulses impulses;
-  const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const int own = min(kBlock, length - first);
-  const bool drawn = factor.data == nullptr;
-  if (drawn && own > 0) draw_impulses(impulses, uint64_t(seeds[b]), p, first, length);
-  T peak = 0;
-  for (int i = threadIdx.x; i < own; i += kThreads) {
-    const T value = sample<T>(x, b, first + i);
-    const T distorted = value * (1 + g_sd * (drawn ? T(impulses.f[i]) : sample<T>(factor, b, first + i)));
-    y[b * num_samples + first + i] = distorted;
-    peak = Larger{}(peak, T(fabs(distorted)));
+struct PowersOut {
+  T* z;
+  double* sums;
+  T *above, *below;
+};
+
+// Where a pass of filtered noise puts its samples, and the tiles' sums of squares of x and of them [B, tiles].
+template <typename T>
+struct NoiseOut {
+  T* colored;
+  double *signal_squares, *noise_squares;
+};
+
+// What a thread knows of the samples it has filtered. The squares are float64: those of samples below 1e-23 would vanish in float32.
+template <typename T>
+struct PowerSums {
+  double sum = 0;
+  T above = -INFINITY, below = -INFINITY;
+  __device__ void add(T v) {
+    sum += double(v);
+    above = Larger{}(above, v);
+    below = Larger{}(below, -v);
   }
-  peak = block_reduce<kThreads>(peak, Larger{});
-  if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
-}
-
-// cond_norm(y) from the blocks' peaks. `y` may be `out`.
-template <typename S>
-__global__ __launch_bounds__(kThreads) void isd_finish_kernel(const Wide<S>* y, const Wide<S>* peaks, const int64_t* lengths, int num_samples,
-                                                              int num_blocks, S* out) {
-  using T = Wide<S>;
-  const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  T peak = 0;
-  for (int i = threadIdx.x; i < num_blocks; i += kThreads) peak = Larger{}(peak, peaks[b * num_blocks + i]);
-  peak = block_reduce<kThreads>(peak, Larger{});
-  // Nothing to divide, and every sample is where it belongs.
-  if (std::is_same_v<S, T> && !(peak > 1) && first + kBlock <= length) return;
-  const T divisor = peak > 1 ? peak : T(1);
-#pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + threadIdx.x;
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S(y[b * num_samples + n] / divisor) : S(T(0));
+  template <int kThreads>
+  __device__ void store(const PowersOut<T>& out, int64_t tile) {
+    sum = block_reduce<kThreads>(sum, Add{});
+    above = block_reduce<kThreads>(above, Larger{});
+    below = block_reduce<kThreads>(below, Larger{});
+    if (threadIdx.x > 0) return;
+    out.sums[tile] = sum;
+    out.above[tile] = above;
+    out.below[tile] = below;
   }
+};
+
+// The squares of the thread's samples of x and of `square`, that of the filtered noise, of a tile; x may be null (its squares are not asked for).
+template <typename T, int kThreads>
+__device__ void store_squares(const Wave& x, int64_t b, int first, int end, double square, const NoiseOut<T>& out, int64_t tile) {
+  double signal = 0;
+  if (x.data != nullptr) own_samples<T, kThreads>(x, b, end, first, end, [&](int, T v) { signal += double(v) * double(v); });
+  signal = block_reduce<kThreads>(signal, Add{});
+  square = block_reduce<kThreads>(square, Add{});
+  if (threadIdx.x > 0) return;
+  out.signal_squares[tile] = signal;
+  out.noise_squares[tile] = square;
 }
 
-Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
-           double g_sd) {
-  const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
-  // A given factor goes before the seeds, as in the reference.
-  check_same_device(factor ? *factor : *seeds, x, factor ? "`factor`" : "`seeds`");
-  std::optional<Tensor> keys;
-  if (!factor) keys = torch::stable::contiguous(*seeds);
-  dispatch_wide(x, [&](auto type) {
-    using T = decltype(type);
-    Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
-    device.launch(isd_kernel<T>, batch.size * batch.num_blocks, kThreads, wave_of(x), batch.lengths, keys ? keys->const_data_ptr<int64_t>() : nullptr,
-                  factor ? wave_of(*factor) : Wave{}, p, T(g_sd), batch.num_samples, batch.num_blocks, static_cast<T*>(batch.scratch.mutable_data_ptr()),
-                  static_cast<T*>(peaks.mutable_data_ptr()));
-    dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
-      using S = decltype(stored);
-      if constexpr (std::is_same_v<Wide<S>, T>)
-        device.launch(isd_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, static_cast<const T*>(batch.scratch.const_data_ptr()),
-                      static_cast<const T*>(peaks.const_data_ptr()), batch.lengths, batch.num_samples, batch.num_blocks,
-                      static_cast<S*>(batch.out.mutable_data_ptr()));
-    });
-  });
-  return batch.out;
-}
-
-// ------------------------------------------------------------------------------------------------------------------------------------ ssi
-
-// Call put(n, s[n]) for the samples start .. start + count - 1 (and up to three more at either end) of the noise of utterance b, 0 outside it: from
-// `noise` [B, T] or, where its data is null, drawn from the utterance's seed.
+// `own_samples` of the noise of utterance b (and of up to three more samples at either end): `noise` [B, T] or, where its data is null, drawn from
+// the utterance's seed.
 template <typename T, int kThreads, typename Put>
-__device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, int length, int start, int count, Put&& put) {
-  if (noise.data != nullptr) {
-    for (int n = start + int(threadIdx.x); n < start + count; n += kThreads) put(n, n >= 0 && n < length ? sample<T>(noise, b, n) : T(0));
-    return;
-  }
+__device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, int length, int start, int end, Put&& put) {
+  if (noise.data != nullptr) return own_samples<T, kThreads>(noise, b, length, start, end, put);
   // Philox gives four samples at a time; the shift rounds down, also below 0, where every sample is 0.
-  for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < start + count; quad += kThreads) {
+  for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < end; quad += kThreads) {
     float v[4] = {};
     if (quad >= 0) {
       const Words words = philox(uint64_t(seeds[b]), kStreamSsiNoise, uint64_t(quad));
@@ -417,61 +262,77 @@ __device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, 
   }
 }
 
-// One block per (utterance, tile): v [B, T] = FIR(noise), and the tile's sums of squares of x and v [B, tiles]. The noise is `noise` [B, T] or,
-// where its data is null, drawn from seeds [B] inside the tile and never stored. Equivalent to the first half of `reference.ssi`. The squares are
-// float64: those of samples below 1e-23 would vanish in float32.
+// One block per (utterance, tile): z = sum over i of FIR_i(x**i) by the first num_filters of filters [B, F, P].
+// Equivalent to `reference.lnl` before its mean and norm. Bounds for any number of branches leave room for what ptxas spills otherwise.
 template <typename T, int N>
-__global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave noise, const int64_t* seeds, const T* filters, const int64_t* lengths,
-                                                                  int num_samples, int num_taps, int num_tiles, T* colored, double* signal_squares,
-                                                                  double* noise_squares) {
+__global__ __launch_bounds__(Fir<T, N>::kThreads, N == 0 ? 4 : 8) void lnl_kernel(Wave x, const T* filters, int per_utterance, int num_filters, int num_taps, Rows rows,
+                                                                  int num_tiles, PowersOut<T> out) {
   using F = Fir<T, N>;
   __shared__ FirShared<T, N> shared;
   const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = length_of(lengths, b, num_samples);
+  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = rows.length(b);
   // Tiles beyond the utterance are never asked for.
   if (first >= length) return;
   T value[F::kOutputs];
-  fir<T, N>(filters + b * num_taps, 1, num_taps, first, shared, value, [&](int start, int count) {
-    white_noise<T, F::kThreads>(noise, seeds, b, length, start, count, [&](int n, T v) {
+  fir<T, N>(filters + b * per_utterance * num_taps, num_filters, num_taps, first, shared, value, [&](int start, int count) {
+    own_samples<T, F::kThreads>(x, b, length, start, start + count, [&](int n, T v) { shared.window[F::place(n - start)] = v; });
+  });
+  PowerSums<T> sums;
+#pragma unroll
+  for (int r = 0; r < F::kOutputs; ++r)
+    if (first + int(threadIdx.x) * F::kOutputs + r < length) sums.add(value[r]);
+  sums.template store<F::kThreads>(out, blockIdx.x);
+  store_tile<T, N>(value, shared, out.z + b * rows.num_samples, first, length);
+}
+
+// One block per (utterance, tile): v = FIR(noise) by the last of filters [B, F, P]; noise that is drawn is never stored.
+// Equivalent to the first half of `reference.ssi`.
+template <typename T, int N>
+__global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave noise, const int64_t* seeds, const T* filters, int per_utterance,
+                                                                  int num_taps, Rows rows, int num_tiles, NoiseOut<T> out) {
+  using F = Fir<T, N>;
+  __shared__ FirShared<T, N> shared;
+  const int64_t b = blockIdx.x / num_tiles;
+  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = rows.length(b);
+  if (first >= length) return;
+  T value[F::kOutputs];
+  fir<T, N>(filters + ((b + 1) * per_utterance - 1) * num_taps, 1, num_taps, first, shared, value, [&](int start, int count) {
+    white_noise<T, F::kThreads>(noise, seeds, b, length, start, start + count, [&](int n, T v) {
       if (n >= start && n < start + count) shared.window[F::place(n - start)] = v;
     });
   });
-  double signal = 0, square = 0;
-  for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) {
-    const double v = double(sample<T>(x, b, first + i));
-    signal += v * v;
-  }
+  double square = 0;
 #pragma unroll
   for (int r = 0; r < F::kOutputs; ++r)
     if (first + int(threadIdx.x) * F::kOutputs + r < length) square += double(value[r]) * double(value[r]);
-  signal = block_reduce<F::kThreads>(signal, Add{});
-  square = block_reduce<F::kThreads>(square, Add{});
-  if (threadIdx.x == 0) {
-    signal_squares[blockIdx.x] = signal;
-    noise_squares[blockIdx.x] = square;
-  }
-  store_tile<T, N>(value, shared, colored + b * num_samples, first, length);
+  store_squares<T, F::kThreads>(x, b, first, min(first + F::kTile, length), square, out, blockIdx.x);
+  store_tile<T, N>(value, shared, out.colored + b * rows.num_samples, first, length);
 }
 
-// `ssi_kernel` by overlap-save; spectra [B, 4096].
-__global__ __launch_bounds__(Fft::kThreads, 2) void ssi_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra, const int64_t* lengths,
-                                                                   int num_samples, int num_taps, int num_tiles, float* colored,
-                                                                   double* signal_squares, double* noise_squares) {
+// `lnl_kernel` and `ssi_kernel` by overlap-save, in one launch, so that the short blocks of the noise fill the gaps that the others leave at the
+// end: the first power_blocks blocks filter powers of x by num_filters filters, the rest the noise by the last of spectra [B, F, 4096].
+__global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra, int per_utterance,
+                                                                      int num_filters, int num_taps, Rows rows, int num_tiles, int power_blocks,
+                                                                      PowersOut<float> powers, Wave signal, NoiseOut<float> colored) {
   extern __shared__ float2 memory[];
   const Segments segments(num_taps);
-  const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * segments.tile(), length = length_of(lengths, b, num_samples);
+  const bool is_noise = int(blockIdx.x) >= power_blocks;
+  const int tile = int(blockIdx.x) - (is_noise ? power_blocks : 0);
+  const int64_t b = tile / num_tiles;
+  const int first = tile % num_tiles * segments.tile(), length = rows.length(b);
   // Tiles beyond the utterance are never asked for.
   if (first >= length) return;
   float2 value[Fft::kEach];
-  fft_filter(spectra + b * Fft::kPoints, 1, segments, first, memory, value, [&](int start, int count, auto put) {
-    white_noise<float, Fft::kThreads>(noise, seeds, b, length, start, count, put);
+  const float2* const own = spectra + (is_noise ? (b + 1) * per_utterance - 1 : b * per_utterance) * Fft::kPoints;
+  fft_filter(own, is_noise ? 1 : num_filters, segments, first, memory, value, [&](int start, int count, auto put) {
+    if (is_noise)
+      white_noise<float, Fft::kThreads>(noise, seeds, b, length, start, start + count, put);
+    else
+      own_samples<float, Fft::kThreads>(x, b, length, start, start + count, put);
   });
-  double signal = 0, square = 0;
-  for (int i = threadIdx.x; i < segments.tile() && first + i < length; i += Fft::kThreads) {
-    const double v = double(sample<float>(x, b, first + i));
-    signal += v * v;
-  }
+  float* const row = (is_noise ? colored.colored : powers.z) + b * rows.num_samples;
+  PowerSums<float> sums;
+  double square = 0;
 #pragma unroll
   for (int r = 0; r < Fft::kEach; ++r) {
     const int m = threadIdx.x + r * Fft::kThreads;
@@ -480,85 +341,290 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void ssi_fft_kernel(Wave x, Wave 
       const int n = segments.output(first, segment, m);
       if (m < num_taps - 1 || n >= length) continue;
       const float v = segment == 0 ? value[r].x : value[r].y;
-      colored[b * num_samples + n] = v;
+      row[n] = v;
+      sums.add(v);
       square += double(v) * double(v);
     }
   }
-  signal = block_reduce<Fft::kThreads>(signal, Add{});
-  square = block_reduce<Fft::kThreads>(square, Add{});
-  if (threadIdx.x == 0) {
-    signal_squares[blockIdx.x] = signal;
-    noise_squares[blockIdx.x] = square;
-  }
+  if (is_noise)
+    store_squares<float, Fft::kThreads>(signal, b, first, min(first + segments.tile(), length), square, colored, tile);
+  else
+    sums.store<Fft::kThreads>(powers, tile);
 }
 
-// x + v * |x| / |v| * 10**(-SNR/20) from the tiles' sums of squares; silence stays silence. `colored` may be `out`.
-template <typename S>
-__global__ __launch_bounds__(kThreads) void ssi_finish_kernel(Wave x, const Wide<S>* colored, const double* squares, const int64_t* lengths,
-                                                              const int64_t* seeds, const double* snr_db, double snr_min, double snr_max, int64_t size,
-                                                              int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
-  using T = Wide<S>;
-  const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const auto [signal, noise] = squares_of(squares, size, b, num_tiles, tile, length);
-  const T scale = noise > 0 ? T(sqrt(signal) / sqrt(noise) * noise_level(seeds, snr_db, b, snr_min, snr_max)) : T(0);
-#pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + threadIdx.x;
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S(sample<T>(x, b, n) + scale * colored[b * num_samples + n]) : S(T(0));
-  }
+Powers new_powers(const Tensor& x, const Batch& batch, int tile) {
+  const int tiles = divide_up(batch.num_samples, tile);
+  return {torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double), torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x)), tile,
+          tiles};
 }
 
-Colored color_noise(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Noise& noise, const Tensor& colored) {
-  const int num_taps = int(bank.size(1));
-  const bool by_fft = filter_by_fft(x, 1, num_taps);
-  std::optional<Colored> found;
-  dispatch_wide(x, [&](auto type) {
+template <typename T>
+PowersOut<T> out_of(Powers& powers, const Tensor& z) {
+  T* const above = static_cast<T*>(powers.extrema.mutable_data_ptr());
+  return {static_cast<T*>(z.mutable_data_ptr()), powers.sums.mutable_data_ptr<double>(), above, above + powers.extrema.numel() / 2};
+}
+
+Colored new_colored(const Tensor& x, const Batch& batch, int tile) {
+  const int tiles = divide_up(batch.num_samples, tile);
+  return {torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double), tile, tiles};
+}
+
+template <typename T>
+NoiseOut<T> out_of(Colored& colored, const Tensor& samples) {
+  double* const squares = colored.squares.mutable_data_ptr<double>();
+  return {static_cast<T*>(samples.mutable_data_ptr()), squares, squares + colored.squares.numel() / 2};
+}
+
+// Launch `filter_fft_kernel` for what is asked for: powers of x, the noise, or both.
+void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, int num_filters, Powers* powers, const Tensor* z,
+                const Noise* noise, Colored* colored, const Tensor* samples, bool signal) {
+  const int tile = Segments(bank.num_taps).tile(), tiles = divide_up(batch.num_samples, tile);
+  const int64_t blocks = batch.size * tiles;
+  // Of the filters, those that are used: all, or only LnL's or SSI's.
+  const int first = powers ? 0 : bank.per_utterance - 1, count = powers && !noise ? num_filters : bank.per_utterance - first;
+  const Tensor spectrum = spectra(device, bank, first, count);
+  device.launch_with_memory(kFftBytes, filter_fft_kernel, blocks * ((powers != nullptr) + (noise != nullptr)), Fft::kThreads, wave_of(x),
+                            noise ? noise->given : Wave{}, noise ? noise->seeds() : nullptr, static_cast<const float2*>(spectrum.const_data_ptr()), count,
+                            num_filters, bank.num_taps, batch.rows(), tiles, powers ? int(blocks) : 0,
+                            powers ? out_of<float>(*powers, *z) : PowersOut<float>{}, signal ? wave_of(x) : Wave{},
+                            noise ? out_of<float>(*colored, *samples) : NoiseOut<float>{});
+}
+
+Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, int num_filters, const Batch& batch, const Tensor& z) {
+  if (filter_by_fft(x, num_filters, bank.num_taps, 2)) {
+    Powers powers = new_powers(x, batch, Segments(bank.num_taps).tile());
+    filter_fft(device, x, bank, batch, num_filters, &powers, &z, nullptr, nullptr, nullptr, false);
+    return powers;
+  }
+  auto run = [&](auto type, auto branches) {
+    using T = decltype(type);
+    constexpr int N = decltype(branches)::value;
+    using F = Fir<T, N>;
+    Powers powers = new_powers(x, batch, F::kTile);
+    device.launch(lnl_kernel<T, N>, batch.size * powers.tiles, F::kThreads, wave_of(x), bank.data<T>(), bank.per_utterance, num_filters, bank.num_taps,
+                  batch.rows(), powers.tiles, out_of<T>(powers, z));
+    return powers;
+  };
+  if (x.scalar_type() == ScalarType::Double) return run(double{}, std::integral_constant<int, 0>{});
+  if (num_filters > 5) return run(float{}, std::integral_constant<int, 0>{});
+  return run(float{}, std::integral_constant<int, 5>{});
+}
+
+Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples, bool signal) {
+  if (filter_by_fft(x, 1, bank.num_taps, 2)) {
+    Colored colored = new_colored(x, batch, Segments(bank.num_taps).tile());
+    filter_fft(device, x, bank, batch, 0, nullptr, nullptr, &noise, &colored, &samples, signal);
+    return colored;
+  }
+  auto run = [&](auto type) {
     using T = decltype(type);
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
-    const int tile = by_fft ? Segments(num_taps).tile() : F::kTile, tiles = divide_up(batch.num_samples, tile);
-    Tensor squares = torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double);
-    double* signal_squares = squares.mutable_data_ptr<double>();
-    double* noise_squares = signal_squares + batch.size * tiles;
-    if (by_fft) {
-      const Tensor spectrum = spectra(device, bank, batch.size, num_taps);
-      device.launch_with_memory(kFftBytes, ssi_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x), noise.given, noise.seeds(),
-                                static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
-                                static_cast<float*>(colored.mutable_data_ptr()), signal_squares, noise_squares);
-    } else {
-      device.launch(ssi_kernel<T, N>, batch.size * tiles, F::kThreads, wave_of(x), noise.given, noise.seeds(),
-                    static_cast<const T*>(bank.const_data_ptr()), batch.lengths, batch.num_samples, num_taps, tiles,
-                    static_cast<T*>(colored.mutable_data_ptr()), signal_squares, noise_squares);
+    Colored colored = new_colored(x, batch, F::kTile);
+    device.launch(ssi_kernel<T, N>, batch.size * colored.tiles, F::kThreads, signal ? wave_of(x) : Wave{}, noise.given, noise.seeds(), bank.data<T>(), bank.per_utterance,
+                  bank.num_taps, batch.rows(), colored.tiles, out_of<T>(colored, samples));
+    return colored;
+  };
+  return x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+// --------------------------------------------------------------------------------------------------------------------------- the impulses
+
+// One thread per rank, kBlock / kThreads of them in turn: marks [B, words] gets a bit at the position of each rank that is chosen.
+__global__ __launch_bounds__(kThreads) void isd_mark_kernel(const int64_t* seeds, Rows rows, double p, int blocks_per_row, int64_t words,
+                                                            uint32_t* marks) {
+  const int64_t b = blockIdx.x / blocks_per_row;
+  const int length = rows.length(b);
+  const uint64_t seed = uint64_t(seeds[b]);
+  const uint32_t wanted = uint32_t(floor(double(length) * (uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p) / 100)));
+  const uint32_t first = blockIdx.x % blocks_per_row * kBlock;
+  if (first >= wanted) return;
+  const Bijection pi = make_bijection(seed, uint32_t(length));
+  for (uint32_t rank = first + threadIdx.x; rank < min(first + kBlock, wanted); rank += kThreads) {
+    const uint32_t n = unpermute(pi, rank);
+    atomicOr(marks + b * words + n / 32, 1u << n % 32);
+  }
+}
+
+Marked::Marked(const OnDevice& device, const Tensor& x, const Batch& batch, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor,
+               double p) {
+  // A given factor goes before the seeds, as in the reference.
+  check_same_device(factor ? *factor : *seeds, x, factor ? "`factor`" : "`seeds`");
+  if (factor) {
+    given_ = wave_of(*factor);
+    return;
+  }
+  keys_ = torch::stable::contiguous(*seeds);
+  const int64_t words = divide_up(batch.num_samples, 32), most = int64_t(batch.num_samples * (p / 100));
+  marks_ = torch::stable::new_zeros(x, {batch.size, words}, ScalarType::Int);
+  const int blocks = int(divide_up<int64_t>(most, kBlock));
+  device.launch(isd_mark_kernel, batch.size * blocks, kThreads, keys_->const_data_ptr<int64_t>(), batch.rows(), p, blocks, words,
+                static_cast<uint32_t*>(marks_->mutable_data_ptr()));
+}
+
+// One block per (utterance, block of samples): y = v * (1 + g_sd * f) + addend, where v is `source` or, where `powers` is there, (source - mean) /
+// peak; the block's peak and, where asked for, sum of squares [B, blocks]. `source` and `addend` may be y.
+template <typename S>
+__global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<Wide<S>> powers, Impulses impulses, Wide<S> g_sd, Wave addend, Rows rows,
+                                                       int num_blocks, S* y, Wide<S>* peaks, double* squares) {
+  using T = Wide<S>;
+  __shared__ Factors factors;
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  // The samples are on their way while the factors are drawn and the utterance's level is found.
+  T v[kEach], f[kEach];
+  block_samples(source, b, length, first, v);
+  block_factors(impulses, b, length, first, factors, f);
+  Level<T> level{0, 1};
+  if (powers.sums != nullptr) level = level_of(powers, b, length);
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) / level.divisor() * (1 + g_sd * f[r]);
+  if (addend.data != nullptr) {
+    block_samples(addend, b, length, first, f);
+#pragma unroll
+    for (int r = 0; r < kEach; ++r) v[r] += f[r];
+  }
+  T peak = 0;
+  double square = 0;
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    if (first + int(threadIdx.x) + r * kThreads >= length) continue;
+    peak = Larger{}(peak, T(fabs(v[r])));
+    square += double(v[r]) * double(v[r]);
+  }
+  store_block(y, b, rows.num_samples, length, first, v);
+  peak = block_reduce<kThreads>(peak, Larger{});
+  if (squares != nullptr) square = block_reduce<kThreads>(square, Add{});
+  if (threadIdx.x > 0) return;
+  peaks[blockIdx.x] = peak;
+  if (squares != nullptr) squares[blockIdx.x] = square;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------- finish
+
+// What is left: of `source` minus the mean and by the norm of `powers`, by the norm of `peaks`, plus the noise `colored` [B, T] at its level, where
+// each of these is there; 0 beyond the utterance. `source` and `colored` may be `out`. Silence stays silence.
+template <typename S>
+__global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, PowerTiles<Wide<S>> powers, Tiles<const Wide<S>> peaks, const Wide<S>* colored,
+                                                          Tiles<const double> signal, Tiles<const double> noise, NoiseLevel noise_level, Rows rows,
+                                                          int num_blocks, S* out) {
+  using T = Wide<S>;
+  const int64_t b = blockIdx.x / num_blocks;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  Level<T> level{0, 1};
+  if (powers.sums != nullptr) level = level_of(powers, b, length);
+  if (peaks.of != nullptr) level.peak = largest_of(peaks, b, length);
+  const T divisor = level.divisor();
+  // Nothing to do, and every sample is where it belongs.
+  if (source.data == out && level.mean == 0 && divisor == 1 && colored == nullptr && first + kBlock <= length) return;
+  T scale = 0;
+  if (colored != nullptr) {
+    const double square = sum_of(noise, b, length), own = sum_of(signal, b, length);
+    if (square > 0) scale = T(sqrt(own) / double(divisor) / sqrt(square) * noise_level(b));
+  }
+  T v[kEach], white[kEach] = {};
+  block_samples(source, b, length, first, v);
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
+    if (colored != nullptr && n < length) white[r] = colored[b * rows.num_samples + n];
+  }
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) / divisor + scale * white[r];
+  store_block(out, b, rows.num_samples, length, first, v);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------- the chain
+
+Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
+                double g_sd, double snr_min, double snr_max) {
+  const Steps steps = steps_of(algo);
+  const OnDevice device(x);
+  const Batch batch(x, lengths);
+  if (x.numel() == 0) return batch.out;
+  std::optional<Bank> bank;
+  std::optional<Marked> marked;
+  std::optional<Noise> drawn;
+  if (steps.lnl || steps.ssi) bank.emplace(*filters, x);
+  if (steps.isd) marked.emplace(device, x, batch, seeds, factor, p);
+  if (steps.ssi) drawn.emplace(x, seeds, noise, snr_db, snr_min, snr_max);
+
+  dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
+    using S = decltype(stored);
+    using T = Wide<S>;
+    S* const out = static_cast<S*>(batch.out.mutable_data_ptr());
+    const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
+    const Tensor squares = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
+    const Tiles<const T> of_peaks{static_cast<const T*>(peaks.const_data_ptr()), kBlock, batch.num_blocks};
+    const auto pass = [&](Wave source, const PowerTiles<T>& powers, const Impulses& impulses, Wave addend) {
+      device.launch(isd_kernel<S>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks, out,
+                    static_cast<T*>(peaks.mutable_data_ptr()), steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
+    };
+    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, const T* colored, Tiles<const double> signal,
+                            Tiles<const double> of_noise) {
+      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<const T>{}, colored, signal, of_noise,
+                    NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
+    };
+
+    Impulses impulses = marked ? marked->impulses() : Impulses{};
+    Wave source = wave_of(x), addend{};
+    if (steps.parallel) {
+      pass(source, {}, impulses, {});
+      finish(wave_of(batch.out), {}, true, nullptr, {}, {});
+      addend = wave_of(batch.out), impulses = {};
     }
-    found.emplace(Colored{squares, tile, tiles});
+    // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
+    const bool passes = steps.isd || (steps.lnl && steps.ssi);
+    const auto buffer = [&](bool beside) {
+      return beside && is_wide(x) ? torch::stable::new_empty(x, {batch.size, batch.num_samples}) : batch.scratch;
+    };
+    const Tensor z = buffer(steps.parallel), samples = buffer(passes && steps.ssi);
+    PowerTiles<T> level{};
+    std::optional<Powers> powers;
+    std::optional<Colored> colored;
+    // Together where the memory allows, since the noise's samples are there beside z then.
+    if (steps.lnl && steps.ssi && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
+      const int tile = Segments(bank->num_taps).tile();
+      powers = new_powers(x, batch, tile), colored = new_colored(x, batch, tile);
+      filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &z, &*drawn, &*colored, &samples, false);
+    } else if (steps.lnl) {
+      powers = filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, z);
+    }
+    if (powers) source = wave_of(z), level = powers->parts<T>();
+    if (passes) {
+      pass(source, level, impulses, addend);
+      source = wave_of(batch.out), level = {};
+    }
+    if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, samples, !passes);
+    if (!colored) return finish(source, level, passes, nullptr, {}, {});
+    const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
+    finish(source, level, passes, static_cast<const T*>(samples.const_data_ptr()), signal, colored->noise());
   });
-  return *found;
+  return batch.out;
+}
+
+Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  return rawboost(x, filters, lengths, {}, {}, {}, {}, 1, 0, 0, 0, 0);
+}
+
+Tensor isd(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p,
+           double g_sd) {
+  return rawboost(x, {}, lengths, seeds, factor, {}, {}, 2, p, g_sd, 0, 0);
 }
 
 Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
            const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
-  const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
-  check_same_device(filters, x, "`filters`");
-  const Noise drawn(x, seeds, noise, snr_db);
-  const Colored colored = color_noise(device, x, contiguous_as(filters, wide_dtype(x)), batch, drawn, batch.scratch);
-  dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
-    using S = decltype(stored);
-    device.launch(ssi_finish_kernel<S>, batch.size * batch.num_blocks, kThreads, wave_of(x), static_cast<const Wide<S>*>(batch.scratch.const_data_ptr()),
-                  colored.squares.const_data_ptr<double>(), batch.lengths, drawn.seeds(), drawn.snr_db(), snr_min, snr_max, batch.size,
-                  batch.num_samples, colored.tiles, colored.tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
-  });
-  return batch.out;
+  return rawboost(x, filters, lengths, seeds, {}, noise, snr_db, 3, 0, 0, snr_min, snr_max);
 }
 
 }  // namespace gradalign::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gradalign_native, CUDA, m) {
-  m.impl("notch_draws", TORCH_BOX(&gradalign::cuda::notch_draws));
   m.impl("notch_bank", TORCH_BOX(&gradalign::cuda::notch_bank));
+  m.impl("notch_filters", TORCH_BOX(&gradalign::cuda::notch_filters));
   m.impl("lnl", TORCH_BOX(&gradalign::cuda::lnl));
   m.impl("isd", TORCH_BOX(&gradalign::cuda::isd));
   m.impl("ssi", TORCH_BOX(&gradalign::cuda::ssi));
+  m.impl("rawboost", TORCH_BOX(&gradalign::cuda::rawboost));
 }

@@ -19,22 +19,49 @@ struct Wave {
 
 inline Wave wave_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.scalar_type()}; }
 
-// Sample n of row b. The dtype is the same for a whole launch, so the branch costs less than a kernel per dtype costs to build.
-template <typename T>
-__device__ T sample(const Wave& wave, int64_t b, int n) {
-  const int64_t at = b * wave.row_stride + n * wave.stride;
+// Call body(S{}) with S the type a waveform is stored in. The dtype is the same for a whole launch, so the branch costs less than a kernel per
+// dtype costs to build.
+template <typename Body>
+__device__ void with_stored(const Wave& wave, Body&& body) {
   switch (wave.dtype) {
-    case ScalarType::Double: return T(static_cast<const double*>(wave.data)[at]);
-    case ScalarType::Half: return T(float(static_cast<const Half*>(wave.data)[at]));
-    case ScalarType::BFloat16: return T(float(static_cast<const BFloat16*>(wave.data)[at]));
-    default: return T(static_cast<const float*>(wave.data)[at]);
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Half: return body(Half{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: return body(float{});
   }
 }
 
-// An utterance's own length.
-__device__ __forceinline__ int length_of(const int64_t* lengths, int64_t b, int num_samples) {
-  return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples)));
+// Call put(n, s[n]) for every kThreads-th sample from start + thread on, below `end`, of row b: 0 outside [0, length). Several loads are on their
+// way at a time, and none waits behind the branch on the dtype.
+template <typename T, int kThreads, typename Put>
+__device__ void own_samples(const Wave& wave, int64_t b, int length, int start, int end, Put&& put) {
+  constexpr int kInFlight = sizeof(T) == 4 ? 8 : 4;
+  with_stored(wave, [&](auto stored) {
+    using S = decltype(stored);
+    const S* const row = static_cast<const S*>(wave.data) + b * wave.row_stride;
+    for (int from = start + int(threadIdx.x); from < end; from += kInFlight * kThreads) {
+      T v[kInFlight];
+#pragma unroll
+      for (int r = 0; r < kInFlight; ++r) {
+        const int n = from + r * kThreads;
+        v[r] = n >= 0 && n < length && n < end ? T(Wide<S>(row[n * wave.stride])) : T(0);
+      }
+#pragma unroll
+      for (int r = 0; r < kInFlight; ++r)
+        if (from + r * kThreads < end) put(from + r * kThreads, v[r]);
+    }
+  });
 }
+
+// The utterances of a batch [B, T].
+struct Rows {
+  // Their own lengths [B]; null where all have T.
+  const int64_t* lengths;
+  int num_samples;
+  __device__ int length(int64_t b) const {
+    return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples)));
+  }
+};
 
 // How a block of 128 threads filters: each thread keeps kOutputs neighbouring outputs in registers and slides a window of the signal past them.
 // N is the number of branches: at 5 and 1 (float32) the taps lie in shared memory, at 0 any number of branches reads them through the cache.
@@ -186,11 +213,6 @@ struct Segments {
 // Bytes of shared memory: a block's samples and the transform's exchange.
 constexpr int kFftBytes = int(sizeof(float2)) * (Fft::kPoints + Fft::kShared);
 
-// True when the spectra of num_filters filters take at most two of the utterance's own sizes.
-inline bool filter_by_fft(const Tensor& x, int64_t num_filters, int64_t num_taps) {
-  return x.scalar_type() == ScalarType::Float && num_taps <= Fft::kPoints / 4 && x.size(1) >= num_filters * Fft::kPoints;
-}
-
 // Put the two segments of a block's signal into shared memory, where point m lies at the returned address + m.
 // fill(start, count, put) calls put(n, s[n]) for the samples start .. start + count - 1 of the signal, 0 outside the utterance.
 template <typename Fill>
@@ -237,9 +259,35 @@ __device__ void fft_filter(const float2* spectra, int num_filters, const Segment
   fft.inverse(z, memory);
 }
 
-// Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples.
+// Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples: a thread's samples of the block that
+// begins at `first` are first + threadIdx.x + r * kThreads.
 constexpr int kThreads = 256;
 constexpr int kBlock = 2048;
+constexpr int kEach = kBlock / kThreads;
+
+// A thread's samples of a block of row b, 0 from `length` on.
+template <typename T>
+__device__ void block_samples(const Wave& wave, int64_t b, int length, int first, T (&v)[kEach]) {
+  with_stored(wave, [&](auto stored) {
+    using S = decltype(stored);
+    const S* const row = static_cast<const S*>(wave.data) + b * wave.row_stride;
+#pragma unroll
+    for (int r = 0; r < kEach; ++r) {
+      const int n = first + int(threadIdx.x) + r * kThreads;
+      v[r] = n < length ? T(Wide<S>(row[n * wave.stride])) : T(0);
+    }
+  });
+}
+
+// Store a thread's samples of a block to `out` [B, T], 0 from `length` on.
+template <typename S>
+__device__ void store_block(S* out, int64_t b, int num_samples, int length, int first, const Wide<S> (&v)[kEach]) {
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
+    if (n < num_samples) out[b * num_samples + n] = n < length ? S(v[r]) : S(Wide<S>(0));
+  }
+}
 
 inline bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float; }
 
@@ -255,91 +303,117 @@ void dispatch_wide(const Tensor& x, Body&& body) {
 // What the ops on [B, T] share: the result like x, unfinished samples in the dtype of computation (in the result itself where that is its
 // dtype), and the lengths.
 struct Batch {
-  explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths_)
+  explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths)
       : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})),
         scratch(is_wide(x) || x.numel() == 0 ? out : torch::stable::new_empty(x, {size, num_samples}, ScalarType::Float)) {
     STD_TORCH_CHECK(x.size(1) < INT_MAX - (1 << 16), "an utterance may have fewer than 2^31 - 2^16 samples; found ", x.size(1));
-    if (!lengths_) return;
-    check_same_device(*lengths_, x, "`lengths`");
-    own = torch::stable::contiguous(*lengths_);
-    lengths = own->const_data_ptr<int64_t>();
+    if (!lengths) return;
+    check_same_device(*lengths, x, "`lengths`");
+    own = torch::stable::contiguous(*lengths);
   }
+  Rows rows() const { return {own ? own->const_data_ptr<int64_t>() : nullptr, num_samples}; }
+  int64_t blocks() const { return size * num_blocks; }
+
   int64_t size;
   int num_samples, num_blocks;
   Tensor out, scratch;
   std::optional<Tensor> own;
-  const int64_t* lengths = nullptr;
+};
+
+// Filters [B, F, P], or [B, P] of one filter each, in the dtype that x is computed in.
+struct Bank {
+  Bank(const Tensor& filters, const Tensor& x)
+      : taps(contiguous_as(filters, wide_dtype(x))), per_utterance(filters.dim() == 3 ? int(filters.size(1)) : 1),
+        num_taps(int(filters.size(filters.dim() - 1))) {
+    check_same_device(filters, x, "`filters`");
+  }
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(taps.const_data_ptr());
+  }
+  Tensor taps;
+  int per_utterance, num_taps;
 };
 
 // --------------------------------------------------------------------------------------------------------------- what the forward computes
 
-// Spectra [rows, 4096, 2] of filters [rows, P] in the order of Fft, divided by the number of points.
-Tensor spectra(const OnDevice& device, const Tensor& filters, int64_t rows, int num_taps);
-
-// What tiles of so many samples know about z [B, T]: sums [B, tiles], extrema [2, B, tiles] (the largest, the smallest).
-struct Powers {
-  Tensor sums, extrema;
-  int tile, tiles;
+// Numbers that tiles of so many samples know about their utterance: of [B, tiles].
+template <typename T>
+struct Tiles {
+  T* of;
+  int tile, count;
 };
 
-// z [B, T] = sum over i of FIR_i(x**i), in the dtype of computation; bank [B, N_f, P] in it too.
-Powers filter_powers(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Tensor& z);
+// The sum over an utterance's tiles; every thread of the block gets it.
+inline __device__ double sum_of(const Tiles<const double>& tiles, int64_t b, int length) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) sum += tiles.of[b * tiles.count + i];
+  return block_reduce<kThreads>(sum, Add{});
+}
+
+template <typename T>
+__device__ T largest_of(const Tiles<const T>& tiles, int64_t b, int length) {
+  T largest = -INFINITY;
+  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) largest = Larger{}(largest, tiles.of[b * tiles.count + i]);
+  return block_reduce<kThreads>(largest, Larger{});
+}
+
+// What the tiles of z, the sum of filtered powers, know [B, tiles]: their sums, the largest z and the largest -z.
+template <typename T>
+struct PowerTiles {
+  const double* sums;
+  const T *above, *below;
+  int tile, count;
+};
 
 // The mean of an utterance's z, and the largest magnitude of z - mean.
 template <typename T>
 struct Level {
   T mean, peak;
+  __device__ T divisor() const { return peak > 1 ? peak : T(1); }
 };
 
 template <typename T>
-__device__ Level<T> level_of(const double* sums, const T* extrema, int64_t size, int64_t b, int num_tiles, int tile, int length) {
+__device__ Level<T> level_of(const PowerTiles<T>& tiles, int64_t b, int length) {
   double sum = 0;
   T high = -INFINITY, low = -INFINITY;
-  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
-    sum += sums[b * num_tiles + i];
-    high = Larger{}(high, extrema[b * num_tiles + i]);
-    low = Larger{}(low, -extrema[(size + b) * num_tiles + i]);
+  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) {
+    sum += tiles.sums[b * tiles.count + i];
+    high = Larger{}(high, tiles.above[b * tiles.count + i]);
+    low = Larger{}(low, tiles.below[b * tiles.count + i]);
   }
   const T mean = T(block_reduce<kThreads>(sum, Add{}) / max(length, 1));
   return {mean, Larger{}(block_reduce<kThreads>(high, Larger{}) - mean, block_reduce<kThreads>(low, Larger{}) + mean)};
 }
 
-// The impulses of a block of samples: f [kBlock], drawn from the utterance's seed.
-struct Impulses {
-  Bijection pi;
-  uint32_t wanted;
-  int num_chosen;
-  uint16_t chosen[kBlock];
-  float f[kBlock];
+struct Powers {
+  // [B, tiles] and [2, B, tiles].
+  Tensor sums, extrema;
+  int tile, tiles;
+
+  template <typename T>
+  PowerTiles<T> parts() const {
+    const T* above = static_cast<const T*>(extrema.const_data_ptr());
+    return {sums.const_data_ptr<double>(), above, above + extrema.numel() / 2, tile, tiles};
+  }
 };
 
-inline __device__ void draw_impulses(Impulses& shared, uint64_t seed, double p, int first, int length) {
-  const int own = min(kBlock, length - first);
-  if (threadIdx.x == 0) {
-    shared.pi = make_bijection(seed, uint32_t(length));
-    shared.wanted = uint32_t(floor(double(length) * (uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p) / 100)));
-    shared.num_chosen = 0;
-  }
-  __syncthreads();
-  const Bijection pi = shared.pi;
-  const uint32_t wanted = shared.wanted;
-  for (int i = threadIdx.x; i < own; i += kThreads) {
-    shared.f[i] = 0;
-    // The order of the list varies from run to run, what is computed for each of its entries does not.
-    if (permute(pi, uint32_t(first + i)) < wanted) shared.chosen[atomicAdd(&shared.num_chosen, 1)] = uint16_t(i);
-  }
-  __syncthreads();
-  // A few samples in a hundred are chosen: gathered first, so that no warp draws for one lane alone.
-  for (int i = threadIdx.x; i < shared.num_chosen; i += kThreads) {
-    const Words words = philox(seed, kStreamIsdFactor, uint64_t(first + shared.chosen[i]));
-    shared.f[shared.chosen[i]] = impulse_factor(words.w[0], words.w[1]);
-  }
-  __syncthreads();
+// Spectra [B, count, 4096, 2] of each utterance's filters from `first` on, in the order of Fft, divided by the number of points.
+Tensor spectra(const OnDevice& device, const Bank& bank, int first, int count);
+
+// Whether num_filters filters, whose spectra take so much memory, filter x by overlap-save: they may take at most `batches` times x's own size.
+inline bool filter_by_fft(const Tensor& x, int num_filters, int num_taps, int batches) {
+  return x.scalar_type() == ScalarType::Float && num_taps <= Fft::kPoints / 4 && x.size(1) * batches >= 2 * int64_t(num_filters) * Fft::kPoints;
 }
 
-// Where an op's random numbers come from: the seeds or, before them, what is given.
+// z [B, T] = sum over i of FIR_i(x**i) by the bank's first num_filters filters, in the dtype of computation.
+Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, int num_filters, const Batch& batch, const Tensor& z);
+
+// Where SSI's random numbers come from: the seeds or, before them, what is given.
 struct Noise {
-  Noise(const Tensor& x, const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db) {
+  Noise(const Tensor& x, const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
+        double snr_max)
+      : snr_min(snr_min), snr_max(snr_max) {
     check_same_device(noise ? *noise : *seeds, x, noise ? "`noise`" : "`seeds`");
     if (noise) {
       check_same_device(*snr_db, x, "`snr_db`");
@@ -350,37 +424,98 @@ struct Noise {
     }
   }
   const int64_t* seeds() const { return keys ? keys->const_data_ptr<int64_t>() : nullptr; }
-  const double* snr_db() const { return levels ? levels->const_data_ptr<double>() : nullptr; }
+
   std::optional<Tensor> keys, levels;
   Wave given{};
+  double snr_min, snr_max;
+};
+
+// 10**(-SNR/20), the signal-to-noise ratio given [B] or drawn from the seeds [B].
+struct NoiseLevel {
+  explicit NoiseLevel(const std::optional<Noise>& noise) {
+    if (!noise) return;
+    seeds = noise->seeds(), snr_db = noise->levels ? noise->levels->const_data_ptr<double>() : nullptr;
+    snr_min = noise->snr_min, snr_max = noise->snr_max;
+  }
+  __device__ double operator()(int64_t b) const {
+    return exp10(-(snr_db != nullptr ? snr_db[b] : uniform(philox(uint64_t(seeds[b]), kStreamSsiSnr, 0).w[0], snr_min, snr_max)) / 20);
+  }
+  const int64_t* seeds = nullptr;
+  const double* snr_db = nullptr;
+  double snr_min = 0, snr_max = 0;
 };
 
 // The sums of squares of x and of the filtered noise in tiles of so many samples: squares [2, B, tiles].
 struct Colored {
   Tensor squares;
   int tile, tiles;
+
+  Tiles<const double> signal() const { return {squares.const_data_ptr<double>(), tile, tiles}; }
+  Tiles<const double> noise() const { return {squares.const_data_ptr<double>() + squares.numel() / 2, tile, tiles}; }
 };
 
-// colored [B, T] = FIR(noise), in the dtype of computation; bank [B, P] in it too.
-Colored color_noise(const OnDevice& device, const Tensor& x, const Tensor& bank, const Batch& batch, const Noise& noise, const Tensor& colored);
+// samples [B, T] = FIR(noise) by the bank's last filter, in the dtype of computation; x's squares are found where `signal` says so.
+Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples, bool signal);
 
-// |x|**2 and |v|**2 of an utterance, from its tiles.
-struct Squares {
-  double signal, noise;
+// ------------------------------------------------------------------------------------------------------------------------------ impulses
+
+// Where ISD's factor f comes from: given [B, T] or, where its data is null, drawn from seeds [B] at the positions that are marked, one bit per
+// sample in rows of `words`; 0 where there are neither.
+struct Impulses {
+  Wave factor;
+  const int64_t* seeds;
+  const uint32_t* marks;
+  int64_t words;
 };
 
-inline __device__ Squares squares_of(const double* squares, int64_t size, int64_t b, int num_tiles, int tile, int length) {
-  double signal = 0, noise = 0;
-  for (int i = threadIdx.x; i < divide_up(length, tile); i += kThreads) {
-    signal += squares[b * num_tiles + i];
-    noise += squares[(size + b) * num_tiles + i];
+// Marks the positions that are drawn, so that the bijection is walked for the few that are chosen only, by their rank.
+class Marked {
+ public:
+  Marked(const OnDevice& device, const Tensor& x, const Batch& batch, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p);
+  Impulses impulses() const {
+    if (!marks_) return {given_, nullptr, nullptr, 0};
+    return {Wave{}, keys_->const_data_ptr<int64_t>(), static_cast<const uint32_t*>(marks_->const_data_ptr()), marks_->size(1)};
   }
-  return {block_reduce<kThreads>(signal, Add{}), block_reduce<kThreads>(noise, Add{})};
+
+ private:
+  Wave given_{};
+  std::optional<Tensor> keys_, marks_;
+};
+
+// The factors of a block of samples, in shared memory.
+struct Factors {
+  int num_chosen;
+  uint16_t chosen[kBlock];
+  float f[kBlock];
+};
+
+// Draw the factors of the samples first .. first + count - 1 of utterance b.
+inline __device__ void draw_factors(const Impulses& impulses, int64_t b, int first, int count, Factors& shared) {
+  if (threadIdx.x == 0) shared.num_chosen = 0;
+  for (int i = threadIdx.x; i < kBlock; i += kThreads) shared.f[i] = 0;
+  __syncthreads();
+  const uint32_t* const marks = impulses.marks + b * impulses.words;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const uint32_t n = uint32_t(first + i);
+    // The order of the list varies from run to run, what is computed for each of its entries does not.
+    if (marks[n / 32] >> (n % 32) & 1) shared.chosen[atomicAdd(&shared.num_chosen, 1)] = uint16_t(i);
+  }
+  __syncthreads();
+  // A few samples in a hundred are chosen: gathered first, so that no warp draws for one lane alone.
+  for (int i = threadIdx.x; i < shared.num_chosen; i += kThreads) {
+    const Words words = philox(uint64_t(impulses.seeds[b]), kStreamIsdFactor, uint64_t(first + shared.chosen[i]));
+    shared.f[shared.chosen[i]] = impulse_factor(words.w[0], words.w[1]);
+  }
+  __syncthreads();
 }
 
-// 10**(-SNR/20), the signal-to-noise ratio given or drawn from the seed.
-inline __device__ double noise_level(const int64_t* seeds, const double* snr_db, int64_t b, double snr_min, double snr_max) {
-  return exp10(-(snr_db != nullptr ? snr_db[b] : uniform(philox(uint64_t(seeds[b]), kStreamSsiSnr, 0).w[0], snr_min, snr_max)) / 20);
+// A thread's factors f of a block of samples.
+template <typename T>
+__device__ void block_factors(const Impulses& impulses, int64_t b, int length, int first, Factors& shared, T (&f)[kEach]) {
+  if (impulses.marks != nullptr) draw_factors(impulses, b, first, min(kBlock, length - first), shared);
+  if (impulses.factor.data != nullptr) return block_samples(impulses.factor, b, length, first, f);
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) f[r] = impulses.marks != nullptr ? T(shared.f[threadIdx.x + r * kThreads]) : T(0);
 }
 
 }  // namespace gradalign::cuda

@@ -40,22 +40,22 @@ struct NormBackward {
 
 // One block per (utterance, block of samples), v = z - mean(z): the sums of grad * v and of grad, and the peak's place [B, blocks].
 template <typename T>
-__global__ __launch_bounds__(kThreads) void lnl_backward_sums_kernel(const T* z, Wave grad, const double* sums, const T* extrema, const int64_t* lengths,
-                                                                     int64_t size, int num_samples, int num_tiles, int tile, int num_blocks,
+__global__ __launch_bounds__(kThreads) void lnl_backward_sums_kernel(const T* z, Wave grad, PowerTiles<T> powers, Rows rows, int num_blocks,
                                                                      double* dots, double* grad_sums, int64_t* places) {
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const auto [mean, peak] = level_of<T>(sums, extrema, size, b, num_tiles, tile, length);
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  double slope[kEach];
+  block_samples(grad, b, length, first, slope);
+  const auto [mean, peak] = level_of(powers, b, length);
   double dot = 0, sum = 0;
   int64_t place = kNowhere;
 #pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + int(threadIdx.x);
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
     if (n >= length) continue;
-    const T value = z[b * num_samples + n] - mean;
-    const double slope = sample<double>(grad, b, n);
-    dot += slope * double(value);
-    sum += slope;
+    const T value = z[b * rows.num_samples + n] - mean;
+    dot += slope[r] * double(value);
+    sum += slope[r];
     place = Smaller{}(place, place_of(value, peak, n));
   }
   dot = block_reduce<kThreads>(dot, Add{});
@@ -70,12 +70,11 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_sums_kernel(const T* z,
 
 // The gradient in z, in the place of z; 0 beyond the utterance.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void lnl_backward_center_kernel(Wave grad, const double* sums, const T* extrema, const int64_t* lengths,
-                                                                       const double* dots, const double* grad_sums, const int64_t* places, int64_t size,
-                                                                       int num_samples, int num_tiles, int tile, int num_blocks, T* z) {
+__global__ __launch_bounds__(kThreads) void lnl_backward_center_kernel(Wave grad, PowerTiles<T> powers, Rows rows, int num_blocks, const double* dots,
+                                                                       const double* grad_sums, const int64_t* places, T* z) {
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const T peak = level_of<T>(sums, extrema, size, b, num_tiles, tile, length).peak;
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  const T peak = level_of(powers, b, length).peak;
   Slopes slopes{0, kNowhere};
   double total = 0;
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
@@ -88,11 +87,11 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_center_kernel(Wave grad
   slopes.place = block_reduce<kThreads>(slopes.place, Smaller{});
   const NormBackward<T> through(slopes, peak);
   const T mean = T((total / double(through.divisor) - through.correction) / max(length, 1));
+  T v[kEach];
+  block_samples(grad, b, length, first, v);
 #pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + int(threadIdx.x);
-    if (n < num_samples) z[b * num_samples + n] = n < length ? through(sample<T>(grad, b, n), n) - mean : T(0);
-  }
+  for (int r = 0; r < kEach; ++r) v[r] = through(v[r], first + int(threadIdx.x) + r * kThreads) - mean;
+  store_block(z, b, rows.num_samples, length, first, v);
 }
 
 // mirrored [rows, P] = filters [rows, P] from their last tap to their first.
@@ -105,16 +104,25 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_mirror_kernel(const T* 
 // How much earlier than its output the mirrored filter's window lies: the adjoint of an advance is a delay.
 __host__ __device__ inline int adjoint_shift(int num_taps) { return 2 * ((num_taps + 1) / 2) - (num_taps - 1); }
 
+template <typename T>
+__device__ T sample(const Wave& wave, int64_t b, int n) {
+  T value;
+  with_stored(wave, [&](auto stored) {
+    using S = decltype(stored);
+    value = T(Wide<S>(static_cast<const S*>(wave.data)[b * wave.row_stride + n * wave.stride]));
+  });
+  return value;
+}
+
 // One block per (utterance, tile): out = sum over i of (i + 1) * x**i * adjoint FIR_i(centered); mirrored [B, N_f, P].
 template <typename S, int N>
 __global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel(Wave x, const Wide<S>* centered, const Wide<S>* mirrored,
-                                                                                const int64_t* lengths, int num_samples, int num_filters, int num_taps,
-                                                                                int num_tiles, S* out) {
+                                                                                Rows rows, int num_filters, int num_taps, int num_tiles, S* out) {
   using T = Wide<S>;
   using F = Fir<T, N>;
   __shared__ FirShared<T, N> shared;
   const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * F::kTile, length = length_of(lengths, b, num_samples);
+  const int first = int(blockIdx.x % num_tiles) * F::kTile, num_samples = rows.num_samples, length = rows.length(b);
   T total[F::kOutputs], power[F::kOutputs];
 #pragma unroll
   for (int r = 0; r < F::kOutputs; ++r) total[r] = 0, power[r] = 1;
@@ -145,12 +153,12 @@ __global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel
 }
 
 // `lnl_backward_kernel` by overlap-save; spectra [B, N_f, 4096] of the mirrored filters. The gradient is transformed once, and each branch back.
-__global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave x, const float* centered, const float2* spectra, const int64_t* lengths,
-                                                                            int num_samples, int num_filters, int num_taps, int num_tiles, float* out) {
+__global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave x, const float* centered, const float2* spectra, Rows rows,
+                                                                            int num_filters, int num_taps, int num_tiles, float* out) {
   extern __shared__ float2 memory[];
   const Segments segments(num_taps);
   const int64_t b = blockIdx.x / num_tiles;
-  const int first = int(blockIdx.x % num_tiles) * segments.tile(), length = length_of(lengths, b, num_samples);
+  const int first = int(blockIdx.x % num_tiles) * segments.tile(), num_samples = rows.num_samples, length = rows.length(b);
   if (first >= length) {
     for (int n = first + int(threadIdx.x); n < min(first + segments.tile(), num_samples); n += Fft::kThreads) out[b * num_samples + n] = 0;
     return;
@@ -200,35 +208,31 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
   const Batch batch(x, lengths);
   if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
-  check_same_device(filters, x, "`filters`");
-  const int num_filters = int(filters.size(1)), num_taps = int(filters.size(2));
-  const Tensor bank = contiguous_as(filters, wide_dtype(x));
-  Tensor z = torch::stable::new_empty(x, {batch.size, batch.num_samples}, wide_dtype(x));
-  Tensor mirrored = torch::stable::new_empty(bank, {batch.size, num_filters, num_taps});
-  Tensor totals = torch::stable::new_empty(x, {2, batch.size, batch.num_blocks}, ScalarType::Double);
-  Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
-  const Powers powers = filter_powers(device, x, bank, batch, z);
-  double* dots = totals.mutable_data_ptr<double>();
-  double* grad_sums = dots + batch.size * batch.num_blocks;
+  const Bank bank(filters, x);
+  const int num_filters = bank.per_utterance, num_taps = bank.num_taps;
+  const Tensor z = torch::stable::new_empty(x, {batch.size, batch.num_samples}, wide_dtype(x));
+  const Bank mirrored(torch::stable::new_empty(bank.taps, {batch.size, num_filters, num_taps}), x);
+  const Tensor totals = torch::stable::new_empty(x, {2, batch.size, batch.num_blocks}, ScalarType::Double);
+  const Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
+  const Powers powers = filter_powers(device, x, bank, num_filters, batch, z);
+  double* const dots = totals.mutable_data_ptr<double>();
+  double* const grad_sums = dots + batch.blocks();
   dispatch_wide(x, [&](auto type) {
     using T = decltype(type);
-    const int64_t blocks = batch.size * batch.num_blocks;
-    T* center = static_cast<T*>(z.mutable_data_ptr());
-    const double* sums = powers.sums.const_data_ptr<double>();
-    const T* extrema = static_cast<const T*>(powers.extrema.const_data_ptr());
-    device.launch(lnl_backward_sums_kernel<T>, blocks, kThreads, center, wave_of(grad), sums, extrema, batch.lengths, batch.size, batch.num_samples,
-                  powers.tiles, powers.tile, batch.num_blocks, dots, grad_sums, places.mutable_data_ptr<int64_t>());
-    device.launch(lnl_backward_center_kernel<T>, blocks, kThreads, wave_of(grad), sums, extrema, batch.lengths, dots, grad_sums,
-                  places.const_data_ptr<int64_t>(), batch.size, batch.num_samples, powers.tiles, powers.tile, batch.num_blocks, center);
-    device.launch(lnl_backward_mirror_kernel<T>, divide_up<int64_t>(bank.numel(), kThreads), kThreads, static_cast<const T*>(bank.const_data_ptr()),
-                  num_taps, bank.numel(), static_cast<T*>(mirrored.mutable_data_ptr()));
+    T* const center = static_cast<T*>(z.mutable_data_ptr());
+    device.launch(lnl_backward_sums_kernel<T>, batch.blocks(), kThreads, center, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks, dots,
+                  grad_sums, places.mutable_data_ptr<int64_t>());
+    device.launch(lnl_backward_center_kernel<T>, batch.blocks(), kThreads, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks, dots,
+                  grad_sums, places.const_data_ptr<int64_t>(), center);
+    device.launch(lnl_backward_mirror_kernel<T>, divide_up<int64_t>(bank.taps.numel(), kThreads), kThreads, bank.data<T>(), num_taps,
+                  int64_t(bank.taps.numel()), static_cast<T*>(mirrored.taps.mutable_data_ptr()));
   });
-  if (filter_by_fft(x, num_filters, num_taps)) {
-    const Tensor spectrum = spectra(device, mirrored, batch.size * num_filters, num_taps);
+  if (filter_by_fft(x, num_filters, num_taps, 2)) {
+    const Tensor spectrum = spectra(device, mirrored, 0, num_filters);
     const int tiles = divide_up(batch.num_samples, Segments(num_taps).tile());
     device.launch_with_memory(kFftBytes, lnl_backward_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
-                              static_cast<const float*>(z.const_data_ptr()), static_cast<const float2*>(spectrum.const_data_ptr()), batch.lengths,
-                              batch.num_samples, num_filters, num_taps, tiles, static_cast<float*>(batch.out.mutable_data_ptr()));
+                              static_cast<const float*>(z.const_data_ptr()), static_cast<const float2*>(spectrum.const_data_ptr()), batch.rows(),
+                              num_filters, num_taps, tiles, static_cast<float*>(batch.out.mutable_data_ptr()));
     return batch.out;
   }
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
@@ -237,9 +241,8 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
     const int tiles = divide_up(batch.num_samples, F::kTile);
-    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()),
-                  static_cast<const T*>(mirrored.const_data_ptr()), batch.lengths, batch.num_samples, num_filters, num_taps, tiles,
-                  static_cast<S*>(batch.out.mutable_data_ptr()));
+    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()), mirrored.data<T>(),
+                  batch.rows(), num_filters, num_taps, tiles, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
   return batch.out;
 }
@@ -248,29 +251,33 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
 
 // One block per (utterance, block of samples): the gain 1 + g_sd * f; of v = x * gain the sum of grad * v, the peak and its place [B, blocks].
 template <typename T>
-__global__ __launch_bounds__(kThreads) void isd_backward_sums_kernel(Wave grad, Wave x, const int64_t* lengths, const int64_t* seeds, Wave factor,
-                                                                     double p, T g_sd, int num_samples, int num_blocks, T* gains, double* dots,
-                                                                     T* peaks, int64_t* places) {
-  __shared__ Impulses impulses;
+__global__ __launch_bounds__(kThreads) void isd_backward_sums_kernel(Wave grad, Wave x, Impulses impulses, T g_sd, Rows rows, int num_blocks, T* gains,
+                                                                     double* dots, T* peaks, int64_t* places) {
+  __shared__ Factors factors;
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const bool drawn = factor.data == nullptr;
-  if (drawn && first < length) draw_impulses(impulses, uint64_t(seeds[b]), p, first, length);
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  T v[kEach], gain[kEach], slope[kEach];
+  block_samples(x, b, length, first, v);
+  block_samples(grad, b, length, first, slope);
+  block_factors(impulses, b, length, first, factors, gain);
   T peak = 0;
   double dot = 0;
-  for (int i = threadIdx.x; i < kBlock && first + i < length; i += kThreads) {
-    const int n = first + i;
-    const T gain = 1 + g_sd * (drawn ? T(impulses.f[i]) : sample<T>(factor, b, n));
-    gains[b * num_samples + n] = gain;
-    const T value = sample<T>(x, b, n) * gain;
-    dot += sample<double>(grad, b, n) * double(value);
-    peak = Larger{}(peak, T(fabs(value)));
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    gain[r] = 1 + g_sd * gain[r];
+    v[r] *= gain[r];
+    dot += double(slope[r]) * double(v[r]);
+    peak = Larger{}(peak, T(fabs(v[r])));
   }
+  store_block(gains, b, rows.num_samples, length, first, gain);
   dot = block_reduce<kThreads>(dot, Add{});
   peak = block_reduce<kThreads>(peak, Larger{});
   int64_t place = kNowhere;
-  for (int n = first + threadIdx.x; n < min(first + kBlock, length); n += kThreads)
-    place = Smaller{}(place, place_of(sample<T>(x, b, n) * gains[b * num_samples + n], peak, n));
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
+    if (n < length) place = Smaller{}(place, place_of(v[r], peak, n));
+  }
   place = block_reduce<kThreads>(place, Smaller{});
   if (threadIdx.x == 0) {
     dots[blockIdx.x] = dot;
@@ -281,11 +288,11 @@ __global__ __launch_bounds__(kThreads) void isd_backward_sums_kernel(Wave grad, 
 
 // Through cond_norm and the gain. `gains` may be `out`.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void isd_backward_kernel(Wave grad, const int64_t* lengths, const Wide<S>* gains, const double* dots,
-                                                                const Wide<S>* peaks, const int64_t* places, int num_samples, int num_blocks, S* out) {
+__global__ __launch_bounds__(kThreads) void isd_backward_kernel(Wave grad, const Wide<S>* gains, const double* dots, const Wide<S>* peaks,
+                                                                const int64_t* places, Rows rows, int num_blocks, S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
   T peak = 0;
   Slopes slopes{0, kNowhere};
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
@@ -298,11 +305,14 @@ __global__ __launch_bounds__(kThreads) void isd_backward_kernel(Wave grad, const
     if (peaks[b * num_blocks + i] == peak) slopes.place = Smaller{}(slopes.place, places[b * num_blocks + i]);
   slopes.place = block_reduce<kThreads>(slopes.place, Smaller{});
   const NormBackward<T> through(slopes, peak);
+  T v[kEach];
+  block_samples(grad, b, length, first, v);
 #pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + int(threadIdx.x);
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S(through(sample<T>(grad, b, n), n) * gains[b * num_samples + n]) : S(T(0));
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
+    if (n < length) v[r] = through(v[r], n) * gains[b * rows.num_samples + n];
   }
+  store_block(out, b, rows.num_samples, length, first, v);
 }
 
 Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
@@ -311,26 +321,20 @@ Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Ten
   const Batch batch(x, lengths);
   if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
-  check_same_device(factor ? *factor : *seeds, x, factor ? "`factor`" : "`seeds`");
-  std::optional<Tensor> keys;
-  if (!factor) keys = torch::stable::contiguous(*seeds);
-  Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
-  Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
-  Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
-  const int64_t blocks = batch.size * batch.num_blocks;
-  dispatch_wide(x, [&](auto type) {
-    using T = decltype(type);
-    device.launch(isd_backward_sums_kernel<T>, blocks, kThreads, wave_of(grad), wave_of(x), batch.lengths,
-                  keys ? keys->const_data_ptr<int64_t>() : nullptr, factor ? wave_of(*factor) : Wave{}, p, T(g_sd), batch.num_samples,
-                  batch.num_blocks, static_cast<T*>(batch.scratch.mutable_data_ptr()), dots.mutable_data_ptr<double>(),
-                  static_cast<T*>(peaks.mutable_data_ptr()), places.mutable_data_ptr<int64_t>());
-  });
+  const Marked marked(device, x, batch, seeds, factor, p);
+  const Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
+  const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
+  const Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    device.launch(isd_backward_kernel<S>, blocks, kThreads, wave_of(grad), batch.lengths, static_cast<const T*>(batch.scratch.const_data_ptr()),
-                  dots.const_data_ptr<double>(), static_cast<const T*>(peaks.const_data_ptr()), places.const_data_ptr<int64_t>(), batch.num_samples,
-                  batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+    T* const gains = static_cast<T*>(batch.scratch.mutable_data_ptr());
+    device.launch(isd_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), marked.impulses(), T(g_sd), batch.rows(),
+                  batch.num_blocks, gains, dots.mutable_data_ptr<double>(), static_cast<T*>(peaks.mutable_data_ptr()),
+                  places.mutable_data_ptr<int64_t>());
+    device.launch(isd_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(gains), dots.const_data_ptr<double>(),
+                  static_cast<const T*>(peaks.const_data_ptr()), places.const_data_ptr<int64_t>(), batch.rows(), batch.num_blocks,
+                  static_cast<S*>(batch.out.mutable_data_ptr()));
   });
   return batch.out;
 }
@@ -339,15 +343,16 @@ Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Ten
 
 // One block per (utterance, block of samples): the sum of grad * v [B, blocks].
 template <typename T>
-__global__ __launch_bounds__(kThreads) void ssi_backward_sums_kernel(Wave grad, const T* colored, const int64_t* lengths, int num_samples,
-                                                                     int num_blocks, double* dots) {
+__global__ __launch_bounds__(kThreads) void ssi_backward_sums_kernel(Wave grad, const T* colored, Rows rows, int num_blocks, double* dots) {
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  T v[kEach];
+  block_samples(grad, b, length, first, v);
   double dot = 0;
 #pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + int(threadIdx.x);
-    if (n < length) dot += sample<double>(grad, b, n) * double(colored[b * num_samples + n]);
+  for (int r = 0; r < kEach; ++r) {
+    const int n = first + int(threadIdx.x) + r * kThreads;
+    if (n < length) dot += double(v[r]) * double(colored[b * rows.num_samples + n]);
   }
   dot = block_reduce<kThreads>(dot, Add{});
   if (threadIdx.x == 0) dots[blockIdx.x] = dot;
@@ -355,24 +360,21 @@ __global__ __launch_bounds__(kThreads) void ssi_backward_sums_kernel(Wave grad, 
 
 // grad + x * (grad . v) / (|x| |v|) * 10**(-SNR/20); silence has no slope.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave x, const double* dots, const double* squares, const int64_t* lengths,
-                                                                const int64_t* seeds, const double* snr_db, double snr_min, double snr_max,
-                                                                int64_t size, int num_samples, int num_tiles, int tile, int num_blocks, S* out) {
+__global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave x, Tiles<const double> dots, Tiles<const double> signal,
+                                                                Tiles<const double> noise, NoiseLevel noise_level, Rows rows, int num_blocks, S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
-  const int first = int(blockIdx.x % num_blocks) * kBlock, length = length_of(lengths, b, num_samples);
-  const auto [signal, noise] = squares_of(squares, size, b, num_tiles, tile, length);
-  double dot = 0;
-  for (int i = threadIdx.x; i < num_blocks; i += kThreads) dot += dots[b * num_blocks + i];
-  dot = block_reduce<kThreads>(dot, Add{});
+  const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  T v[kEach], wave[kEach];
+  block_samples(grad, b, length, first, v);
+  block_samples(x, b, length, first, wave);
+  const double own = sum_of(signal, b, length), square = sum_of(noise, b, length), dot = sum_of(dots, b, length);
   // Two roots, because the product of two small squares may vanish.
-  const double slope = dot / (sqrt(signal) * sqrt(noise)) * noise_level(seeds, snr_db, b, snr_min, snr_max);
-  const T toward_x = signal > 0 && noise > 0 ? T(slope) : T(0);
+  const double slope = dot / (sqrt(own) * sqrt(square)) * noise_level(b);
+  const T toward_x = own > 0 && square > 0 ? T(slope) : T(0);
 #pragma unroll
-  for (int i = 0; i < kBlock; i += kThreads) {
-    const int n = first + i + int(threadIdx.x);
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S(sample<T>(grad, b, n) + toward_x * sample<T>(x, b, n)) : S(T(0));
-  }
+  for (int r = 0; r < kEach; ++r) v[r] += toward_x * wave[r];
+  store_block(out, b, rows.num_samples, length, first, v);
 }
 
 Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
@@ -381,21 +383,17 @@ Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
   const Batch batch(x, lengths);
   if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
-  check_same_device(filters, x, "`filters`");
-  const Noise drawn(x, seeds, noise, snr_db);
-  const Colored colored = color_noise(device, x, contiguous_as(filters, wide_dtype(x)), batch, drawn, batch.scratch);
-  Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
-  const int64_t blocks = batch.size * batch.num_blocks;
-  dispatch_wide(x, [&](auto type) {
-    using T = decltype(type);
-    device.launch(ssi_backward_sums_kernel<T>, blocks, kThreads, wave_of(grad), static_cast<const T*>(batch.scratch.const_data_ptr()), batch.lengths,
-                  batch.num_samples, batch.num_blocks, dots.mutable_data_ptr<double>());
-  });
+  const std::optional<Noise> drawn(std::in_place, x, seeds, noise, snr_db, snr_min, snr_max);
+  const Colored colored = color_noise(device, x, Bank(filters, x), batch, *drawn, batch.scratch, true);
+  const Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
-    device.launch(ssi_backward_kernel<S>, blocks, kThreads, wave_of(grad), wave_of(x), dots.const_data_ptr<double>(),
-                  colored.squares.const_data_ptr<double>(), batch.lengths, drawn.seeds(), drawn.snr_db(), snr_min, snr_max, batch.size,
-                  batch.num_samples, colored.tiles, colored.tile, batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+    using T = Wide<S>;
+    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(batch.scratch.const_data_ptr()),
+                  batch.rows(), batch.num_blocks, dots.mutable_data_ptr<double>());
+    const Tiles<const double> of_dots{dots.const_data_ptr<double>(), kBlock, batch.num_blocks};
+    device.launch(ssi_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), of_dots, colored.signal(), colored.noise(),
+                  NoiseLevel(drawn), batch.rows(), batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
   return batch.out;
 }
