@@ -41,6 +41,10 @@ def why_no_cuda() -> str:
     if not found or found[1] != torch.version.cuda.split(".")[0]:
         release = found[0] if found else "of an unknown version"
         return f"nvcc is {release}, PyTorch was built with CUDA {torch.version.cuda}"
+    # The linker is told of the first two; distributions put the library where it looks by itself.
+    searched = [Path(CUDA_HOME, "lib64"), Path(CUDA_HOME, "lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    if not any((folder / "libcudart.so").exists() for folder in searched):
+        return f"{CUDA_HOME} holds nvcc, but no libcudart.so; CUDA_HOME must name the CUDA toolkit's folder"
     return ""
 
 
