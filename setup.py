@@ -30,6 +30,25 @@ def flag(name: str) -> bool | None:
     return None if value in (None, "") else value == "1"
 
 
+def cudart() -> Path | None:
+    """Return CUDA's runtime library for the linker: the toolkit's, the distribution's, or the one PyTorch came with."""
+    folders = [Path(CUDA_HOME, "lib64"), Path(CUDA_HOME, "lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    found = [path for folder in folders if (path := folder / "libcudart.so").exists()]
+    return next(iter([*found, *Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so.*")]), None)
+
+
+def cudart_folder() -> str:
+    """Return a folder in which the linker finds libcudart.so: wheels have it under its full name only."""
+    library = cudart()
+    if library.name == "libcudart.so":
+        return str(library.parent)
+    folder = ROOT / "build" / "cudart"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "libcudart.so").unlink(missing_ok=True)
+    (folder / "libcudart.so").symlink_to(library)
+    return str(folder)
+
+
 def why_no_cuda() -> str:
     """Return the reason why the CUDA kernels cannot be built here, empty when they can."""
     if torch.version.cuda is None:
@@ -41,9 +60,7 @@ def why_no_cuda() -> str:
     if not found or found[1] != torch.version.cuda.split(".")[0]:
         release = found[0] if found else "of an unknown version"
         return f"nvcc is {release}, PyTorch was built with CUDA {torch.version.cuda}"
-    # The linker is told of the first two; distributions put the library where it looks by itself.
-    searched = [Path(CUDA_HOME, "lib64"), Path(CUDA_HOME, "lib"), *Path("/usr/lib").glob("*-linux-gnu")]
-    if not any((folder / "libcudart.so").exists() for folder in searched):
+    if cudart() is None:
         return f"{CUDA_HOME} holds nvcc, but no libcudart.so; CUDA_HOME must name the CUDA toolkit's folder"
     return ""
 
@@ -79,6 +96,7 @@ def extension() -> CppExtension:
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         include_dirs=[str(ROOT / "csrc")],
+        library_dirs=[cudart_folder()] if cuda else [],
     )
 
 
