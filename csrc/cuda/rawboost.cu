@@ -71,8 +71,8 @@ __global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const NotchSou
       const int64_t at = row * num_bands + i;
       band = notch_band(source.center_hz[at], source.width_hz[at], source.taps[at], sample_rate);
     }
-    // No tap beyond the row, whatever the counts say.
-    const int band_reach = min(max(band.reach, 0), most_reach);
+    // A band longer than its room in the bank is designed for that room.
+    const int band_reach = band.reach = min(max(band.reach, 0), most_reach);
     double* tap = half_taps + i * stride;
     double sum = 0;
     for (int m = threadIdx.x; m <= band_reach; m += kBankThreads) {
