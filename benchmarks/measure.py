@@ -312,7 +312,9 @@ def worst_error(found: Any, expected: Any) -> float:
     """Largest relative error in the maximum norm over an op's results."""
     if isinstance(found, Tensor):
         return max_norm_error(found, expected)
-    return max(max_norm_error(a, b) for a, b in zip(found, expected, strict=True))
+    errors = [max_norm_error(a, b) for a, b in zip(found, expected, strict=True)]
+    # Unlike Python's maximum, this one is NaN where an error is.
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def goal(text: str, found: float | None, limit: float, at_least: bool) -> dict[str, Any]:

@@ -12,9 +12,9 @@ WEIGHED = 1e-8
 
 
 def max_norm_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max|found - expected| / max|expected|, and 0 where both are empty or 0."""
+    """max|found - expected| / max|expected|, 0 where both are empty or the same, NaN where a NaN is found."""
     if expected.numel() == 0:
         return 0.0
     difference = (found.double().cpu() - expected.double().cpu()).abs().max()
     scale = expected.double().abs().max().cpu()
-    return float(difference / scale) if difference > 0 else 0.0
+    return 0.0 if difference == 0 else float(difference / scale)
