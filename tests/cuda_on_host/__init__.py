@@ -1,0 +1,153 @@
+"""The CUDA kernels on the CPU: csrc/cuda/*.cu, compiled by g++ against a stand-in for the CUDA runtime, as the backend
+"cuda" of every op, on CPU tensors.
+
+`cuda_runtime.h` is what the sources see, `runtime.cpp` runs a grid's threads in an order that `schedule` chooses, and
+`memory.cpp` puts every tensor between pages that nobody may touch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from gradalign import _extension
+from gradalign._dispatch import ops
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+COMPILER = "g++"
+# What g++ does not take as it is.
+REPLACED = (
+    (r"STABLE_TORCH_LIBRARY_IMPL\(gradalign_native, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(gradalign_on_host, CPU,"),
+    (r"extern __shared__ ([\w:]+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_memory());"),
+)
+# More than -O2 costs more seconds than it saves. -fno-gnu-unique keeps the library's variables its own.
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fsanitize=bounds-strict", "-include", "cuda_runtime.h")
+# Block after block and thread after thread, both backwards, and both mixed: a seed.
+ORDERS = ("ascending", "descending", 1)
+
+_on_host = torch.library.Library("gradalign_on_host", "DEF")
+
+
+def why_not() -> str:
+    """The reason why the kernels cannot run here, empty when they can."""
+    if sys.platform != "linux":
+        return f"CUDA on the host needs Linux, found {sys.platform}"
+    return "" if shutil.which(COMPILER) else f"CUDA on the host needs a C++ compiler; {COMPILER} is not there"
+
+
+def _sources() -> dict[str, str]:
+    """The sources by their place in the build, as g++ takes them."""
+    texts = {}
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        text = path.read_text()
+        for pattern, replacement in REPLACED:
+            text = re.sub(pattern, replacement, text)
+        name = str(path.relative_to(ROOT))
+        assert "extern __shared__" not in text, f"{name}: a form of `extern __shared__` that REPLACED does not know"
+        texts[name] = f'#line 1 "{name}"\n{text}'
+    return texts
+
+
+def _build() -> Path:
+    """Compile the library, unless one of the same sources is there; return where it lies."""
+    sources = _sources()
+    own = {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.suffix in (".h", ".cpp", ".cu")}
+    abi = re.search(r'TORCH_ABI = "(\w+)"', (ROOT / "setup.py").read_text())[1]
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(repr((sources, own, FLAGS, abi, version, torch.__version__)).encode()).hexdigest()[:16]
+    library = ROOT / "build" / "cuda_on_host" / f"{key}.so"
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(name)
+        for source, text in sources.items():
+            path = folder / source
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        paths = [f"-I{HERE}", f"-I{folder / 'csrc'}", *(f"-isystem{path}" for path in include_paths("cpu"))]
+
+        def compile_one(path: Path) -> Path:
+            target = folder / f"{path.name}.o"
+            command = [COMPILER, *FLAGS, f"-DGRADALIGN_TORCH_ABI={abi}", *paths, "-x", "c++", "-c", path, "-o", target]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{path.name} does not compile for the CPU:\n{done.stderr}"
+            return target
+
+        kernels = [folder / source for source in sources if source.endswith(".cu")]
+        # The longest first.
+        kernels.sort(key=lambda path: -path.stat().st_size)
+        objects = pool.map(compile_one, [*kernels, *(HERE / source for source in own if not source.endswith(".h"))])
+        command = [COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *(f"-L{path}" for path in library_paths())]
+        # Under its name once it is whole: other processes may build it too.
+        whole = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-ltorch_cpu", "-lc10", "-ldl", "-o", whole], check=True)
+    for old in library.parent.glob("*.so"):
+        old.unlink(missing_ok=True)
+    whole.replace(library)
+    return library
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Build the library and load it: `torch.ops.gradalign_on_host` then has every op."""
+    for name, op in ops().items():
+        _on_host.define(name + op.schema)
+    path = _build()
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.cuda_on_host_set_schedule.argtypes = [ctypes.c_int64]
+    library.cuda_on_host_fence_memory.argtypes = [ctypes.c_bool]
+    library.cuda_on_host_launched.restype = ctypes.c_char_p
+    # A kernel of mistakes.cu: its name, whether it is right, blocks, bytes of shared memory, data, their number.
+    numbers = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    library.cuda_on_host_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, *numbers]
+    library.cuda_on_host_run.restype = ctypes.c_char_p
+    return library
+
+
+@contextmanager
+def as_backend() -> Iterator[None]:
+    """The backend "cuda" of every op runs on the host inside the block, and takes CPU tensors."""
+    library, supports = load(), _extension._supports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_extension, "_supports", lambda device, args: supports("cpu", args))
+        for name, op in ops().items():
+            run = getattr(torch.ops.gradalign_on_host, name).default
+            patch.setitem(op.backends, "cuda", replace(op.backends["cuda"], run=run, available=lambda: ""))
+        library.cuda_on_host_fence_memory(True)
+        try:
+            yield
+        finally:
+            library.cuda_on_host_fence_memory(False)
+
+
+@contextmanager
+def schedule(order: str | int) -> Iterator[None]:
+    """Run blocks and threads "ascending", "descending", or in the random order of a positive seed."""
+    load().cuda_on_host_set_schedule({"ascending": 0, "descending": -1}.get(order, order))
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_schedule(0)
+
+
+def launched() -> set[str]:
+    """The kernels that have been launched, as they are named in the sources."""
+    names = load().cuda_on_host_launched().decode().split("\n")
+    return {re.sub(r"<.*", "", name).rpartition("::")[2] for name in names if name}

@@ -1,0 +1,126 @@
+// Kernels with one mistake each, and without it, for tests/test_cuda_on_host.py: what finds no mistake here is no evidence that there is none.
+#include <array>
+#include <map>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace mistakes {
+
+constexpr int kThreads = 96;
+
+// Each thread reads what the next one writes.
+template <bool kRight>
+__global__ void barrier_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  shared[threadIdx.x] = float(threadIdx.x);
+  if (kRight) __syncthreads();
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[(threadIdx.x + 1) % kThreads];
+}
+
+// One number for all: the next round must not begin before everyone has read this one's.
+template <bool kRight>
+__global__ void barrier_after_reading_kernel(float* data, int) {
+  __shared__ float of_warp[kThreads / 32];
+  float total = 0;
+  for (int round = 0; round < 3; ++round) {
+    const float sum = __shfl_down_sync(0xFFFFFFFFu, float(threadIdx.x + round), 1);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    for (float value : of_warp) total = 2 * total + value;
+    if (kRight) __syncthreads();
+  }
+  data[blockIdx.x * kThreads + threadIdx.x] = total;
+}
+
+template <bool kRight>
+__global__ void warp_barrier_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  shared[threadIdx.x] = float(threadIdx.x);
+  if (kRight) __syncwarp();
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[threadIdx.x ^ 1];
+}
+
+// Blocks have no order, and no block sees what another one is about to write.
+template <bool kRight>
+__global__ void blocks_kernel(float* data, int) {
+  const int own = blockIdx.x * kThreads + threadIdx.x, other = (blockIdx.x + 1) % gridDim.x * kThreads + threadIdx.x;
+  data[own] = kRight ? 1.0f : data[other] + 1;
+}
+
+// The first block waits for what the last one writes, which may never start before the first has ended.
+template <bool kRight>
+__global__ void wait_for_block_kernel(float* data, int) {
+  if (blockIdx.x == gridDim.x - 1) data[0] = 1;
+  if (!kRight && blockIdx.x == 0)
+    while (*static_cast<volatile float*>(data) != 1) __nanosleep(100);
+}
+
+template <bool kRight>
+__global__ void some_threads_kernel(float*, int) {
+  if (kRight || threadIdx.x < 32) __syncthreads();
+}
+
+template <bool kRight>
+__global__ void two_barriers_kernel(float*, int) {
+  if (kRight || threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+
+template <bool kRight>
+__global__ void some_lanes_kernel(float* data, int) {
+  if (kRight || threadIdx.x % 32 != 7) data[threadIdx.x] = __shfl_down_sync(0xFFFFFFFFu, 1.0f, 1);
+}
+
+template <bool kRight>
+__global__ void outside_of_mask_kernel(float*, int) {
+  __syncwarp(kRight ? 0xFFFFFFFFu : 1u);
+}
+
+template <bool kRight>
+__global__ void beyond_tensor_kernel(float* data, int size) {
+  const int n = blockIdx.x * kThreads + threadIdx.x;
+  if (kRight ? n < size : n <= size) data[n] = data[n] * 2;
+}
+
+template <bool kRight>
+__global__ void beyond_array_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  __shared__ float other[kThreads];
+  shared[threadIdx.x + !kRight] = other[threadIdx.x] = 1;
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[threadIdx.x];
+}
+
+template <bool kRight>
+__global__ void beyond_dynamic_memory_kernel(float*, int) {
+  float* const memory = static_cast<float*>(cuda_on_host::dynamic_memory());
+  memory[threadIdx.x + (kRight ? 0 : kThreads)] = 1;
+}
+
+template <bool kRight>
+__global__ void unwritten_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  float* const memory = static_cast<float*>(cuda_on_host::dynamic_memory());
+  if (kRight) shared[threadIdx.x] = memory[threadIdx.x] = 1;
+  data[blockIdx.x * kThreads + threadIdx.x] = (blockIdx.x == 0 ? memory : shared)[threadIdx.x];
+}
+
+}  // namespace mistakes
+
+// Launch a kernel on data [size], with kThreads floats of dynamic shared memory or `bytes` where they are not 0; the error's text, empty without one.
+extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks, int bytes, float* data, int size) {
+#define KERNEL(name) {#name, {mistakes::name##_kernel<false>, mistakes::name##_kernel<true>}}
+  static const std::map<std::string, std::array<void (*)(float*, int), 2>> kernels = {
+      KERNEL(barrier),        KERNEL(barrier_after_reading), KERNEL(warp_barrier),    KERNEL(blocks),
+      KERNEL(wait_for_block), KERNEL(some_threads),          KERNEL(two_barriers),    KERNEL(some_lanes),
+      KERNEL(outside_of_mask), KERNEL(beyond_tensor),        KERNEL(beyond_array),    KERNEL(beyond_dynamic_memory),
+      KERNEL(unwritten),
+  };
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(mistakes::kThreads);
+  config.dynamicSmemBytes = bytes != 0 ? size_t(bytes) : mistakes::kThreads * sizeof(float);
+  return cudaLaunchKernelEx(&config, kernels.at(name)[right], data, size) == cudaSuccess ? "" : cuda_on_host::last_error().c_str();
+}
