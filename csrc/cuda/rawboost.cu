@@ -576,10 +576,11 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
     }
     // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
     const bool passes = steps.isd || (steps.lnl && steps.ssi);
-    const auto buffer = [&](bool beside) {
-      return beside && is_wide(x) ? torch::stable::new_empty(x, {batch.size, batch.num_samples}) : batch.scratch;
-    };
-    const Tensor z = buffer(steps.parallel), samples = buffer(passes && steps.ssi);
+    // Where z and the noise's samples lie: in the result while that is free, and else beside it. In half precision both lie beside it, one after
+    // the other in the same place.
+    std::optional<Tensor> z, samples;
+    if (steps.lnl) z = steps.parallel ? batch.new_samples() : batch.scratch();
+    if (steps.ssi) samples = passes && is_wide(x) ? batch.new_samples() : z ? *z : batch.scratch();
     PowerTiles<T> level{};
     std::optional<Powers> powers;
     std::optional<Colored> colored;
@@ -587,19 +588,19 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
     if (steps.lnl && steps.ssi && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
       const int tile = Segments(bank->num_taps).tile();
       powers = new_powers(x, batch, tile), colored = new_colored(x, batch, tile);
-      filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &z, &*drawn, &*colored, &samples, false);
+      filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &*z, &*drawn, &*colored, &*samples, false);
     } else if (steps.lnl) {
-      powers = filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, z);
+      powers = filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, *z);
     }
-    if (powers) source = wave_of(z), level = powers->parts<T>();
+    if (powers) source = wave_of(*z), level = powers->parts<T>();
     if (passes) {
       pass(source, level, impulses, addend);
       source = wave_of(batch.out), level = {};
     }
-    if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, samples, !passes);
+    if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, *samples, !passes);
     if (!colored) return finish(source, level, passes, nullptr, {}, {});
     const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
-    finish(source, level, passes, static_cast<const T*>(samples.const_data_ptr()), signal, colored->noise());
+    finish(source, level, passes, static_cast<const T*>(samples->const_data_ptr()), signal, colored->noise());
   });
   return batch.out;
 }

@@ -300,12 +300,10 @@ void dispatch_wide(const Tensor& x, Body&& body) {
   return body(float{});
 }
 
-// What the ops on [B, T] share: the result like x, unfinished samples in the dtype of computation (in the result itself where that is its
-// dtype), and the lengths.
+// What the ops on [B, T] share: the result like x, and the lengths.
 struct Batch {
   explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths)
-      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})),
-        scratch(is_wide(x) || x.numel() == 0 ? out : torch::stable::new_empty(x, {size, num_samples}, ScalarType::Float)) {
+      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})) {
     STD_TORCH_CHECK(x.size(1) < INT_MAX - (1 << 16), "an utterance may have fewer than 2^31 - 2^16 samples; found ", x.size(1));
     if (!lengths) return;
     check_same_device(*lengths, x, "`lengths`");
@@ -313,10 +311,13 @@ struct Batch {
   }
   Rows rows() const { return {own ? own->const_data_ptr<int64_t>() : nullptr, num_samples}; }
   int64_t blocks() const { return size * num_blocks; }
+  // Unfinished samples in the dtype of computation: the result itself where that is its dtype.
+  Tensor scratch() const { return is_wide(out) ? out : new_samples(); }
+  Tensor new_samples() const { return torch::stable::new_empty(out, {size, num_samples}, wide_dtype(out)); }
 
   int64_t size;
   int num_samples, num_blocks;
-  Tensor out, scratch;
+  Tensor out;
   std::optional<Tensor> own;
 };
 

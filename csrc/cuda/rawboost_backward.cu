@@ -210,7 +210,7 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
   check_same_device(grad, x, "`grad`");
   const Bank bank(filters, x);
   const int num_filters = bank.per_utterance, num_taps = bank.num_taps;
-  const Tensor z = torch::stable::new_empty(x, {batch.size, batch.num_samples}, wide_dtype(x));
+  const Tensor z = batch.new_samples();
   const Bank mirrored(torch::stable::new_empty(bank.taps, {batch.size, num_filters, num_taps}), x);
   const Tensor totals = torch::stable::new_empty(x, {2, batch.size, batch.num_blocks}, ScalarType::Double);
   const Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
@@ -322,13 +322,14 @@ Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Ten
   if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
   const Marked marked(device, x, batch, seeds, factor, p);
+  const Tensor scratch = batch.scratch();
   const Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
   const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
   const Tensor places = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Long);
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    T* const gains = static_cast<T*>(batch.scratch.mutable_data_ptr());
+    T* const gains = static_cast<T*>(scratch.mutable_data_ptr());
     device.launch(isd_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), marked.impulses(), T(g_sd), batch.rows(),
                   batch.num_blocks, gains, dots.mutable_data_ptr<double>(), static_cast<T*>(peaks.mutable_data_ptr()),
                   places.mutable_data_ptr<int64_t>());
@@ -384,12 +385,13 @@ Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
   if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
   const std::optional<Noise> drawn(std::in_place, x, seeds, noise, snr_db, snr_min, snr_max);
-  const Colored colored = color_noise(device, x, Bank(filters, x), batch, *drawn, batch.scratch, true);
+  const Tensor samples = batch.scratch();
+  const Colored colored = color_noise(device, x, Bank(filters, x), batch, *drawn, samples, true);
   const Tensor dots = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(batch.scratch.const_data_ptr()),
+    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(samples.const_data_ptr()),
                   batch.rows(), batch.num_blocks, dots.mutable_data_ptr<double>());
     const Tiles<const double> of_dots{dots.const_data_ptr<double>(), kBlock, batch.num_blocks};
     device.launch(ssi_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), of_dots, colored.signal(), colored.noise(),

@@ -114,6 +114,7 @@ def load() -> ctypes.CDLL:
     library.cuda_on_host_set_schedule.argtypes = [ctypes.c_int64]
     library.cuda_on_host_fence_memory.argtypes = [ctypes.c_bool]
     library.cuda_on_host_launched.restype = ctypes.c_char_p
+    library.cuda_on_host_peak_bytes.restype = ctypes.c_uint64
     # A kernel of mistakes.cu: its name, whether it is right, blocks, bytes of shared memory, data, their number.
     numbers = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     library.cuda_on_host_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, *numbers]
@@ -147,7 +148,12 @@ def schedule(order: str | int) -> Iterator[None]:
         load().cuda_on_host_set_schedule(0)
 
 
-def launched() -> set[str]:
-    """The kernels that have been launched, as they are named in the sources."""
+def launched() -> list[str]:
+    """The kernels that have been launched since the last call, as they are named in the sources."""
     names = load().cuda_on_host_launched().decode().split("\n")
-    return {re.sub(r"<.*", "", name).rpartition("::")[2] for name in names if name}
+    return [re.sub(r"<.*", "", name).rpartition("::")[2] for name in names if name]
+
+
+def peak_bytes() -> int:
+    """The most bytes of tensors at a time since the last call, beyond those that were there then."""
+    return load().cuda_on_host_peak_bytes()

@@ -2,6 +2,7 @@
 // written, shows.
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -18,14 +19,19 @@ constexpr size_t kAlignment = 16;
 // What is free, by its room, while fences are wanted: the system takes longer to map memory than most ops to fill it.
 std::multimap<size_t, std::unique_ptr<Fenced>> idle;
 bool wanted = false;
+// What is in use, and how many bytes were at most since somebody asked.
+std::map<const Fenced*, size_t> used;
+size_t bytes_in_use = 0, peak_bytes = 0;
 std::mutex mutex;
 
 Fenced* take(size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = idle.find(round_up(bytes, Fenced::kPage));
-  if (found == idle.end()) return new Fenced(bytes);
-  Fenced* const memory = found->second.release();
-  idle.erase(found);
+  Fenced* const memory = found == idle.end() ? new Fenced(bytes) : found->second.release();
+  if (found != idle.end()) idle.erase(found);
+  used[memory] = bytes;
+  bytes_in_use += bytes;
+  peak_bytes = std::max(peak_bytes, bytes_in_use);
   return memory;
 }
 
@@ -33,6 +39,8 @@ void give_back(void* context) {
   if (context == nullptr) return;
   std::unique_ptr<Fenced> memory(static_cast<Fenced*>(context));
   const std::lock_guard<std::mutex> lock(mutex);
+  bytes_in_use -= used[memory.get()];
+  used.erase(memory.get());
   if (wanted) idle.emplace(memory->room(), std::move(memory));
 }
 
@@ -59,6 +67,15 @@ extern "C" void cuda_on_host_fence_memory(bool fence) {
   if (fence) usual = c10::GetCPUAllocator();
   c10::SetCPUAllocator(fence ? &allocator : usual);
   if (!fence) idle.clear();
+}
+
+// The most bytes of tensors at a time since the last call, beyond those that were there then.
+extern "C" uint64_t cuda_on_host_peak_bytes() {
+  static size_t before = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const size_t found = peak_bytes > before ? peak_bytes - before : 0;
+  before = peak_bytes = bytes_in_use;
+  return found;
 }
 
 }  // namespace cuda_on_host

@@ -26,7 +26,6 @@
 #include <mutex>
 #include <numeric>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -48,7 +47,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 int64_t schedule = 0;
 std::string error_text;
 std::map<const void*, size_t> allowed_bytes;
-std::set<std::string> launched;
+std::vector<std::string> launched;
 
 // ----------------------------------------------------------------------------------------------------------------------------------- fibers
 
@@ -450,7 +449,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
                  std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, of which " + std::to_string(allowed) + " are allowed";
     return cudaErrorInvalidValue;
   }
-  launched.insert(name);
+  launched.push_back(name);
   Launch launch{&run_thread, std::mt19937_64(uint64_t(schedule))};
   launch_ = &launch;
   gridDim = config.gridDim;
@@ -484,11 +483,12 @@ int32_t cuda_on_host_create_device_guard(int32_t, void** guard) {
 
 void cuda_on_host_set_schedule(int64_t schedule) { cuda_on_host::schedule = schedule; }
 
-// Names of the kernels that have been launched, a line each.
+// Names of the kernels that have been launched since the last call, a line each.
 const char* cuda_on_host_launched() {
   static std::string text;
   text.clear();
   for (const std::string& name : cuda_on_host::launched) text += name + "\n";
+  cuda_on_host::launched.clear();
   return text.c_str();
 }
 
