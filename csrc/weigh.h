@@ -29,22 +29,23 @@ struct WeighOptions {
 };
 
 // The same numbers as in alignment.py.
-constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kNothing = 1e-7, kVanishing = 1e-12, kNashRidge = 1e-10;
-constexpr int kNashRounds = 16, kNashSearch = 4, kJacobiSweeps = 12;
+constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kNothing = 1e-7, kVanishing = 1e-12, kNashRidge = 1e-10, kEndless = 1e-24,
+                 kRounding = 2.220446049250313e-16;
+constexpr int kNashRounds = 16, kNashSearch = 4, kJacobiSweeps = 12, kRoundsPerPath = 3;
 
 GRADALIGN_HD double larger(double a, double b) { return a > b ? a : b; }
 GRADALIGN_HD double smaller(double a, double b) { return a < b ? a : b; }
 GRADALIGN_HD double root(double a) { return sqrt(larger(a, 0.0)); }
 GRADALIGN_HD bool finite(double a) { return fabs(a) <= 1.7976931348623157e308; }
 
-// The t in [low, high] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma).
-GRADALIGN_HD double exact_step(double slope, double k, double alpha, double beta, double gamma, double low, double high) {
+// The t in [-1/2, 1/2] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma).
+GRADALIGN_HD double exact_step(double slope, double k, double alpha, double beta, double gamma) {
   alpha = larger(alpha, kTiny);
   const double curvature = k * k * alpha - slope * slope;
   const double delta = larger(gamma - beta * beta / alpha, 0.0);
   double u = 0;
   if (slope != 0) u = curvature > 0 ? smaller(sqrt(slope * slope * delta / larger(alpha * curvature, kTiny)), 1 / kTiny) : 1 / kTiny;
-  return smaller(larger((slope > 0 ? -u : u) - beta / alpha, low), high);
+  return smaller(larger((slope > 0 ? -u : u) - beta / alpha, -0.5), 0.5);
 }
 
 // How much of path j path i gains when it meets it with this inner product, and the target that is left.
@@ -88,8 +89,7 @@ GRADALIGN_HD Two weigh_two(double aa, double ab, double bb, double& rho_ab, doub
       const double eps = larger((cagrad ? kCancelled * kCancelled : 1.0) * 0.5 * (aa + bb), kTiny);
       const double product_a = 0.5 * (aa + ab), product_b = 0.5 * (ab + bb);
       const double gamma = larger(0.5 * (product_a + product_b), 0.0) + eps;
-      const double t = exact_step(slope_a - slope_b, k, aa + bb - 2 * ab, product_a - product_b, gamma, -0.5, 0.5);
-      const double a = larger(0.5 + t, 0.0), b = larger(0.5 - t, 0.0);
+      const double t = exact_step(slope_a - slope_b, k, aa + bb - 2 * ab, product_a - product_b, gamma), a = 0.5 + t, b = 0.5 - t;
       if (!cagrad) return {a, b};
       const double ratio = k / sqrt(larger(a * (aa * a + ab * b) + b * (ab * a + bb * b), 0.0) + eps), scale = 1 / (1 + o.c * o.c);
       return {(0.5 + ratio * a) * scale, (0.5 + ratio * b) * scale};
@@ -134,40 +134,45 @@ struct Numbers {
 };
 
 // Numbers that `weigh_many` needs beside the Gram matrix and the weights.
-constexpr int weigh_scratch(int num_paths) { return 2 * num_paths * num_paths + 6 * num_paths + 2; }
+constexpr int weigh_scratch(int num_paths) { return 2 * num_paths * num_paths + 5 * num_paths; }
 
-// Solve a x = b by elimination with the largest pivots; x replaces b. A singular matrix gives values that are not finite.
-GRADALIGN_HD void solve_in_place(int n, const Numbers& a, const Numbers& b) {
+// Some of the paths, one bit each.
+using PathSet = unsigned;
+GRADALIGN_HD bool holds(PathSet paths, int i) { return paths >> i & 1; }
+
+// Factor the rows and columns of `paths` of a positive definite matrix, of which the lower triangle is read, as L D L^T; L D replaces it.
+GRADALIGN_HD void factor(int n, PathSet paths, const Numbers& a) {
   GRADALIGN_LOOP
   for (int column = 0; column < n; ++column) {
-    int pivot = column;
-    GRADALIGN_LOOP
-    for (int i = column + 1; i < n; ++i)
-      if (fabs(a[i * n + column]) > fabs(a[pivot * n + column])) pivot = i;
-    if (pivot != column) {
-      GRADALIGN_LOOP
-      for (int j = column; j <= n; ++j) {
-        double& upper = j < n ? a[column * n + j] : b[column];
-        double& lower = j < n ? a[pivot * n + j] : b[pivot];
-        const double swapped = upper;
-        upper = lower;
-        lower = swapped;
-      }
-    }
+    if (!holds(paths, column)) continue;
     GRADALIGN_LOOP
     for (int i = column + 1; i < n; ++i) {
-      const double factor = a[i * n + column] / a[column * n + column];
+      if (!holds(paths, i)) continue;
+      const double ratio = a[i * n + column] / a[column * n + column];
       GRADALIGN_LOOP
-      for (int j = column + 1; j < n; ++j) a[i * n + j] -= factor * a[column * n + j];
-      b[i] -= factor * b[column];
+      for (int j = column + 1; j <= i; ++j) a[i * n + j] -= ratio * a[j * n + column];
     }
   }
+}
+
+// Solve a x = b with the factors of `paths`; x replaces b, where it is one of the paths. A singular matrix gives values that are not finite.
+GRADALIGN_HD void substitute(int n, PathSet paths, const Numbers& a, const Numbers& b) {
   GRADALIGN_LOOP
-  for (int i = n - 1; i >= 0; --i) {
-    double sum = b[i];
+  for (int column = 0; column < n; ++column) {
+    if (!holds(paths, column)) continue;
+    b[column] /= a[column * n + column];
     GRADALIGN_LOOP
-    for (int j = i + 1; j < n; ++j) sum -= a[i * n + j] * b[j];
-    b[i] = sum / a[i * n + i];
+    for (int i = column + 1; i < n; ++i)
+      if (holds(paths, i)) b[i] -= a[i * n + column] * b[column];
+  }
+  GRADALIGN_LOOP
+  for (int column = n - 1; column >= 0; --column) {
+    if (!holds(paths, column)) continue;
+    double sum = 0;
+    GRADALIGN_LOOP
+    for (int i = column + 1; i < n; ++i)
+      if (holds(paths, i)) sum += a[i * n + column] * b[i];
+    b[column] -= sum / a[column * n + column];
   }
 }
 
@@ -229,147 +234,165 @@ GRADALIGN_HD void meet(int n, const Numbers& gram, const int64_t* order, double*
   }
 }
 
-// Newton's direction d among the coordinates with x > 0, which sums to 0; zero where it would not descend. `system` holds (n + 1) (n + 2)
-// numbers, of which the last n + 1 become the direction.
-GRADALIGN_HD void newton_direction(int n, const Numbers& x, const Numbers& linear, double scale, const Numbers& product, double gamma, const Numbers& gram,
-                                   const Numbers& system, const Numbers& d) {
-  const int m = n + 1;
-  const Numbers right = system.from(m * m);
-  const double ridge = 1e-14 * mean_square(n, gram);
+// From a y that is the minimum of a convex function among the `free` paths, y = 0 elsewhere, to its minimum over y >= 0. `minimum(free)` puts
+// the minimum with all other paths at 0 in z, and `slope(i)` is the slope along path i there, with its rounding added.
+template <typename Minimum, typename Slope>
+GRADALIGN_HD void active_set(int n, PathSet free, const Numbers& y, const Numbers& z, Minimum&& minimum, Slope&& slope) {
   GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) {
-    const bool free_i = x[i] > 0;
+  for (int round = 0; round < kRoundsPerPath * n; ++round) {
+    minimum(free);
+    bool good = true;
     GRADALIGN_LOOP
-    for (int j = 0; j < n; ++j) {
-      const double hessian = scale * (gram[i * n + j] - product[i] * product[j] / gamma + (i == j ? ridge : 0.0));
-      system[i * m + j] = free_i && x[j] > 0 ? hessian : double(i == j);
-    }
-    system[i * m + n] = system[n * m + i] = free_i;
-    right[i] = free_i ? -(linear[i] + scale * product[i]) : 0.0;
-  }
-  system[n * m + n] = right[n] = 0;
-  solve_in_place(m, system, right);
-  bool good = true;
-  int count = 0;
-  double sum = 0, most = 0, slope = 0;
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) {
-    d[i] = x[i] > 0 ? right[i] : 0.0;
-    good = good && finite(right[i]);
-    sum += d[i];
-    count += x[i] > 0;
-  }
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) {
-    d[i] = good && x[i] > 0 ? d[i] - sum / count : 0.0;
-    most = larger(most, fabs(d[i]));
-  }
-  most = larger(most, kTiny);
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) {
-    d[i] /= most;
-    slope += d[i] * (linear[i] + scale * product[i]);
-  }
-  if (!(slope < 0)) {
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) d[i] = 0;
-  }
-}
-
-// Minimise linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre.
-GRADALIGN_HD void minimize_on_simplex(int n, const Numbers& linear, double k, const Numbers& gram, double eps, const Numbers& x, const Numbers& scratch) {
-  const Numbers product = scratch, d = scratch.from(n), system = scratch.from(2 * n);
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) x[i] = 1.0 / n;
-  GRADALIGN_LOOP
-  for (int round = 0; round < (2 * n > 16 ? 2 * n : 16); ++round) {
-    double gamma = quadratic(n, gram, x, eps, product);
-    double best = k * sqrt(gamma), step = 0;
-    int up = 0, down = 0;
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i)
-      GRADALIGN_LOOP
-      for (int j = 0; j < n; ++j) {
-        if (i == j) continue;
-        const double alpha = gram[i * n + i] + gram[j * n + j] - 2 * gram[i * n + j], beta = product[i] - product[j], slope = linear[i] - linear[j];
-        const double t = exact_step(slope, k, alpha, beta, gamma, -x[i], x[j]);
-        const double value = slope * t + k * root((alpha * t + 2 * beta) * t + gamma);
-        if (value < best) {
-          best = value;
-          step = t;
-          up = i;
-          down = j;
-        }
-      }
-    if (up != down) {
-      x[up] = larger(x[up] + step, 0.0);
-      x[down] = larger(x[down] - step, 0.0);
-    }
-    gamma = quadratic(n, gram, x, eps, product);
-    newton_direction(n, x, linear, k / sqrt(gamma), product, gamma, gram, system, d);
-    double room = INFINITY, slope = 0, alpha = 0, beta = 0;
+    for (int i = 0; i < n; ++i) good = good && (!holds(free, i) || finite(z[i]));
+    double step = INFINITY;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {
-      if (d[i] < 0) room = smaller(room, -x[i] / d[i]);
-      slope += linear[i] * d[i];
-      alpha += d[i] * product_row(n, gram, d, i);
-      beta += d[i] * product[i];
+      // A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+      if (!good) z[i] = -1;
+      if (holds(free, i) && z[i] < 0) step = smaller(step, y[i] / (y[i] - z[i]));
     }
-    const double t = exact_step(slope, k, alpha, beta, gamma, 0.0, finite(room) ? room : 0.0);
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) x[i] = larger(x[i] + t * d[i], 0.0);
-  }
-}
-
-// Minimise v^T G v over v >= start; v replaces start.
-GRADALIGN_HD void project_to_dual_cone(int n, const Numbers& gram, const Numbers& start, const Numbers& scratch) {
-  const Numbers added = scratch, system = scratch.from(n), right = system.from(n * n);
-  const double ridge = 1e-14 * larger(mean_square(n, gram), kTiny);
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) added[i] = 0;
-  GRADALIGN_LOOP
-  for (int round = 0; round < (2 * n > 16 ? 2 * n : 16); ++round) {
-    double least = 0, step = 0;
-    int best = 0;
+    // Rounding has made the Gram matrix indefinite: it tells no more.
+    if (step == 0) return;
+    PathSet kept = 0;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {
-      const double square = larger(gram[i * n + i], kTiny);
-      double s = 0;
-      GRADALIGN_LOOP
-      for (int j = 0; j < n; ++j) s += gram[i * n + j] * (start[j] + added[j]);
-      const double t = larger(-s / square, -added[i]), value = t * (2 * s + t * square);
-      if (value < least) {
-        least = value;
-        step = t;
+      if (!holds(free, i)) continue;
+      const bool falls = z[i] < 0 && y[i] / (y[i] - z[i]) <= step;
+      y[i] = falls ? 0.0 : step < 1 ? larger(y[i] + step * (z[i] - y[i]), 0.0) : z[i];
+      if (y[i] > 0) kept |= 1u << i;
+    }
+    free = kept;
+    if (step < 1) continue;
+    double least = 0;
+    int best = n;
+    GRADALIGN_LOOP
+    for (int i = 0; i < n; ++i) {
+      if (holds(free, i)) continue;
+      const double found = slope(i);
+      if (found < least) {
+        least = found;
         best = i;
       }
     }
-    added[best] = larger(added[best] + step, 0.0);
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) {
-      double s = 0;
-      GRADALIGN_LOOP
-      for (int j = 0; j < n; ++j) {
-        s += gram[i * n + j] * (start[j] + added[j]);
-        system[i * n + j] = added[i] > 0 && added[j] > 0 ? gram[i * n + j] + (i == j ? ridge : 0.0) : double(i == j);
-      }
-      right[i] = added[i] > 0 ? -s : 0.0;
-    }
-    solve_in_place(n, system, right);
-    bool good = true;
-    double room = 1;
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) {
-      good = good && finite(right[i]);
-      if (!(added[i] > 0)) right[i] = 0;
-      if (right[i] < 0) room = smaller(room, -added[i] / right[i]);
-    }
-    if (!good) continue;
-    GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) added[i] = larger(added[i] + room * right[i], 0.0);
+    if (best == n) return;
+    free |= 1u << best;
   }
+}
+
+// norms[i] = |g_i|; cosines, 0 where a gradient is zero.
+GRADALIGN_HD void normalize(int n, const Numbers& gram, const Numbers& norms, const Numbers& cosines) {
   GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) start[i] += added[i];
+  for (int i = 0; i < n; ++i) norms[i] = root(gram[i * n + i]);
+  GRADALIGN_LOOP
+  for (int i = 0; i < n * n; ++i) cosines[i] = gram[i] / larger(norms[i / n] * norms[i % n], kTiny);
+}
+
+// system = cosines, with what rounding asks for on its diagonal, factored.
+GRADALIGN_HD void factor_cosines(int n, PathSet free, const Numbers& cosines, const Numbers& system) {
+  GRADALIGN_LOOP
+  for (int i = 0; i < n * n; ++i) system[i] = cosines[i] + (i % (n + 1) == 0 ? 2 * n * kRounding : 0.0);
+  factor(n, free, system);
+}
+
+// Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; `linear` is in the range of G.
+GRADALIGN_HD void minimize_on_simplex(int n, const Numbers& linear, double k, const Numbers& gram, double eps, const Numbers& x, const Numbers& scratch) {
+  const Numbers norms = scratch, z = scratch.from(n), d = scratch.from(2 * n), cosines = scratch.from(3 * n), system = cosines.from(n * n);
+  double shortest = INFINITY, least = INFINITY;
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i) shortest = smaller(shortest, gram[i * n + i]);
+  shortest = larger(shortest, kTiny);
+  int best = 0;
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i) {
+    const double square = larger(gram[i * n + i], 0.0), value = linear[i] + k * sqrt(square + eps);
+    norms[i] = sqrt(square + shortest);
+    x[i] = 0;
+    if (value < least) {
+      least = value;
+      best = i;
+    }
+  }
+  x[best] = 1;
+  GRADALIGN_LOOP
+  for (int i = 0; i < n * n; ++i) cosines[i] = (gram[i] + shortest) / (norms[i / n] * norms[i % n]);
+  double t = 0, level = 0, size = 0;
+  active_set(
+      n, 1u << best, x, z,
+      [&](PathSet free) {
+        factor_cosines(n, free, cosines, system);
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) {
+          z[i] = 1 / norms[i];
+          d[i] = linear[i] / norms[i];
+        }
+        substitute(n, free, system, z);
+        substitute(n, free, system, d);
+        double one = 0, total = 0;
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) {
+          z[i] = holds(free, i) ? z[i] / norms[i] : 0.0;
+          d[i] = holds(free, i) ? d[i] / norms[i] : 0.0;
+          one += z[i];
+          total += d[i];
+        }
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) {
+          z[i] /= one;
+          d[i] = total * z[i] - d[i];
+        }
+        double square = 0, falls = 0;
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) {
+          square += z[i] * product_row(n, gram, z, i);
+          falls += d[i] * product_row(n, gram, d, i);
+        }
+        // Where the function falls for ever, far beyond the simplex, but finite.
+        t = sqrt((larger(square, 0.0) + eps) / larger(larger(k * k - larger(falls, 0.0), kEndless * eps), kTiny));
+        level = (1 + t * total) / one;
+        size = 0;
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) {
+          z[i] += t * d[i];
+          size += z[i] * norms[i];
+        }
+      },
+      [&](int i) {
+        double product = 0;
+        GRADALIGN_LOOP
+        for (int j = 0; j < n; ++j) product += (gram[i * n + j] + shortest) * z[j];
+        return (product + t * linear[i] - level) / norms[i] + n * kRounding * (size + (t * fabs(linear[i]) + fabs(level)) / norms[i]);
+      });
+  double sum = 0;
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i) sum += x[i];
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i) x[i] /= sum;
+}
+
+// Minimise v^T G v over v >= start, where `lengths` is the norms times start; v - start is added to the weights.
+GRADALIGN_HD void project_to_dual_cone(int n, const Numbers& norms, const Numbers& cosines, const Numbers& lengths, const Numbers& weights,
+                                       const Numbers& scratch) {
+  const Numbers y = scratch, z = scratch.from(n), system = scratch.from(2 * n);
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i) y[i] = 0;
+  double size = 0;
+  active_set(
+      n, 0, y, z,
+      [&](PathSet free) {
+        factor_cosines(n, free, cosines, system);
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) z[i] = holds(free, i) ? -product_row(n, cosines, lengths, i) : 0.0;
+        substitute(n, free, system, z);
+        size = 0;
+        GRADALIGN_LOOP
+        for (int i = 0; i < n; ++i) size += lengths[i] + z[i];
+      },
+      [&](int i) {
+        return product_row(n, cosines, lengths, i) + product_row(n, cosines, z, i) + n * kRounding * size;
+      });
+  GRADALIGN_LOOP
+  for (int i = 0; i < n; ++i)
+    if (norms[i] > 0) weights[i] += y[i] / norms[i];
 }
 
 // Eigenvalues on the diagonal of `matrix`, eigenvectors in the columns of `vectors`, by Jacobi's rotations.
@@ -424,14 +447,6 @@ GRADALIGN_HD void scale_to_sum_one(int n, const Numbers& weights) {
   const bool vanishes = fabs(sum) <= kVanishing * size;
   GRADALIGN_LOOP
   for (int i = 0; i < n; ++i) weights[i] = vanishes ? 1.0 / n : weights[i] / sum;
-}
-
-// norms[i] = |g_i|; cosines, 0 where a gradient is zero.
-GRADALIGN_HD void normalize(int n, const Numbers& gram, const Numbers& norms, const Numbers& cosines) {
-  GRADALIGN_LOOP
-  for (int i = 0; i < n; ++i) norms[i] = root(gram[i * n + i]);
-  GRADALIGN_LOOP
-  for (int i = 0; i < n * n; ++i) cosines[i] = gram[i] / larger(norms[i / n] * norms[i % n], kTiny);
 }
 
 GRADALIGN_HD void weigh_imtlg(int n, const Numbers& gram, const Numbers& weights, const Numbers& scratch) {
@@ -499,7 +514,8 @@ GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weigh
       GRADALIGN_LOOP
       for (int j = 0; j < n; ++j) system[i * n + j] = matrix[i * n + j] * y[i] * y[j] + double(i == j);
     }
-    solve_in_place(n, system, z);
+    factor(n, (1u << n) - 1, system);
+    substitute(n, (1u << n) - 1, system, z);
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {
       double inner = 0;
@@ -564,16 +580,15 @@ GRADALIGN_HD void weigh_many(int n, const Numbers& gram, const int64_t* order, d
     case Weighing::kUpgrad: {
       // UPGrad: each path's own gradient is projected, and the results are added.
       const bool upgrad = o.method == Weighing::kUpgrad;
-      const Numbers start = scratch, rest = scratch.from(n);
+      const Numbers norms = scratch, lengths = scratch.from(n), cosines = scratch.from(2 * n), rest = cosines.from(n * n);
+      normalize(n, gram, norms, cosines);
       GRADALIGN_LOOP
-      for (int k = 0; k < n; ++k) weights[k] = 0;
+      for (int k = 0; k < n; ++k) weights[k] = 1.0 / n;
       GRADALIGN_LOOP
       for (int i = 0; i < (upgrad ? n : 1); ++i) {
         GRADALIGN_LOOP
-        for (int k = 0; k < n; ++k) start[k] = !upgrad || k == i ? 1.0 / n : 0.0;
-        project_to_dual_cone(n, gram, start, rest);
-        GRADALIGN_LOOP
-        for (int k = 0; k < n; ++k) weights[k] += start[k];
+        for (int k = 0; k < n; ++k) lengths[k] = !upgrad || k == i ? norms[k] / n : 0.0;
+        project_to_dual_cone(n, norms, cosines, lengths, weights, rest);
       }
       return;
     }

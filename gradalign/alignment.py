@@ -37,6 +37,13 @@ _NASH_RIDGE = 1e-10
 # sweeps nothing is left beside the diagonal: on thousands of random and degenerate matrices, K <= 8.
 NASH_ROUNDS, NASH_SEARCH = 16, 4
 JACOBI_SWEEPS = 10
+# The distance from 1 to the next float64. K times this is taken for the rounding of a sum over K paths, and twice that
+# on the diagonal makes cosines positive definite where nothing but rounding keeps them from it.
+ROUNDING = 2.0**-52
+# K times as many rounds find an active set; see `_active_set` for how many were needed.
+ROUNDS_PER_PATH = 3
+# Of CAGrad's eps: what bounds the square of a step where its objective falls without end.
+_ENDLESS = 1e-24
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
@@ -151,10 +158,9 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     rescaled form).
 
     With b = 1/K, g_0 the mean gradient and k = c |g_0|, x minimises x^T G b + k |g_x| on the simplex and w = (b + k x /
-    |g_x|) / (1 + c^2), where |g_x|^2 = x^T G x + eps. For K = 2 the minimum is a closed form; for K > 2 a fixed number
-    of exact line searches, each of them that closed form, reaches it. The published eps is 1e-8, whatever the
-    gradients' size; here it is 1e-12 times their mean square norm, so that the weights are the same for gradients of
-    any scale.
+    |g_x|) / (1 + c^2), where |g_x|^2 = x^T G x + eps. The minimum among the paths with x > 0 is a closed form; active
+    sets find out which these are. The published eps is 1e-8, whatever the gradients' size; here it is 1e-12 times their
+    mean square norm, so that the weights are the same for gradients of any scale.
 
     Args:
         gram: float64 [..., K, K].
@@ -193,7 +199,7 @@ def mgda(gram: Tensor) -> Tensor:
     tensor([0.7500, 0.2500], dtype=torch.float64)
     """
     zero, one = torch.zeros_like(gram[..., 0]), torch.ones_like(gram[..., 0, 0])
-    # sqrt(x^T G x + a) has the same minimum for every a; one of G's own size makes it smooth.
+    # sqrt(x^T G x + eps) has the same minimum for every eps; one of G's own size makes it smooth.
     return _minimize_on_simplex(zero, one, gram, gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY))
 
 
@@ -381,71 +387,109 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _project_to_dual_cone(start: Tensor, gram: Tensor) -> Tensor:
     """Minimise v^T G v over v >= start, [..., K]: the nearest combination to start's that conflicts with no path.
 
-    Each round takes the best exact step along a coordinate (which settles who is in), then Newton's step among those
-    with v > start, as far as they stay so.
+    Non-negative least squares: of y = n (v - start), n the norms, with the cosines as its matrix, so that gradients of
+    any lengths are solved alike.
     """
-    squares = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)
-    ridge = torch.diag_embed((1e-14 * squares.mean(-1, keepdim=True)).expand_as(squares))
-    added = torch.zeros_like(start)
-    for _ in range(max(16, 2 * start.shape[-1])):
-        slope = (gram @ (start + added)[..., None])[..., 0]
-        t = torch.maximum(-slope / squares, -added)
-        best = (t * (2 * slope + t * squares)).argmin(-1, keepdim=True)
-        added = added.scatter_add(-1, best, t.gather(-1, best)).clamp_min(0.0)
-        free = (added > 0).to(added.dtype)
-        slope = (gram @ (start + added)[..., None])[..., 0]
-        inner = (gram + ridge) * free[..., :, None] * free[..., None, :] + torch.diag_embed(1 - free)
-        d = torch.linalg.solve_ex(inner, (-slope * free)[..., None])[0][..., 0] * free
-        d = torch.where(d.isfinite().all(-1, keepdim=True), d, 0.0)
-        room = torch.where(d < 0, -added / d, torch.inf).amin(-1, keepdim=True).clamp_max(1.0)
-        added = (added + room * d).clamp_min(0.0)
-    return start + added
+    norms, cosines = _norms_and_cosines(gram)
+    rounding = ROUNDING * gram.shape[-1]
+    lengths = start * norms
+    linear, system = cosines @ lengths[..., None], _positive(cosines)
+
+    def minimum(free: Tensor) -> tuple[Tensor, Tensor]:
+        z = _solve_among(free, system, -linear)[..., 0]
+        total = lengths + z
+        return z, (cosines @ total[..., None])[..., 0] + rounding * total.sum(-1, keepdim=True)
+
+    added = _active_set(torch.zeros_like(lengths), minimum)
+    return start + torch.where(norms > 0, added / norms, 0.0)
 
 
-def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: float | Tensor) -> Tensor:
-    """Minimise the convex f(x) = linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre.
+def _minimize_on_simplex(linear: Tensor, k: Tensor, gram: Tensor, eps: Tensor) -> Tensor:
+    """Minimise the convex f(x) = linear.x + k sqrt(x^T G x + eps) over the simplex, [..., K]; linear in the range of G.
 
-    Each round takes the best exact step along an edge e_i - e_j (which settles who is in), then one along Newton's
-    direction among those with x > 0. No step ever increases f. The first round solves K = 2; after 12 rounds f is
-    within 1e-11 of its minimum, relatively, on thousands of random and degenerate matrices, K <= 8.
+    With x > 0 for some paths only, H = G + a 1 1^T of these, u = H^-1 1 and v = H^-1 linear, the gradient of f is a
+    multiple of 1 where x = x0 + t d, x0 = u / (1^T u), d = (1^T v) x0 - v, t = sqrt(x^T G x + eps) / k. Since x0^T G d
+    = 0, t^2 = (x0^T G x0 + eps) / (k^2 - d^T G d); where the divisor is not above 0, f falls along d for ever.
+
+    On the simplex x^T H x = x^T G x + a, so that a changes nothing but keeps gradients that cancel from making H
+    singular. For linear = 0 the minimum is that of x^T G x + a (1 - 1^T x)^2 over x >= 0, scaled to sum 1: along x = s
+    y with 1^T y = 1 the least value is a q / (a + q), which grows with q = y^T G y.
     """
-    num_paths = gram.shape[-1]
-    x = torch.full_like(linear, 1.0 / num_paths)
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    edge_alpha = squares[..., :, None] + squares[..., None, :] - 2 * gram
-    edge_slope = linear[..., :, None] - linear[..., None, :]
-    k_edge = k[..., None, None]
-    for _ in range(1 if num_paths == 2 else max(16, 2 * num_paths)):
-        product, gamma = _quadratic(x, gram, eps)
-        beta = product[..., :, None] - product[..., None, :]
-        t = _exact_step(edge_slope, k_edge, edge_alpha, beta, gamma[..., None, None], -x[..., :, None], x[..., None, :])
-        value = (
-            edge_slope * t + k_edge * ((edge_alpha * t + 2 * beta) * t + gamma[..., None, None]).clamp_min(0.0).sqrt()
-        )
-        best = value.flatten(-2).argmin(-1, keepdim=True)
-        move = (
-            torch.zeros_like(value)
-            .flatten(-2)
-            .scatter(-1, best, t.flatten(-2).gather(-1, best))
-            .unflatten(-1, value.shape[-2:])
-        )
-        x = (x + move.sum(-1) - move.sum(-2)).clamp_min(0.0)
-        if num_paths > 2:
-            product, gamma = _quadratic(x, gram, eps)
-            d = _newton_direction(
-                x,
-                linear + (k / gamma.sqrt())[..., None] * product,
-                (k / gamma.sqrt())[..., None, None],
-                product,
-                gamma,
-                gram,
-            )
-            room = torch.where(d < 0, -x / d, torch.inf).amin(-1)
-            room = torch.where(room.isfinite(), room, 0.0)
-            alpha = (d * (gram @ d[..., None])[..., 0]).sum(-1)
-            t = _exact_step((linear * d).sum(-1), k, alpha, (d * product).sum(-1), gamma, torch.zeros_like(room), room)
-            x = (x + t[..., None] * d).clamp_min(0.0)
-    return x
+    squares = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
+    if gram.shape[-1] == 2:
+        product, gamma = _quadratic(torch.full_like(linear, 0.5), gram, eps)
+        alpha = squares.sum(-1) - 2 * gram[..., 0, 1]
+        t = _exact_step(linear[..., 0] - linear[..., 1], k, alpha, product[..., 0] - product[..., 1], gamma)
+        return torch.stack([0.5 + t, 0.5 - t], -1)
+    rounding = ROUNDING * gram.shape[-1]
+    # The shortest combination is no longer than the shortest gradient.
+    shortest = squares.amin(-1, keepdim=True).clamp_min(_TINY)
+    norms = (squares + shortest).sqrt()
+    matrix = gram + shortest[..., None]
+    system = _positive(matrix / (norms[..., :, None] * norms[..., None, :]))
+    right = torch.stack([1 / norms, linear / norms], -1)
+
+    def minimum(free: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = (_solve_among(free, system, right) / norms[..., None]).unbind(-1)
+        one, total = u.sum(-1, keepdim=True), v.sum(-1, keepdim=True)
+        x0 = u / one
+        d = total * x0 - v
+        square, falls = _quadratic(x0, gram, eps)[1], _quadratic(d, gram, 0.0)[1]
+        # Where f falls for ever, far beyond the simplex, but finite.
+        t = (square / (k.square() - falls).clamp_min(_ENDLESS * eps).clamp_min(_TINY)).sqrt()[..., None]
+        z, level = x0 + t * d, (1 + t * total) / one
+        slope = ((matrix @ z[..., None])[..., 0] + t * linear - level) / norms
+        size = (z * norms).sum(-1, keepdim=True) + (t * linear.abs() + level.abs()) / norms
+        return z, slope + rounding * size
+
+    values = linear + k[..., None] * (squares + eps[..., None]).sqrt()
+    best = torch.arange(values.shape[-1], device=values.device) == values.argmin(-1, keepdim=True)
+    x = _active_set(best.to(values.dtype), minimum)
+    return x / x.sum(-1, keepdim=True)
+
+
+def _active_set(y: Tensor, minimum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Minimise a convex function over y >= 0, [..., K], by active sets (Lawson & Hanson, Solving Least Squares
+    Problems, 1974, chapter 23), from a y that is the minimum among its coordinates above 0.
+
+    ``minimum(free)`` returns the minimum z with the coordinates that are not ``free`` held at 0, and the slopes there,
+    to which their rounding is added. A round goes towards z until a coordinate falls to 0, which is held from then on;
+    where z is reached, the coordinate of the most negative slope is freed. Each z that is reached lies lower than the
+    last, so that no set of free coordinates comes back. Of 500,000 random and degenerate matrices for each K = 3..8
+    none took more than 2 K + 5 rounds with any method, of 100,000 for K = 12, 16 and 20 none more than 2 K + 3. Only
+    CAGrad with c = 1 may go on for longer: where its objective is flat to rounding, among sets that are alike.
+
+    A Gram matrix that rounding has made indefinite may send a coordinate that was just freed below 0: y stays where it
+    is then, and the coordinate is freed and held in turn until the rounds are over.
+    """
+    own = torch.arange(y.shape[-1], device=y.device)
+    free = y > 0
+    for _ in range(ROUNDS_PER_PATH * y.shape[-1]):
+        z, slope = minimum(free)
+        # A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+        z = torch.where(z.isfinite().all(-1, keepdim=True), z, -1.0)
+        ratio = torch.where(free & (z < 0), y / (y - z), torch.inf)
+        step = ratio.amin(-1, keepdim=True)
+        part = torch.where(ratio <= step, 0.0, (y + step * (z - y)).clamp_min(0.0))
+        y = torch.where(free, torch.where(step < 1, part, z), 0.0)
+        least, best = torch.where(y > 0, torch.inf, slope).min(-1, keepdim=True)
+        free = (y > 0) | ((step >= 1) & (least < 0) & (own == best))
+    return y
+
+
+def _solve_among(free: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve matrix x = right, [..., K, R], for the rows and columns that are ``free``; x is 0 elsewhere."""
+    # The identity in place of what is held at 0.
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inner = torch.where(free[..., :, None] & free[..., None, :], matrix, eye)
+    # The _ex form leaves the error code on the device; a singular system shows as non-finite values.
+    return torch.linalg.solve_ex(inner, torch.where(free[..., None], right, 0.0))[0]
+
+
+def _positive(cosines: Tensor) -> Tensor:
+    """Cosines [..., K, K] with what rounding asks for on their diagonal."""
+    num_paths = cosines.shape[-1]
+    return cosines + 2 * num_paths * ROUNDING * torch.eye(num_paths, dtype=cosines.dtype, device=cosines.device)
 
 
 def _quadratic(x: Tensor, gram: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -454,10 +498,8 @@ def _quadratic(x: Tensor, gram: Tensor, eps: float | Tensor) -> tuple[Tensor, Te
     return product, (x * product).sum(-1).clamp_min(0.0) + eps
 
 
-def _exact_step(
-    slope: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    """The t in [low, high] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma), elementwise."""
+def _exact_step(slope: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
+    """The t in [-1/2, 1/2] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma), elementwise."""
     alpha = alpha.clamp_min(_TINY)
     # With u = t + beta/alpha the root is of alpha u^2 + delta; the derivative vanishes where u^2 = slope^2 delta /
     # (alpha (k^2 alpha - slope^2)), or nowhere.
@@ -466,31 +508,7 @@ def _exact_step(
     square = torch.where(curvature > 0, slope.square() * delta / (alpha * curvature).clamp_min(_TINY), torch.inf)
     # Finite, so that a slope of 0 stays where it is.
     u = -slope.sign() * square.sqrt().clamp_max(1 / _TINY)
-    return torch.minimum(torch.maximum(u - beta / alpha, low), high)
-
-
-def _newton_direction(x: Tensor, slope: Tensor, scale: Tensor, product: Tensor, gamma: Tensor, gram: Tensor) -> Tensor:
-    """Newton's direction among the coordinates with x > 0, which sums to 0; zero where it would not descend."""
-    free = (x > 0).to(x.dtype)
-    ridge = 1e-14 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
-    hessian = (
-        gram
-        - product[..., :, None] * product[..., None, :] / gamma[..., None, None]
-        + torch.diag_embed(ridge.expand_as(x))
-    )
-    # [H 1; 1^T 0] with the identity in place of the coordinates that are held at 0.
-    inner = scale * hessian * free[..., :, None] * free[..., None, :] + torch.diag_embed(1 - free)
-    column = torch.cat([free, torch.zeros_like(free[..., :1])], -1)
-    bordered = torch.cat([torch.cat([inner, free[..., None]], -1), column[..., None, :]], -2)
-    # The _ex form leaves the error code on the device; a singular system shows as non-finite values.
-    d = (
-        torch.linalg.solve_ex(bordered, torch.cat([-slope * free, torch.zeros_like(free[..., :1])], -1))[0][..., :-1]
-        * free
-    )
-    d = torch.where(d.isfinite().all(-1, keepdim=True), d, 0.0)
-    d = d - free * (d.sum(-1) / free.sum(-1))[..., None]
-    d = d / d.abs().amax(-1, keepdim=True).clamp_min(_TINY)
-    return torch.where((d * slope).sum(-1, keepdim=True) < 0, d, 0.0)
+    return (u - beta / alpha).clamp(-0.5, 0.5)
 
 
 def _expect_number(name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradalign import ops
-from gradalign.alignment import JACOBI_SWEEPS, NASH_ROUNDS, NASH_SEARCH
+from gradalign.alignment import JACOBI_SWEEPS, NASH_ROUNDS, NASH_SEARCH, ROUNDING, ROUNDS_PER_PATH
 from gradalign.kernels import available, launch, why_unsupported
 
 # A matrix of more paths would not stay in one warp's registers.
@@ -47,14 +47,14 @@ def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexp
 
 
 @triton.jit
-def _exact_step(slope, k, alpha, beta, gamma, low, high):
-    """The t in [low, high] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma)."""
+def _exact_step(slope, k, alpha, beta, gamma):
+    """The t in [-1/2, 1/2] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma)."""
     alpha = tl.maximum(alpha, 1e-300)
     curvature = k * k * alpha - slope * slope
     delta = tl.maximum(gamma - beta * beta / alpha, 0.0)
     u = tl.minimum(tl.sqrt(slope * slope * delta / tl.maximum(alpha * curvature, 1e-300)), 1e300)
     u = tl.where(slope == 0, 0.0, tl.where(curvature > 0, u, 1e300))
-    return tl.minimum(tl.maximum(tl.where(slope > 0, -u, u) - beta / alpha, low), high)
+    return tl.minimum(tl.maximum(tl.where(slope > 0, -u, u) - beta / alpha, -0.5), 0.5)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _weigh_two(
             slope = aa * 0.0
             k = slope + 1.0
             eps = tl.maximum(0.5 * (aa + bb), 1e-300)
-        t = _exact_step(slope, k, aa + bb - 2 * ab, product_a - product_b, gamma + eps, -0.5, 0.5)
+        t = _exact_step(slope, k, aa + bb - 2 * ab, product_a - product_b, gamma + eps)
         one = 0.5 + t
         two = 0.5 - t
         if METHOD == "cagrad":
@@ -202,31 +202,38 @@ def _entry(vector, index, P: tl.constexpr):
 
 
 @triton.jit
-def _solve(matrix, right, COUNT: tl.constexpr, P: tl.constexpr):
-    """The x [P] with matrix x = right, of the first COUNT rows and columns, by Gauss-Jordan elimination with the
-    largest pivots. A singular matrix gives values that are not finite.
-    """
-    own = tl.arange(0, P)
-    # Of which unknown a row was the pivot.
-    unknown = tl.full([P], -1, tl.int32)
-    for column in range(COUNT):
-        entries = tl.sum(tl.where(own[None, :] == column, matrix, 0.0), 1)
-        waits = (unknown < 0) & (own < COUNT)
-        pivot = own == tl.argmax(tl.where(waits, tl.abs(entries), -1.0), 0)
-        divisor = tl.sum(tl.where(pivot, entries, 0.0), 0)
-        line = tl.sum(tl.where(pivot[:, None], matrix, 0.0), 0) / divisor
-        value = tl.sum(tl.where(pivot, right, 0.0), 0) / divisor
-        matrix = tl.where(pivot[:, None], line[None, :], matrix - entries[:, None] * line[None, :])
-        right = tl.where(pivot, value, right - entries * value)
-        unknown = tl.where(pivot, column, unknown)
-    return tl.sum(tl.where(unknown[:, None] == own[None, :], right[:, None], 0.0), 0)
+def _column(matrix, index, P: tl.constexpr):
+    """matrix[:, index]."""
+    return tl.sum(tl.where(tl.arange(0, P)[None, :] == index, matrix, 0.0), 1)
 
 
 @triton.jit
-def _finite_or_zero(vector, kept, COUNT: tl.constexpr, P: tl.constexpr):
-    """The ``kept`` entries of a solution; all of them zero where any of its first COUNT is not finite."""
-    wrong = tl.sum(tl.where(_is_finite(vector) | (tl.arange(0, P) >= COUNT), 0, 1), 0)
-    return tl.where(kept & (wrong == 0), vector, 0.0)
+def _factor(matrix, COUNT: tl.constexpr, P: tl.constexpr):
+    """L D of a positive definite matrix L D L^T, in and below its diagonal, of the first COUNT rows and columns."""
+    own = tl.arange(0, P)
+    for column in range(COUNT):
+        below = tl.where(own > column, _column(matrix, column, P), 0.0)
+        pivot = _entry(_column(matrix, column, P), column, P)
+        matrix = matrix - below[:, None] / pivot * below[None, :]
+    return matrix
+
+
+@triton.jit
+def _substitute(factors, right, COUNT: tl.constexpr, P: tl.constexpr):
+    """The x [P] with matrix x = right, of the first COUNT rows and columns, from the matrix's `_factor`. A singular
+    matrix gives values that are not finite.
+    """
+    own = tl.arange(0, P)
+    for column in range(COUNT):
+        entries = _column(factors, column, P)
+        value = _entry(right, column, P) / _entry(entries, column, P)
+        right = tl.where(own == column, value, right - tl.where(own > column, entries * value, 0.0))
+    for turn in range(COUNT):
+        column = COUNT - 1 - turn
+        entries = _column(factors, column, P)
+        rest = tl.sum(tl.where(own > column, entries * right, 0.0), 0) / _entry(entries, column, P)
+        right = tl.where(own == column, right - rest, right)
+    return right
 
 
 @triton.jit
@@ -237,77 +244,101 @@ def _quadratic(x, gram, eps):
 
 
 @triton.jit
-def _newton_direction(x, linear, scale, product, gamma, gram, ridge, NUM_PATHS: tl.constexpr, P: tl.constexpr):
-    """Newton's direction among the coordinates with x > 0, which sums to 0; zero where it would not descend."""
+def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr):
+    """The cosines' factors among the ``free`` paths, with what rounding asks for on the diagonal; the identity in place
+    of the others.
+    """
     own = tl.arange(0, P)
-    diagonal = own[:, None] == own[None, :]
-    free = x > 0
-    border = own == NUM_PATHS
-    slope = linear + scale * product
-    hessian = gram - product[:, None] * product[None, :] / gamma + tl.where(diagonal, ridge, 0.0)
-    # [H 1; 1^T 0] with the identity in place of the coordinates that are held at 0.
-    ones = (free[:, None] & border[None, :]) | (border[:, None] & free[None, :])
-    ones = ones | (diagonal & ~free[:, None] & ~border[:, None])
-    system = tl.where(free[:, None] & free[None, :], scale * hessian, tl.where(ones, 1.0, 0.0))
-    d = _finite_or_zero(_solve(system, tl.where(free, -slope, 0.0), NUM_PATHS + 1, P), free, NUM_PATHS, P)
-    d = d - tl.where(free, tl.sum(d, 0) / tl.sum(free.to(tl.float64), 0), 0.0)
-    d = d / tl.maximum(tl.max(tl.abs(d), 0), 1e-300)
-    return tl.where(tl.sum(d * slope, 0) < 0, d, 0.0)
+    diagonal = tl.where(own[:, None] == own[None, :], 1.0, 0.0)
+    system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * ROUNDING * diagonal, diagonal)
+    return _factor(system, NUM_PATHS, P)
 
 
 @triton.jit
-def _minimize_on_simplex(linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, P: tl.constexpr):
-    """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex, from its centre."""
+def _advance(y, z, free, NUM_PATHS: tl.constexpr, P: tl.constexpr):
+    """From y towards z, the minimum among the ``free`` paths, until the first falls to 0: y there and the step, at
+    least 1 where z is reached, 0 where the Gram matrix tells no more because rounding has made it indefinite.
+    """
+    wrong = tl.sum(tl.where(_is_finite(z), 0, 1), 0)
+    # A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+    z = tl.where(wrong == 0, z, -1.0)
+    falls = free & (z < 0)
+    ratio = tl.where(falls, y / tl.where(falls, y - z, 1.0), float("inf"))
+    step = tl.min(ratio, 0)
+    part = tl.where(ratio <= step, 0.0, tl.maximum(y + tl.minimum(step, 1.0) * (z - y), 0.0))
+    return tl.where(free, tl.where(step < 1, part, z), 0.0), step
+
+
+@triton.jit
+def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, P: tl.constexpr):
+    """The paths with y > 0 and, where z was reached, that of the most negative slope; whether there is more to do."""
+    own = tl.arange(0, P)
+    free = y > 0
+    held = tl.where(free | (own >= NUM_PATHS), float("inf"), slope)
+    # Where z was not reached, no slope is below the least number.
+    least = tl.where(step < 1, float("-inf"), 0.0)
+    steepest = (own == tl.argmin(held, 0)) & (held < least)
+    more = (tl.sum(steepest.to(tl.int32), 0) > 0) | ((step > 0) & (step < 1))
+    return free | steepest, more
+
+
+@triton.jit
+def _minimize_on_simplex(
+    linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr
+):
+    """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; ``linear`` is in the range of G."""
     own = tl.arange(0, P)
     mine = own < NUM_PATHS
-    inside = mine[:, None] & mine[None, :]
-    squares = _diagonal(gram, P)
-    ridge = 1e-14 * tl.sum(squares, 0) / NUM_PATHS
-    edge_alpha = squares[:, None] + squares[None, :] - 2 * gram
-    edge_slope = linear[:, None] - linear[None, :]
-    x = tl.where(mine, linear * 0.0 + 1.0 / NUM_PATHS, 0.0)
-    for _ in range(ROUNDS):
-        product, gamma = _quadratic(x, gram, eps)
-        beta = product[:, None] - product[None, :]
-        t = _exact_step(edge_slope, k, edge_alpha, beta, gamma, -x[:, None], x[None, :])
-        value = edge_slope * t + k * tl.sqrt(tl.maximum((edge_alpha * t + 2 * beta) * t + gamma, 0.0))
-        best = tl.argmin(tl.reshape(tl.where(inside, value, float("inf")), [P * P]), 0)
-        up = own == best // P
-        down = own == best % P
-        step = tl.sum(tl.sum(tl.where(up[:, None] & down[None, :], t, 0.0), 1), 0)
-        x = tl.maximum(x + tl.where(up, step, 0.0) - tl.where(down, step, 0.0), 0.0)
-        product, gamma = _quadratic(x, gram, eps)
-        d = _newton_direction(x, linear, k / tl.sqrt(gamma), product, gamma, gram, ridge, NUM_PATHS, P)
-        room = tl.min(tl.where(d < 0, -x / tl.where(d < 0, d, 1.0), float("inf")), 0)
-        room = tl.where(_is_finite(room), room, 0.0)
-        alpha = tl.sum(d * _times(gram, d), 0)
-        t = _exact_step(tl.sum(linear * d, 0), k, alpha, tl.sum(d * product, 0), gamma, 0.0, room)
-        x = tl.maximum(x + t * d, 0.0)
-    return x
+    squares = tl.maximum(_diagonal(gram, P), 0.0)
+    shortest = tl.maximum(tl.min(tl.where(mine, squares, float("inf")), 0), 1e-300)
+    norms = tl.sqrt(squares + shortest)
+    matrix = tl.where(mine[:, None] & mine[None, :], gram + shortest, 0.0)
+    cosines = matrix / (norms[:, None] * norms[None, :])
+    values = tl.where(mine, linear + k * tl.sqrt(squares + eps), float("inf"))
+    free = own == tl.argmin(values, 0)
+    x = tl.where(free, linear * 0.0 + 1.0, 0.0)
+    left = ROUNDS
+    while left > 0:
+        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, P)
+        u = _substitute(factors, tl.where(free, 1 / norms, 0.0), NUM_PATHS, P) / norms
+        v = _substitute(factors, tl.where(free, linear / norms, 0.0), NUM_PATHS, P) / norms
+        one = tl.sum(u, 0)
+        total = tl.sum(v, 0)
+        x0 = u / one
+        d = total * x0 - v
+        _, square = _quadratic(x0, gram, eps)
+        _, falls = _quadratic(d, gram, 0.0)
+        # Where the function falls for ever, far beyond the simplex, but finite.
+        t = tl.sqrt(square / tl.maximum(tl.maximum(k * k - falls, 1e-24 * eps), 1e-300))
+        z = x0 + t * d
+        level = (1 + t * total) / one
+        size = tl.sum(z * norms, 0) + (t * tl.abs(linear) + tl.abs(level)) / norms
+        slope = (_times(matrix, z) + t * linear - level) / norms + NUM_PATHS * ROUNDING * size
+        x, step = _advance(x, z, free, NUM_PATHS, P)
+        free, more = _free_steepest(x, slope, step, NUM_PATHS, P)
+        left = tl.where(more, left - 1, 0)
+    return x / tl.sum(x, 0)
 
 
 @triton.jit
-def _project_to_dual_cone(start, gram, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, P: tl.constexpr):
+def _project_to_dual_cone(
+    start, norms, cosines, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr
+):
     """Minimise v^T G v over v >= start."""
-    own = tl.arange(0, P)
-    mine = own < NUM_PATHS
-    diagonal = own[:, None] == own[None, :]
-    squares = tl.maximum(_diagonal(gram, P), 1e-300)
-    ridge = 1e-14 * tl.sum(tl.where(mine, squares, 0.0), 0) / NUM_PATHS
-    added = start * 0.0
-    for _ in range(ROUNDS):
-        slope = _times(gram, start + added)
-        t = tl.maximum(-slope / squares, -added)
-        value = tl.where(mine, t * (2 * slope + t * squares), float("inf"))
-        added = tl.where(own == tl.argmin(value, 0), tl.maximum(added + t, 0.0), added)
-        free = added > 0
-        slope = _times(gram, start + added)
-        inner = gram + tl.where(diagonal, ridge, 0.0)
-        system = tl.where(free[:, None] & free[None, :], inner, tl.where(diagonal, 1.0, 0.0))
-        d = _finite_or_zero(_solve(system, tl.where(free, -slope, 0.0), NUM_PATHS, P), free, NUM_PATHS, P)
-        room = tl.min(tl.where(d < 0, -added / tl.where(d < 0, d, 1.0), float("inf")), 0)
-        added = tl.maximum(added + tl.minimum(room, 1.0) * d, 0.0)
-    return start + added
+    lengths = start * norms
+    linear = _times(cosines, lengths)
+    y = lengths * 0.0
+    free = y > 0
+    left = ROUNDS
+    while left > 0:
+        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, P)
+        z = _substitute(factors, tl.where(free, -linear, 0.0), NUM_PATHS, P)
+        total = lengths + z
+        slope = _times(cosines, total) + NUM_PATHS * ROUNDING * tl.sum(total, 0)
+        y, step = _advance(y, z, free, NUM_PATHS, P)
+        free, more = _free_steepest(y, slope, step, NUM_PATHS, P)
+        left = tl.where(more, left - 1, 0)
+    return start + tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0)
 
 
 @triton.jit
@@ -382,7 +413,8 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
         residual = tl.where(mine, 1 - y * product * length, 0.0)
-        z = tl.where(mine, _solve(inner + tl.where(diagonal, 1.0, 0.0), residual, NUM_PATHS, P), 0.0)
+        factors = _factor(inner + tl.where(diagonal, 1.0, 0.0), NUM_PATHS, P)
+        z = _substitute(factors, residual, NUM_PATHS, P)
         square = tl.sum(z * _times(inner, z), 0)
         slope = tl.sum(z * (1 - residual), 0)
         decrement = tl.sqrt(tl.maximum(tl.sum(z * residual, 0), 0.0))
@@ -453,6 +485,7 @@ def weigh_many_kernel(
     ALWAYS: tl.constexpr,
     C: tl.constexpr,
     ROUNDS: tl.constexpr,
+    ROUNDING: tl.constexpr,
     NASH_SEARCHES: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -483,20 +516,22 @@ def weigh_many_kernel(
         total = tl.sum(matrix, 1)
         k = C * tl.sqrt(tl.maximum(tl.sum(total, 0) / (NUM_PATHS * NUM_PATHS), 0.0))
         eps = tl.maximum(1e-12 * tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
-        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, P)
+        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, P)
         _, square = _quadratic(x, matrix, eps)
         found = (1.0 / NUM_PATHS + k / tl.sqrt(square) * x) / (1 + C * C)
     elif METHOD == "mgda":
         eps = tl.maximum(tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
-        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, P)
+        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, P)
     elif METHOD == "dualproj":
+        norms, cosines = _norms_and_cosines(matrix, P)
         start = tl.where(mine, zero + 1.0 / NUM_PATHS, 0.0)
-        found = _project_to_dual_cone(start, matrix, NUM_PATHS, ROUNDS, P)
+        found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, P)
     elif METHOD == "upgrad":
+        norms, cosines = _norms_and_cosines(matrix, P)
         found = zero
         for i in range(NUM_PATHS):
             start = tl.where(own == i, zero + 1.0 / NUM_PATHS, 0.0)
-            found += _project_to_dual_cone(start, matrix, NUM_PATHS, ROUNDS, P)
+            found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, P)
     elif METHOD == "imtlg":
         norms, cosines = _norms_and_cosines(matrix, P)
         values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, P)
@@ -566,9 +601,9 @@ def weigh(
             targets,
             **options,
             ROUNDS=_rounds(method, num_paths),
+            ROUNDING=ROUNDING,
             NASH_SEARCHES=NASH_SEARCH,
-            # Newton's system on the simplex has one row more.
-            P=triton.next_power_of_2(num_paths + (method in ("cagrad", "mgda"))),
+            P=triton.next_power_of_2(num_paths),
             num_warps=1,
         )
     return weights, targets
@@ -582,4 +617,4 @@ def _rounds(method: str, num_paths: int) -> int:
     """How often a method iterates, as in alignment.py."""
     if method in ("imtlg", "alignedmtl"):
         return JACOBI_SWEEPS
-    return NASH_ROUNDS if method == "nashmtl" else max(16, 2 * num_paths)
+    return NASH_ROUNDS if method == "nashmtl" else ROUNDS_PER_PATH * num_paths
