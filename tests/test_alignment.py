@@ -19,6 +19,15 @@ needs_published = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The matrices are small: waking a second thread costs more than it saves, and far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_grams(count, num_paths, rng, kinds=7):
     """Gram matrices [count, K, K] of random, low-rank, nearly parallel, badly scaled and nearly balanced gradients."""
     grams = []
@@ -34,6 +43,34 @@ def random_grams(count, num_paths, rng, kinds=7):
             rows -= 0.99 * rows.mean(0)
         grams.append(rows @ rows.T)
     return torch.from_numpy(np.stack(grams))
+
+
+def awkward_rows(count, num_paths, rng):
+    """Gradients [count, K, 2 K]: of lengths from 1e-8 to 1e8, parallel, opposed and zero, nearly on one line, nearly in
+    one plane, of integers, and nearly balanced with lengths from 1e-2 to 1e2.
+    """
+    rows = rng.normal(size=(6, count // 6, num_paths, 2 * num_paths))
+    each = (count // 6, num_paths, 1)
+    rows[0] *= 10 ** rng.uniform(-8, 8, size=each)
+    chosen = np.broadcast_to(rng.integers(num_paths, size=each), rows[1].shape)
+    rows[1] = np.take_along_axis(rows[1], chosen, 1) * rng.choice([-2, -1, 0, 1, 3], size=each)
+    rows[2, ..., 1:] *= 10 ** rng.uniform(-10, 0, size=(count // 6, 1, 1))
+    rows[3, ..., 2:] *= 10 ** rng.uniform(-10, 0, size=(count // 6, 1, 1))
+    rows[4] = rng.integers(-1, 2, size=rows[4].shape) * (np.arange(2 * num_paths) <= num_paths // 2)
+    rows[5] -= (1 - 10 ** rng.uniform(-10, 0, size=(count // 6, 1, 1))) * rows[5].mean(-2, keepdims=True)
+    rows[5] *= 10 ** rng.uniform(-2, 2, size=each)
+    return torch.from_numpy(rows.reshape(-1, num_paths, 2 * num_paths))
+
+
+def many_grams(num_paths):
+    """Hundreds of `random_grams`, thousands of the awkward ones, the degenerate ones, and all of them with entries that
+    are rounded differently: [N, K, K].
+    """
+    rng = np.random.default_rng(num_paths)
+    rows = awkward_rows(900, num_paths, rng)
+    gram = torch.cat([random_grams(350, num_paths, rng), rows @ rows.mT, degenerate_grams(num_paths)])
+    last_place = 1 + 2.0**-53 * torch.from_numpy(rng.integers(-2, 3, size=gram.shape))
+    return torch.cat([gram, gram * (last_place.triu() + last_place.triu(1).mT)])
 
 
 def cagrad_objective(x, gram, c=0.5):
@@ -261,41 +298,103 @@ def test_cagrad_point_is_a_minimum(num_paths):
     assert (gap <= 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).all()
 
 
+@pytest.mark.parametrize("num_paths", [3, 4, 5])
+@pytest.mark.parametrize("c", [0.5, 2.0])
+def test_cagrad_objective_is_never_above_that_of_any_set_of_paths(c, num_paths):
+    """Of all sets of paths, the minimum with x = 0 elsewhere where x > 0 there; none found by the method lies above."""
+    gram = many_grams(num_paths)
+    square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    gram = gram[square > 0] / square[square > 0, None, None]
+    linear, k = gram.mean(-1), c * gram.mean((-2, -1)).clamp_min(0).sqrt()
+    # Where the mean gradient vanishes, every point is a minimum.
+    gram, linear, k = gram[k > 1e-6], linear[k > 1e-6], k[k > 1e-6]
+
+    def values(x):
+        return (x * linear).sum(-1) + k * ((x * (gram @ x[..., None])[..., 0]).sum(-1).clamp_min(0) + 1e-12).sqrt()
+
+    best = torch.full_like(k, torch.inf)
+    for chosen in range(1, 2**num_paths):
+        own = [i for i in range(num_paths) if chosen >> i & 1]
+        inner, part = gram[:, own][:, :, own], linear[:, own]
+        right = torch.stack([torch.ones_like(part), part], -1)
+        u, v = (torch.linalg.pinv(inner + 1, hermitian=True) @ right).unbind(-1)
+        x0 = u / u.sum(-1, keepdim=True)
+        d = v.sum(-1, keepdim=True) * x0 - v
+        squares = [(y * (inner @ y[..., None])[..., 0]).sum(-1).clamp_min(0) for y in (x0, d)]
+        t = ((squares[0] + 1e-12) / (k.square() - squares[1])).sqrt().nan_to_num(0)
+        x = torch.zeros_like(linear)
+        x[:, own] = (x0 + t[:, None] * d).nan_to_num(0).clamp(0, 1)
+        x = torch.where(x.sum(-1, keepdim=True) > 0, x, 1.0)
+        best = torch.minimum(best, values(x / x.sum(-1, keepdim=True)))
+    found = values(cagrad_point(gram, c))
+    assert (found <= best + 1e-9).all()
+
+
 def test_cagrad_of_radius_zero_is_the_mean():
     gram = random_grams(20, 3, np.random.default_rng(2))
     expected = torch.full((20, 3), 1 / 3, dtype=torch.float64)
     torch.testing.assert_close(alignment.weights(gram, "cagrad", c=0.0), expected)
 
 
+def weigh_with(backend, method, gram):
+    """Weights by a backend, on the CPU again."""
+    from gradalign import ops
+
+    if reason := ops.weigh.why_not(backend):
+        pytest.skip(reason)
+    device = "cuda" if backend == "cuda" else "cpu"
+    with ga.use_backends(backend):
+        return alignment.weigh(gram.to(device), alignment.METHODS[method])[0].cpu()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
 @pytest.mark.parametrize("num_paths", range(2, 9))
-def test_mgda_is_the_shortest_convex_combination(num_paths):
+def test_mgda_is_the_shortest_convex_combination(num_paths, backend):
     """Optimal if and only if no path's gradient has a smaller product with it than itself."""
-    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
-    x = alignment.mgda(gram)
+    gram = many_grams(num_paths)
+    x = weigh_with(backend, "mgda", gram)
     products = (gram @ x[..., None])[..., 0]
     assert (x >= 0).all()
-    torch.testing.assert_close(x.sum(-1), torch.ones(140, dtype=torch.float64))
+    torch.testing.assert_close(x.sum(-1), torch.ones_like(x[:, 0]))
     gap = (x * products).sum(-1) - products.amin(-1)
-    assert (gap <= 1e-7 * gram.diagonal(dim1=-2, dim2=-1).amax(-1)).all()
+    assert (gap <= 1e-13 * gram.diagonal(dim1=-2, dim2=-1).amax(-1)).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
 @pytest.mark.parametrize("num_paths", range(2, 9))
 @pytest.mark.parametrize("method", ["dualproj", "upgrad"])
-def test_no_conflict_is_left_after_projection_to_the_dual_cone(method, num_paths):
-    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
-    products = (gram @ alignment.weights(gram, method)[..., None])[..., 0]
-    assert (products >= -1e-10 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)).all()
+def test_no_conflict_is_left_after_projection_to_the_dual_cone(method, num_paths, backend):
+    """However short a path's gradient is."""
+    gram = many_grams(num_paths)
+    products = (gram @ weigh_with(backend, method, gram)[..., None])[..., 0]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert (products >= -1e-10 * norms * norms.amax(-1, keepdim=True)).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
 @pytest.mark.parametrize("num_paths", range(2, 9))
-def test_dualproj_is_the_nearest_unconflicting_gradient(num_paths):
+def test_dualproj_is_the_nearest_unconflicting_gradient(num_paths, backend):
     """The conditions of Karush, Kuhn and Tucker: only paths that touch the cone are added to the mean."""
-    gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
-    weights = alignment.dualproj(gram)
+    gram = many_grams(num_paths)
+    weights = weigh_with(backend, "dualproj", gram)
     added = weights - 1 / num_paths
     slack = added * (gram @ weights[..., None])[..., 0]
     assert (added >= 0).all()
     assert (slack.abs().sum(-1) <= 1e-8 * gram.diagonal(dim1=-2, dim2=-1).amax(-1)).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("method", ["mgda", "dualproj", "upgrad"])
+@pytest.mark.parametrize("num_paths", [3, 5])
+def test_merges_survive_a_gram_matrix_of_float32_sums(num_paths, method, backend):
+    """Rounding makes the Gram matrices of dependent gradients indefinite: their merge is still nearly the same."""
+    rng = np.random.default_rng(num_paths)
+    rows = awkward_rows(3000, num_paths, rng)
+    norms = rows.norm(dim=-1)
+    noise = 1e-9 * torch.from_numpy(rng.normal(size=(len(rows), num_paths, num_paths)))
+    gram = rows @ rows.mT + (noise + noise.mT) * norms[:, :, None] * norms[:, None, :]
+    found, exact = ((weigh_with(backend, method, g)[:, None] @ rows)[:, 0] for g in (gram, rows @ rows.mT))
+    assert ((found - exact).norm(dim=-1) <= 0.1 * norms.amax(-1)).all()
 
 
 def test_upgrad_of_two_paths_is_pcgrad():
