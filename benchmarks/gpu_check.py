@@ -7,9 +7,10 @@ Each stage has a limit of its own; the limits add up to less than nine minutes, 
 --out go gpu_check.json (each stage's result and seconds), gpu_check.log (everything the stages printed) and the
 benchmarks' result files, which also stay in benchmarks/results/.
 
-It needs `pip install .[train]`, pytest and scipy. A machine without a network takes what it lacks as wheels, numpy<2.4
-among them (the published code runs with no newer one): `pip download -d wheels --no-deps soundfile cffi pycparser
-"numpy<2.4"` here, `pip install --no-index wheels/*` there.
+It needs `pip install .[train]`, pytest, pytest-benchmark and scipy, for the published loader librosa too. A machine
+without a network takes what it lacks as wheels, numpy<2.4 among them (the published code runs with no newer one):
+`pip download -d wheels --no-deps soundfile cffi pycparser pytest-benchmark "numpy<2.4"` here,
+`pip install --no-index wheels/*` there.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ GPU_TESTS = (
 SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
 # The project's kernels by name; those of PyTorch's float64 reference would take most of the time.
 KERNELS = {"test_cuda.py": "gradalign", "test_triton.py": "^(notch|lnl|isd|ssi|rawboost|gram|weigh|combine|align)_"}
+NEEDED = ("soundfile", "tqdm", "pytest", "pytest_benchmark", "scipy")
 # What a stage that is stopped may still take, to say how far it came.
 GRACE_S = 5
 
@@ -77,6 +79,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None) -> list[Stage
     numpy_code = ("--published", str(rawboost), "--published-processes", "16") if rawboost else ()
     published = ("--published-aligners", str(aligners)) if aligners else ()
     pcgrad = ("--published-pcgrad", str(aligners / "pcgrad.py")) if aligners else ()
+    loader = ("--published", str(aligners.resolve().parent)) if aligners else ()
     tests = tuple((*PYTEST, "-rs", str(ROOT / "tests" / first), *_in_tests(rest)) for first, *rest in GPU_TESTS)
 
     def bench(script: str, name: str, *options: str) -> tuple[tuple[str, ...]]:
@@ -91,7 +94,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None) -> list[Stage
     goal = ("--batch", "64", "--samples", "64600", "--ops", "rawboost")
     step = ("--batch", "10", "--samples", "64000", "--seconds", "15", *pcgrad)
     xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16")
-    data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8")
+    data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8", *loader)
     each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
     return [
         Stage("what serves what", ((sys.executable, "-m", "gradalign.info"),), 20),
@@ -171,9 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: expected a CUDA GPU; PyTorch sees none", file=sys.stderr)
         return 2
-    missing = [name for name in ("soundfile", "tqdm", "pytest", "scipy") if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"gpu-check: expected {', '.join(missing)}; pip install {' '.join(missing)}", file=sys.stderr)
+        names = " ".join(missing).replace("_", "-")
+        print(f"gpu-check: expected the packages {names}; pip install {names}", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
     found = re.search(r"\b[A-Z]{1,4}\d{2,4}\w*", name)
