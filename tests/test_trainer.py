@@ -137,7 +137,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 @gpu
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_gpu_trains_as_the_cpu_does(config, tmp_path, amp):
+def test_a_gpu_trains_as_the_cpu_does(config, tmp_path, amp, monkeypatch):
+    # In full float32, as the CPU: cuDNN's convolutions take TF32 by default.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     here = train(replace(config, out=str(tmp_path / "cpu"), amp=amp), progress=False)
     there = train(replace(config, out=str(tmp_path / "gpu"), amp=amp, device="cuda"), progress=False)
     for a, b in zip(rows(here), rows(there), strict=True):

@@ -187,7 +187,8 @@ def test_same_seeds_same_augmentation_and_gradient(algo):
     towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
     def run(backend, device, lengths):
-        wave = x.to(device).requires_grad_()
+        # A leaf of its own: on the CPU, `to` alone would hand out x, and its gradients would add up over the runs.
+        wave = x.clone().to(device).requires_grad_()
         with ga.use_backends(backend):
             y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
             if algo:
