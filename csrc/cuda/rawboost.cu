@@ -210,29 +210,29 @@ struct NoiseOut {
   double *signal_squares, *noise_squares;
 };
 
-// What a thread knows of the samples it has filtered. The squares are float64: those of samples below 1e-23 would vanish in float32.
+// What a thread knows of the samples it has filtered. NaN shows in the sum alone.
 template <typename T>
 struct PowerSums {
-  double sum = 0;
-  T above = -INFINITY, below = -INFINITY;
+  T sum = 0, above = -INFINITY, below = -INFINITY;
   __device__ void add(T v) {
-    sum += double(v);
-    above = Larger{}(above, v);
-    below = Larger{}(below, -v);
+    sum += v;
+    above = fmax(above, v);
+    below = fmax(below, -v);
   }
   template <int kThreads>
   __device__ void store(const PowersOut<T>& out, int64_t tile) {
-    sum = block_reduce<kThreads>(sum, Add{});
+    const double total = block_reduce<kThreads>(double(sum), Add{});
     above = block_reduce<kThreads>(above, Larger{});
     below = block_reduce<kThreads>(below, Larger{});
     if (threadIdx.x > 0) return;
-    out.sums[tile] = sum;
+    out.sums[tile] = total;
     out.above[tile] = above;
     out.below[tile] = below;
   }
 };
 
 // The squares of the thread's samples of x and of `square`, that of the filtered noise, of a tile; x may be null (its squares are not asked for).
+// They are float64: those of samples below 1e-23 would vanish in float32.
 template <typename T, int kThreads>
 __device__ void store_squares(const Wave& x, int64_t b, int first, int end, double square, const NoiseOut<T>& out, int64_t tile) {
   double signal = 0;
@@ -331,25 +331,28 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wa
       own_samples<float, Fft::kThreads>(x, b, length, start, start + count, put);
   });
   float* const row = (is_noise ? colored.colored : powers.z) + b * rows.num_samples;
-  PowerSums<float> sums;
-  double square = 0;
+  auto store = [&](auto&& know) {
 #pragma unroll
-  for (int r = 0; r < Fft::kEach; ++r) {
-    const int m = threadIdx.x + r * Fft::kThreads;
+    for (int r = 0; r < Fft::kEach; ++r) {
+      const int m = threadIdx.x + r * Fft::kThreads;
+      if (m < num_taps - 1) continue;
 #pragma unroll
-    for (int segment = 0; segment < 2; ++segment) {
-      const int n = segments.output(first, segment, m);
-      if (m < num_taps - 1 || n >= length) continue;
-      const float v = segment == 0 ? value[r].x : value[r].y;
-      row[n] = v;
-      sums.add(v);
-      square += double(v) * double(v);
+      for (int segment = 0; segment < 2; ++segment) {
+        const int n = segments.output(first, segment, m);
+        const float v = segment == 0 ? value[r].x : value[r].y;
+        if (n < length) row[n] = v, know(v);
+      }
     }
-  }
-  if (is_noise)
+  };
+  if (is_noise) {
+    double square = 0;
+    store([&](float v) { square += double(v) * double(v); });
     store_squares<float, Fft::kThreads>(signal, b, first, min(first + segments.tile(), length), square, colored, tile);
-  else
+  } else {
+    PowerSums<float> sums;
+    store([&](float v) { sums.add(v); });
     sums.store<Fft::kThreads>(powers, tile);
+  }
 }
 
 Powers new_powers(const Tensor& x, const Batch& batch, int tile) {
@@ -469,16 +472,20 @@ __global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<W
                                                        int num_blocks, S* y, Wide<S>* peaks, double* squares) {
   using T = Wide<S>;
   __shared__ Factors factors;
+  __shared__ Extent<T> extent;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
   // The samples are on their way while the factors are drawn and the utterance's level is found.
   T v[kEach], f[kEach];
   block_samples(source, b, length, first, v);
+  if (powers.sums != nullptr) extent.find(powers, b, length);
   block_factors(impulses, b, length, first, factors, f);
+  __syncthreads();
   Level<T> level{0, 1};
-  if (powers.sums != nullptr) level = level_of(powers, b, length);
+  if (powers.sums != nullptr) level = extent.level(length);
+  const T scale = 1 / level.divisor();
 #pragma unroll
-  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) / level.divisor() * (1 + g_sd * f[r]);
+  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) * scale * (1 + g_sd * f[r]);
   if (addend.data != nullptr) {
     block_samples(addend, b, length, first, f);
 #pragma unroll
@@ -505,32 +512,38 @@ __global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<W
 // What is left: of `source` minus the mean and by the norm of `powers`, by the norm of `peaks`, plus the noise `colored` [B, T] at its level, where
 // each of these is there; 0 beyond the utterance. `source` and `colored` may be `out`. Silence stays silence.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, PowerTiles<Wide<S>> powers, Tiles<const Wide<S>> peaks, const Wide<S>* colored,
-                                                          Tiles<const double> signal, Tiles<const double> noise, NoiseLevel noise_level, Rows rows,
-                                                          int num_blocks, S* out) {
+__global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, PowerTiles<Wide<S>> powers, Tiles<const Wide<S>> peaks, Wave colored,
+                                                                   Tiles<const double> signal, Tiles<const double> noise, NoiseLevel noise_level,
+                                                                   Rows rows, int num_blocks, S* out) {
   using T = Wide<S>;
+  __shared__ Extent<T> extent;
+  __shared__ T largest;
+  __shared__ double signal_square, noise_square;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
-  Level<T> level{0, 1};
-  if (powers.sums != nullptr) level = level_of(powers, b, length);
-  if (peaks.of != nullptr) level.peak = largest_of(peaks, b, length);
-  const T divisor = level.divisor();
-  // Nothing to do, and every sample is where it belongs.
-  if (source.data == out && level.mean == 0 && divisor == 1 && colored == nullptr && first + kBlock <= length) return;
-  T scale = 0;
-  if (colored != nullptr) {
-    const double square = sum_of(noise, b, length), own = sum_of(signal, b, length);
-    if (square > 0) scale = T(sqrt(own) / double(divisor) / sqrt(square) * noise_level(b));
-  }
+  if (powers.sums != nullptr) extent.find(powers, b, length);
+  combine_tiles(3, peaks, b, length, T(-INFINITY), Larger{}, largest);
+  combine_tiles(4, signal, b, length, 0.0, Add{}, signal_square);
+  combine_tiles(5, noise, b, length, 0.0, Add{}, noise_square);
+  const bool adds = colored.data != nullptr;
   T v[kEach], white[kEach] = {};
-  block_samples(source, b, length, first, v);
-#pragma unroll
-  for (int r = 0; r < kEach; ++r) {
-    const int n = first + int(threadIdx.x) + r * kThreads;
-    if (colored != nullptr && n < length) white[r] = colored[b * rows.num_samples + n];
+  // On their way while the level is found. Without noise, there may be nothing to do.
+  if (adds) block_samples(source, b, length, first, v), block_samples(colored, b, length, first, white);
+  __syncthreads();
+  Level<T> level{0, 1};
+  if (powers.sums != nullptr) level = extent.level(length);
+  if (peaks.of != nullptr) level.peak = largest;
+  const T divisor = level.divisor(), scale = 1 / divisor;
+  T noise_scale = 0;
+  if (!adds) {
+    // Every sample is where it belongs.
+    if (source.data == out && level.mean == 0 && divisor == 1 && first + kBlock <= length) return;
+    block_samples(source, b, length, first, v);
+  } else if (noise_square > 0) {
+    noise_scale = T(sqrt(signal_square) / double(divisor) / sqrt(noise_square) * noise_level(b));
   }
 #pragma unroll
-  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) / divisor + scale * white[r];
+  for (int r = 0; r < kEach; ++r) v[r] = (v[r] - level.mean) * scale + noise_scale * white[r];
   store_block(out, b, rows.num_samples, length, first, v);
 }
 
@@ -561,7 +574,7 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
       device.launch(isd_kernel<S>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks, out,
                     static_cast<T*>(peaks.mutable_data_ptr()), steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
     };
-    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, const T* colored, Tiles<const double> signal,
+    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<const double> signal,
                             Tiles<const double> of_noise) {
       device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<const T>{}, colored, signal, of_noise,
                     NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
@@ -571,7 +584,7 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
     Wave source = wave_of(x), addend{};
     if (steps.parallel) {
       pass(source, {}, impulses, {});
-      finish(wave_of(batch.out), {}, true, nullptr, {}, {});
+      finish(wave_of(batch.out), {}, true, {}, {}, {});
       addend = wave_of(batch.out), impulses = {};
     }
     // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
@@ -598,9 +611,9 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
       source = wave_of(batch.out), level = {};
     }
     if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, *samples, !passes);
-    if (!colored) return finish(source, level, passes, nullptr, {}, {});
+    if (!colored) return finish(source, level, passes, {}, {}, {});
     const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
-    finish(source, level, passes, static_cast<const T*>(samples->const_data_ptr()), signal, colored->noise());
+    finish(source, level, passes, wave_of(*samples), signal, colored->noise());
   });
   return batch.out;
 }

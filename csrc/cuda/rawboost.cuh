@@ -39,12 +39,20 @@ __device__ void own_samples(const Wave& wave, int64_t b, int length, int start, 
   with_stored(wave, [&](auto stored) {
     using S = decltype(stored);
     const S* const row = static_cast<const S*>(wave.data) + b * wave.row_stride;
+    const int last = min(end, length);
     for (int from = start + int(threadIdx.x); from < end; from += kInFlight * kThreads) {
       T v[kInFlight];
+      // The common case computes no address per sample.
+      if (wave.stride == 1 && from >= 0 && from + (kInFlight - 1) * kThreads < last) {
+        const S* const at = row + from;
 #pragma unroll
-      for (int r = 0; r < kInFlight; ++r) {
-        const int n = from + r * kThreads;
-        v[r] = n >= 0 && n < length && n < end ? T(Wide<S>(row[n * wave.stride])) : T(0);
+        for (int r = 0; r < kInFlight; ++r) v[r] = T(Wide<S>(at[r * kThreads]));
+      } else {
+#pragma unroll
+        for (int r = 0; r < kInFlight; ++r) {
+          const int n = from + r * kThreads;
+          v[r] = n >= 0 && n < last ? T(Wide<S>(row[n * wave.stride])) : T(0);
+        }
       }
 #pragma unroll
       for (int r = 0; r < kInFlight; ++r)
@@ -222,9 +230,9 @@ __device__ float2* fft_segments(const Segments& segments, int first, float2* mem
   // Output n meets samples n + (P+1)/2 - k; a segment begins with the one of k = P - 1.
   const int start = first + (segments.num_taps + 1) / 2 - (segments.num_taps - 1);
   fill(start, kPoints + segments.hop, [&](int n, float value) {
-    const int m = n - start;
-    if (m >= 0 && m < kPoints) samples[m].x = value;
-    if (m >= segments.hop && m < kPoints + segments.hop) samples[m - segments.hop].y = value;
+    const int m = n - start, later = m - segments.hop;
+    if (unsigned(m) < kPoints) samples[m].x = value;
+    if (unsigned(later) < kPoints) samples[later].y = value;
   });
   __syncthreads();
   return samples;
@@ -270,11 +278,15 @@ template <typename T>
 __device__ void block_samples(const Wave& wave, int64_t b, int length, int first, T (&v)[kEach]) {
   with_stored(wave, [&](auto stored) {
     using S = decltype(stored);
-    const S* const row = static_cast<const S*>(wave.data) + b * wave.row_stride;
+    const int own = first + int(threadIdx.x);
+    const S* const at = static_cast<const S*>(wave.data) + b * wave.row_stride + own * wave.stride;
+    // The common case has nothing to ask or to compute per sample.
+    if (wave.stride == 1 && first + kBlock <= length) {
 #pragma unroll
-    for (int r = 0; r < kEach; ++r) {
-      const int n = first + int(threadIdx.x) + r * kThreads;
-      v[r] = n < length ? T(Wide<S>(row[n * wave.stride])) : T(0);
+      for (int r = 0; r < kEach; ++r) v[r] = T(Wide<S>(at[r * kThreads]));
+    } else {
+#pragma unroll
+      for (int r = 0; r < kEach; ++r) v[r] = own + r * kThreads < length ? T(Wide<S>(at[r * kThreads * wave.stride])) : T(0);
     }
   });
 }
@@ -282,10 +294,15 @@ __device__ void block_samples(const Wave& wave, int64_t b, int length, int first
 // Store a thread's samples of a block to `out` [B, T], 0 from `length` on.
 template <typename S>
 __device__ void store_block(S* out, int64_t b, int num_samples, int length, int first, const Wide<S> (&v)[kEach]) {
+  const int own = first + int(threadIdx.x);
+  S* const at = out + b * num_samples + own;
+  if (first + kBlock <= length) {
 #pragma unroll
-  for (int r = 0; r < kEach; ++r) {
-    const int n = first + int(threadIdx.x) + r * kThreads;
-    if (n < num_samples) out[b * num_samples + n] = n < length ? S(v[r]) : S(Wide<S>(0));
+    for (int r = 0; r < kEach; ++r) at[r * kThreads] = S(v[r]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kEach; ++r)
+      if (own + r * kThreads < num_samples) at[r * kThreads] = S(own + r * kThreads < length ? v[r] : Wide<S>(0));
   }
 }
 
@@ -345,18 +362,14 @@ struct Tiles {
   int tile, count;
 };
 
-// The sum over an utterance's tiles; every thread of the block gets it.
-inline __device__ double sum_of(const Tiles<const double>& tiles, int64_t b, int length) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) sum += tiles.of[b * tiles.count + i];
-  return block_reduce<kThreads>(sum, Add{});
-}
-
-template <typename T>
-__device__ T largest_of(const Tiles<const T>& tiles, int64_t b, int length) {
-  T largest = -INFINITY;
-  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) largest = Larger{}(largest, tiles.of[b * tiles.count + i]);
-  return block_reduce<kThreads>(largest, Larger{});
+// One warp of the block combines what an utterance's tiles know, if there are any; `found`, in shared memory, holds the result after the next
+// barrier. A block has a few such numbers to find: each by a warp of its own, at the same time, they cost less than a reduction over the block each.
+template <typename T, typename Combine>
+__device__ void combine_tiles(int warp, const Tiles<const T>& tiles, int64_t b, int length, T start, Combine combine, T& found) {
+  if (int(threadIdx.x) / kWarp != warp || tiles.of == nullptr) return;
+  for (int i = threadIdx.x % kWarp; i < divide_up(length, tiles.tile); i += kWarp) start = combine(start, tiles.of[b * tiles.count + i]);
+  start = warp_reduce(start, combine);
+  if (threadIdx.x % kWarp == 0) found = start;
 }
 
 // What the tiles of z, the sum of filtered powers, know [B, tiles]: their sums, the largest z and the largest -z.
@@ -374,18 +387,22 @@ struct Level {
   __device__ T divisor() const { return peak > 1 ? peak : T(1); }
 };
 
+// What the level of an utterance is made of, in shared memory.
 template <typename T>
-__device__ Level<T> level_of(const PowerTiles<T>& tiles, int64_t b, int length) {
-  double sum = 0;
-  T high = -INFINITY, low = -INFINITY;
-  for (int i = threadIdx.x; i < divide_up(length, tiles.tile); i += kThreads) {
-    sum += tiles.sums[b * tiles.count + i];
-    high = Larger{}(high, tiles.above[b * tiles.count + i]);
-    low = Larger{}(low, tiles.below[b * tiles.count + i]);
+struct Extent {
+  double sum;
+  T above, below;
+  // By the first three warps; a barrier goes before `level`.
+  __device__ void find(const PowerTiles<T>& tiles, int64_t b, int length) {
+    combine_tiles(0, Tiles<const double>{tiles.sums, tiles.tile, tiles.count}, b, length, 0.0, Add{}, sum);
+    combine_tiles(1, Tiles<const T>{tiles.above, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, above);
+    combine_tiles(2, Tiles<const T>{tiles.below, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, below);
   }
-  const T mean = T(block_reduce<kThreads>(sum, Add{}) / max(length, 1));
-  return {mean, Larger{}(block_reduce<kThreads>(high, Larger{}) - mean, block_reduce<kThreads>(low, Larger{}) + mean)};
-}
+  __device__ Level<T> level(int length) const {
+    const T mean = T(sum / max(length, 1));
+    return {mean, Larger{}(above - mean, below + mean)};
+  }
+};
 
 struct Powers {
   // [B, tiles] and [2, B, tiles].
@@ -490,16 +507,18 @@ struct Factors {
   float f[kBlock];
 };
 
-// Draw the factors of the samples first .. first + count - 1 of utterance b.
-inline __device__ void draw_factors(const Impulses& impulses, int64_t b, int first, int count, Factors& shared) {
+// Draw the factors of the kBlock samples of utterance b from `first` on; no sample beyond it is marked.
+inline __device__ void draw_factors(const Impulses& impulses, int64_t b, int first, Factors& shared) {
   if (threadIdx.x == 0) shared.num_chosen = 0;
-  for (int i = threadIdx.x; i < kBlock; i += kThreads) shared.f[i] = 0;
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) shared.f[threadIdx.x + r * kThreads] = 0;
   __syncthreads();
-  const uint32_t* const marks = impulses.marks + b * impulses.words;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const uint32_t n = uint32_t(first + i);
+  const int64_t word = first / 32 + int(threadIdx.x);
+  if (threadIdx.x < kBlock / 32 && word < impulses.words) {
+    uint32_t marks = impulses.marks[b * impulses.words + word];
     // The order of the list varies from run to run, what is computed for each of its entries does not.
-    if (marks[n / 32] >> (n % 32) & 1) shared.chosen[atomicAdd(&shared.num_chosen, 1)] = uint16_t(i);
+    int at = marks == 0 ? 0 : atomicAdd(&shared.num_chosen, __popc(marks));
+    for (; marks != 0; marks &= marks - 1) shared.chosen[at++] = uint16_t(32 * threadIdx.x + __ffs(int(marks)) - 1);
   }
   __syncthreads();
   // A few samples in a hundred are chosen: gathered first, so that no warp draws for one lane alone.
@@ -513,7 +532,7 @@ inline __device__ void draw_factors(const Impulses& impulses, int64_t b, int fir
 // A thread's factors f of a block of samples.
 template <typename T>
 __device__ void block_factors(const Impulses& impulses, int64_t b, int length, int first, Factors& shared, T (&f)[kEach]) {
-  if (impulses.marks != nullptr) draw_factors(impulses, b, first, min(kBlock, length - first), shared);
+  if (impulses.marks != nullptr) draw_factors(impulses, b, first, shared);
   if (impulses.factor.data != nullptr) return block_samples(impulses.factor, b, length, first, f);
 #pragma unroll
   for (int r = 0; r < kEach; ++r) f[r] = impulses.marks != nullptr ? T(shared.f[threadIdx.x + r * kThreads]) : T(0);

@@ -44,9 +44,12 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_sums_kernel(const T* z,
                                                                      double* dots, double* grad_sums, int64_t* places) {
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
+  __shared__ Extent<T> extent;
   double slope[kEach];
   block_samples(grad, b, length, first, slope);
-  const auto [mean, peak] = level_of(powers, b, length);
+  extent.find(powers, b, length);
+  __syncthreads();
+  const auto [mean, peak] = extent.level(length);
   double dot = 0, sum = 0;
   int64_t place = kNowhere;
 #pragma unroll
@@ -74,7 +77,8 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_center_kernel(Wave grad
                                                                        const double* grad_sums, const int64_t* places, T* z) {
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
-  const T peak = level_of(powers, b, length).peak;
+  __shared__ Extent<T> extent;
+  extent.find(powers, b, length);
   Slopes slopes{0, kNowhere};
   double total = 0;
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
@@ -85,7 +89,8 @@ __global__ __launch_bounds__(kThreads) void lnl_backward_center_kernel(Wave grad
   slopes.dot = block_reduce<kThreads>(slopes.dot, Add{});
   total = block_reduce<kThreads>(total, Add{});
   slopes.place = block_reduce<kThreads>(slopes.place, Smaller{});
-  const NormBackward<T> through(slopes, peak);
+  // The reductions' barriers lie between.
+  const NormBackward<T> through(slopes, extent.level(length).peak);
   const T mean = T((total / double(through.divisor) - through.correction) / max(length, 1));
   T v[kEach];
   block_samples(grad, b, length, first, v);
@@ -369,7 +374,11 @@ __global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave 
   T v[kEach], wave[kEach];
   block_samples(grad, b, length, first, v);
   block_samples(x, b, length, first, wave);
-  const double own = sum_of(signal, b, length), square = sum_of(noise, b, length), dot = sum_of(dots, b, length);
+  __shared__ double own, square, dot;
+  combine_tiles(0, signal, b, length, 0.0, Add{}, own);
+  combine_tiles(1, noise, b, length, 0.0, Add{}, square);
+  combine_tiles(2, dots, b, length, 0.0, Add{}, dot);
+  __syncthreads();
   // Two roots, because the product of two small squares may vanish.
   const double slope = dot / (sqrt(own) * sqrt(square)) * noise_level(b);
   const T toward_x = own > 0 && square > 0 ? T(slope) : T(0);

@@ -139,6 +139,9 @@ inline void __nanosleep(unsigned, const char* file = __builtin_FILE(), int line 
 // Fibers take turns only where they wait: nothing comes between, and everyone sees all that was written.
 inline void __threadfence() {}
 
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
   const T old = *address;
