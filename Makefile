@@ -52,7 +52,8 @@ gpu-check:
 		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) \
 		$(if $(PUBLISHED_RAWBOOST),--published-rawboost $(PUBLISHED_RAWBOOST)) \
-		$(if $(PUBLISHED_ALIGNERS),--published-aligners $(PUBLISHED_ALIGNERS))
+		$(if $(PUBLISHED_ALIGNERS),--published-aligners $(PUBLISHED_ALIGNERS)) \
+		$(if $(PYTORCH_PCGRAD),--pytorch-pcgrad $(PYTORCH_PCGRAD))
 
 clean:
 	rm -rf $(VENV) build gradalign/_C*.so gradalign.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
                     "repetitions": len(found.wall),
                     "wall_ms": measure.spread(found.wall, 1e3),
                     "cpu_ms": measure.spread(found.cpu, 1e3) if device.type == "cpu" else None,
-                    "launches_and_syncs": measure.launches_and_syncs(lambda run=contender.run: run(0), device),
+                    "device_work": measure.device_work(lambda run=contender.run: run(0), device),
                     "relative_error": error,
                 }
             )

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from gradalign import _extension, info
 from gradalign._files import write_text
@@ -135,11 +136,12 @@ class _DeviceTimer:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             # Module loading, compilation and handles.
-            for i in range(max(2, sets)):
+            for i in range(max(2, sets) if contender.capturable else 2):
                 contender.before(i % sets)
                 contender.run(i % sets)
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
+        self.next = 0
         self.graph = torch.cuda.CUDAGraph() if contender.capturable else None
         if self.graph is not None:
             with torch.cuda.graph(self.graph):
@@ -147,23 +149,20 @@ class _DeviceTimer:
                 self.results = [contender.run(i) for i in range(sets)]
 
     def __call__(self) -> tuple[float, float]:
-        total = 0.0
-        if self.graph is not None:
-            for i in range(self.sets):
-                self.contender.before(i)
-        for i in range(self.sets if self.graph is None else 1):
-            if self.graph is None:
-                self.contender.before(i)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            if self.graph is None:
-                self.contender.run(i)
-            else:
-                self.graph.replay()
-            end.record()
-            end.synchronize()
-            total += start.elapsed_time(end) / 1e3
-        return total / self.sets, math.nan
+        # A graph holds a call for each input set; other code takes the sets in turn, one in a repetition.
+        chosen = list(range(self.sets)) if self.graph is not None else [self.next % self.sets]
+        self.next += 1
+        for i in chosen:
+            self.contender.before(i)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        if self.graph is None:
+            self.contender.run(chosen[0])
+        else:
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(chosen), math.nan
 
 
 def ratio(times: dict[str, Times], over: str, under: str, clock: str = "wall") -> dict[str, float]:
@@ -207,19 +206,27 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def launches_and_syncs(run: Callable[[], Any], device: torch.device) -> tuple[int, int] | None:
-    """Kernel launches and host waits of one call on a GPU; None on the CPU."""
+def device_work(run: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
+    """Kernel launches, host waits and the kernels' own milliseconds of one call on a GPU; None on the CPU.
+
+    Where the kernels' time is well below the call's, the host is what the device waits for.
+    """
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         run()
-    names = [event.name for event in profiled.events()]
-    launches = sum("LaunchKernel" in name for name in names)
-    # A copy to pageable host memory waits as well: PyTorch shows it as a stream synchronisation.
-    return launches, sum(name == "cudaStreamSynchronize" for name in names)
+        torch.cuda.synchronize(device)
+    events = profiled.events()
+    on_device = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
+    return {
+        "launches": sum("LaunchKernel" in event.name for event in events),
+        # A copy to pageable host memory waits as well: PyTorch shows it as a stream synchronisation.
+        "waits": sum(event.name == "cudaStreamSynchronize" for event in events),
+        "kernels_ms": float(f"{sum(on_device) / 1e3:.4g}"),
+    }
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

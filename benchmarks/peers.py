@@ -227,7 +227,7 @@ class Bench:
                 continue
             errors[who] = error
             model.restore(0)
-            calls[who] = measure.launches_and_syncs(functools.partial(run, 0), device)
+            calls[who] = measure.device_work(functools.partial(run, 0), device)
             ours_on_gpu = device.type == "cuda" and who in (f"{OURS} triton", f"{OURS} cuda", "foreach")
             contenders.append(Contender(who, run, model.restore, capturable=ours_on_gpu))
         times = measure.interleave(contenders, device, sets, o.rounds, o.seconds)
@@ -248,7 +248,7 @@ class Bench:
                 "floor_share": float(f"{floor * 1e3 / wall['median']:.4g}"),
                 "peak_mib": round(memory[who] / 2**20, 2),
                 "peak_gradient_sets": round(memory[who] / (4 * count), 2),
-                "launches_and_syncs": calls[who],
+                "device_work": calls[who],
                 "relative_error": errors[who],
             }
             self.rows.append(row)

@@ -27,6 +27,10 @@ def _spread(values: dict[str, float]) -> str:
     return f"{_number(values['median'])} ({_number(values['p20'])} to {_number(values['p80'])})"
 
 
+def _device_work(work: dict[str, float] | None) -> str:
+    return f"{work['launches']}, {work['waits']}, {_number(work['kernels_ms'])}" if work else ""
+
+
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
@@ -64,6 +68,7 @@ def markdown(result: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault(describe(row), []).append(row)
+    on_gpu = any(row.get("device_work") for row in result["rows"])
     times = []
     for what, rows in groups.items():
         best = min(row["wall_ms"]["median"] for row in rows)
@@ -77,10 +82,12 @@ def markdown(result: dict[str, Any]) -> str:
                     _spread(row["cpu_ms"]) if row.get("cpu_ms") else "",
                     f"{row['wall_ms']['median'] / best:.2f}",
                     "" if memory is None else _number(memory),
+                    *([_device_work(row.get("device_work"))] if on_gpu else []),
                 ]
             )
             what = ""
-    lines += _table(["workload", "who", "wall ms", "CPU ms", "times the fastest", "peak MiB"], times)
+    head = ["workload", "who", "wall ms", "CPU ms", "times the fastest", "peak MiB"]
+    lines += _table([*head, "launches, waits, kernels' ms"] if on_gpu else head, times)
     left_out = [*(f"Not timed, wrong: {text}" for text in result["failed"]), *result["skipped"]]
     if left_out:
         lines += ["", "Left out: " + "; ".join(left_out) + "."]

@@ -3,7 +3,8 @@
 Every step sees the same clean and augmented views of a batch. "plain split" is ordinary training on both views one
 after the other; "plain joint" on both at once. "aligned split" and "aligned joint" are `AlignedOptimizer` with pcgrad.
 The published step (its pcgrad.py is an argument) sends both views through the model at once and runs two backwards
-through it.
+through it. On a GPU the split steps are also timed as replays of a CUDA graph ("captured"), in which the host launches
+nothing; the published step cannot be captured, because it waits for the device.
 
     python benchmarks/train_step.py --threads 2 --batch 4 --samples 16000 --published-pcgrad grad_align/pcgrad.py
     python benchmarks/train_step.py --device cuda --batch 10 --autocast bfloat16 --published-pcgrad ... --name h100-step
@@ -33,6 +34,8 @@ from gradalign.detectors import frontend as frontends
 PLAIN_SPLIT, PLAIN_JOINT = "plain split", "plain joint"
 ALIGNED_SPLIT, ALIGNED_JOINT, PUBLISHED = "aligned split", "aligned joint", "published"
 WAYS = (PLAIN_SPLIT, ALIGNED_SPLIT, PLAIN_JOINT, ALIGNED_JOINT, PUBLISHED)
+CAPTURED = {f"{name}, captured": name for name in (PLAIN_SPLIT, ALIGNED_SPLIT)}
+PLAIN_CAPTURED, ALIGNED_CAPTURED = CAPTURED
 
 
 def load_module(path: Path, name: str) -> ModuleType:
@@ -52,9 +55,11 @@ class Step:
         self.model, self.views, self.labels = copy.deepcopy(model), views, labels
         # The published settings: the rare class, bona fide (1), weighs nine times as much.
         self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 0.9], device=views.device))
-        # A fused optimizer on a GPU, for everybody: ours then never waits for the device.
-        fused = views.device.type == "cuda"
-        self.inner = torch.optim.Adam(self.model.parameters(), lr=1e-6, weight_decay=1e-4, fused=fused)
+        # A fused optimizer on a GPU, for everybody: ours then never waits for the device, and a graph can hold it.
+        on_gpu = views.device.type == "cuda"
+        self.inner = torch.optim.Adam(
+            self.model.parameters(), lr=1e-6, weight_decay=1e-4, fused=on_gpu, capturable=on_gpu
+        )
         self.autocast = autocast
 
     def loss(self, wave: Tensor, labels: Tensor) -> Tensor:
@@ -121,14 +126,14 @@ def contenders(
     """Return each way's step object and its step."""
     found: dict[str, tuple[Step, Callable[[], None]]] = {}
     for name in names:
-        step = make()
-        if name == PUBLISHED:
+        step, way = make(), CAPTURED.get(name, name)
+        if way == PUBLISHED:
             if published is not None:
                 found[name] = step, step.published(published)
-        elif name in (ALIGNED_SPLIT, ALIGNED_JOINT):
-            found[name] = step, step.aligned(joint=name == ALIGNED_JOINT)
+        elif way in (ALIGNED_SPLIT, ALIGNED_JOINT):
+            found[name] = step, step.aligned(joint=way == ALIGNED_JOINT)
         else:
-            found[name] = step, step.plain_split if name == PLAIN_SPLIT else step.plain_joint
+            found[name] = step, step.plain_split if way == PLAIN_SPLIT else step.plain_joint
     return found
 
 
@@ -171,7 +176,7 @@ def _exact() -> Iterator[None]:
 
 
 def _contender(name: str, run: Callable[[], None]) -> Contender:
-    return Contender(name, lambda i: run())
+    return Contender(name, lambda i: run(), capturable=name in CAPTURED)
 
 
 def _flat(grads: list[Tensor | None], reached: list[bool]) -> Tensor:
@@ -202,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     device, autocast = options.device, getattr(torch, options.autocast) if options.autocast else None
     environment = measure.environment(device)
     torch.manual_seed(0)
-    chosen = {"frontend": {"name": options.frontend}} if options.frontend else {}
-    model = ga.detectors.create(options.detector, **chosen).to(device)
+    parts = {"frontend": {"name": options.frontend}} if options.frontend else {}
+    model = ga.detectors.create(options.detector, **parts).to(device)
     skipped = []
     published = None
     if options.published_pcgrad is None:
@@ -232,10 +237,14 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print("WRONG, not timed: " + "; ".join(failed))
     else:
-        ways = contenders(make, published, options.ways)
+        chosen = [*options.ways]
+        if device.type == "cuda":
+            chosen += [name for name, way in CAPTURED.items() if way in options.ways]
+        ways = contenders(make, published, chosen)
         takers = [_contender(name, run) for name, (_, run) in ways.items()]
         times = measure.interleave(takers, device, 1, options.rounds, options.seconds)
         for name, (_, run) in ways.items():
+            work = measure.device_work(run, device)
             row = {
                 "op": "training step",
                 "contender": name,
@@ -245,15 +254,16 @@ def main(arguments: list[str] | None = None) -> int:
                 "wall_ms": measure.spread(times[name].wall, 1e3),
                 "cpu_ms": measure.spread(times[name].cpu, 1e3) if device.type == "cpu" else None,
                 "peak_mib": round(measure.peak_bytes(run, device) / 2**20, 1),
-                "launches_and_syncs": measure.launches_and_syncs(run, device),
+                "device_work": work,
                 "relative_error": errors.get(name),
             }
             rows.append(row)
             print(
-                f"{name:<14} {row['wall_ms']['median']:10.1f} ms "
+                f"{name:<23} {row['wall_ms']['median']:10.1f} ms "
                 f"[{row['wall_ms']['p20']:.1f}, {row['wall_ms']['p80']:.1f}] "
                 + (f"cpu {row['cpu_ms']['median']:10.1f} ms " if row["cpu_ms"] else "")
-                + f"peak {row['peak_mib']:8.1f} MiB"
+                + f"peak {row['peak_mib']:8.1f} MiB "
+                + ("{launches} launches, {waits} waits, kernels {kernels_ms} ms".format(**work) if work else "")
             )
         for slower, faster in (
             (ALIGNED_SPLIT, PLAIN_SPLIT),
@@ -261,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
             (PUBLISHED, PLAIN_JOINT),
             (PUBLISHED, ALIGNED_SPLIT),
             (PUBLISHED, ALIGNED_JOINT),
+            (ALIGNED_CAPTURED, PLAIN_CAPTURED),
+            (PUBLISHED, ALIGNED_CAPTURED),
         ):
             if not {slower, faster} <= set(times):
                 continue
@@ -286,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
         for slower, faster, limit, at_least in (
             (ALIGNED_SPLIT, PLAIN_SPLIT, 1.05, False),
             (PUBLISHED, ALIGNED_SPLIT, least, True),
+            *([(ALIGNED_CAPTURED, PLAIN_CAPTURED, 1.05, False)] if device.type == "cuda" else []),
+            *([(PUBLISHED, ALIGNED_CAPTURED, least, True)] if device.type == "cuda" else []),
         )
         for clock in measure.clocks(device)
     ]
