@@ -507,7 +507,7 @@ GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weigh
     const double length = sqrt(n / quadratic(n, matrix, y, 0, product));
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) y[i] *= length;
-    double square = 0, slope = 0, decrement = 0, room = INFINITY;
+    double square = 0, size = 0, room = INFINITY;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {
       z[i] = 1 - y[i] * product[i] * length;
@@ -521,24 +521,24 @@ GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weigh
       double inner = 0;
       GRADALIGN_LOOP
       for (int j = 0; j < n; ++j) inner += matrix[i * n + j] * y[i] * y[j] * z[j];
-      const double residual = 1 - y[i] * product[i] * length;
       square += z[i] * inner;
-      slope += z[i] * (1 - residual);
-      decrement += z[i] * residual;
+      size += z[i] * z[i];
       if (z[i] < 0) room = smaller(room, -1 / z[i]);
     }
-    decrement = root(decrement);
+    square = larger(square, 0.0);
+    // z . residual, but of terms that do not cancel: at the end z is all rounding.
+    const double fall = square + size, decrement = sqrt(fall);
     double t = decrement < 0.25 ? 1.0 : 1 / (1 + decrement);
     GRADALIGN_LOOP
     for (int search = 0; search < kNashSearch; ++search) {
-      double first = square * t + slope, second = square;
+      double slope = square, curvature = square;
       GRADALIGN_LOOP
       for (int i = 0; i < n; ++i) {
         const double quotient = z[i] / (1 + t * z[i]);
-        first -= quotient;
-        second += quotient * quotient;
+        slope += z[i] * quotient;
+        curvature += quotient * quotient;
       }
-      t = smaller(larger(t - first / larger(second, kTiny), 0.1 * t), 0.5 * (t + room));
+      t = smaller(larger(t - (t * slope - fall) / larger(curvature, kTiny), 0.1 * t), 0.5 * (t + room));
     }
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) y[i] *= 1 + t * z[i];

@@ -33,8 +33,9 @@ _CANCELLED = 1e-6
 _VANISHING = 1e-12
 # Added to the cosines' diagonal by Nash-MTL.
 _NASH_RIDGE = 1e-10
-# After so many rounds, with so many steps of their line search, Nash-MTL's decrement is below 1e-9; after so many
-# sweeps nothing is left beside the diagonal: on thousands of random and degenerate matrices, K <= 8.
+# After so many rounds, with so many steps of their line search, Nash-MTL's decrement is below 1e-7, and where gradients
+# cancel below 1e-4, the rounding of their sum; after so many sweeps nothing is left beside the diagonal: on thousands
+# of random and degenerate matrices, K <= 8.
 NASH_ROUNDS, NASH_SEARCH = 16, 4
 JACOBI_SWEEPS = 10
 # The distance from 1 to the next float64. K times this is taken for the rounding of a sum over K paths, and twice that
@@ -320,13 +321,16 @@ def nashmtl(gram: Tensor) -> Tensor:
         inner = matrix * y[..., :, None] * y[..., None, :]
         residual = 1 - y * product
         z = torch.linalg.solve_ex(inner + eye, residual[..., None])[0][..., 0]
-        square, slope = (z * (inner @ z[..., None])[..., 0]).sum(-1), -(z * residual).sum(-1) + z.sum(-1)
-        decrement = (z * residual).sum(-1).clamp_min(0.0).sqrt()
+        square = (z * (inner @ z[..., None])[..., 0]).sum(-1).clamp_min(0.0)
+        # z . residual, but of terms that do not cancel: at the end z is all rounding.
+        fall = square + z.square().sum(-1)
+        decrement = fall.sqrt()
         room = torch.where(z < 0, -1 / z, torch.inf).amin(-1)
         t = torch.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
         for _ in range(NASH_SEARCH):
             quotient = z / (1 + t[..., None] * z)
-            step = (square * t + slope - quotient.sum(-1)) / (square + quotient.square().sum(-1)).clamp_min(_TINY)
+            slope = t * (square + (z * quotient).sum(-1)) - fall
+            step = slope / (square + quotient.square().sum(-1)).clamp_min(_TINY)
             t = torch.minimum(torch.maximum(t - step, 0.1 * t), 0.5 * (t + room))
         y = y * (1 + t[..., None] * z)
     return _scale_to_sum_one(torch.where(norms > 0, y / norms, 0.0))

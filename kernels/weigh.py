@@ -35,8 +35,8 @@ def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexp
     """GradVac: the multiple of g_j that path i gains, and the target that is left."""
     cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
     cosine = tl.where(norm_i > 0, cosine, 0.0)
-    # tl.minimum would round the constant to float32.
-    target = tl.where(rho > 1.0 - 1e-6, 1.0 - 1e-6, rho)
+    # tl.minimum and a comparison would round the constant to float32; arithmetic does not.
+    target = tl.where(rho - (1.0 - 1e-6) > 0, 1.0 - 1e-6, rho)
     sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
     target_sine = tl.sqrt(1 - target * target)
     gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, 1e-300)
@@ -249,7 +249,7 @@ def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constex
     of the others.
     """
     own = tl.arange(0, P)
-    diagonal = tl.where(own[:, None] == own[None, :], 1.0, 0.0)
+    diagonal = (own[:, None] == own[None, :]).to(tl.float64)
     system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * ROUNDING * diagonal, diagonal)
     return _factor(system, NUM_PATHS, P)
 
@@ -403,8 +403,10 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
     """Nash-MTL: the y > 0 with C y = 1 / y, by Newton's method."""
     own = tl.arange(0, P)
     mine = own < NUM_PATHS
-    diagonal = own[:, None] == own[None, :]
-    matrix = cosines + tl.where(diagonal & mine[:, None], tl.where(norms[:, None] > 0, 1e-10, 1.0 + 1e-10), 0.0)
+    diagonal = (own[:, None] == own[None, :]).to(tl.float64)
+    # A choice of two constants would be float32.
+    ridge = tl.where(mine, (norms == 0).to(tl.float64) + 1e-10, 0.0)
+    matrix = cosines + diagonal * ridge[:, None]
     y = tl.where(mine, norms * 0.0 + 1.0, 0.0)
     for _ in range(ROUNDS):
         product = _times(matrix, y)
@@ -413,18 +415,17 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
         residual = tl.where(mine, 1 - y * product * length, 0.0)
-        factors = _factor(inner + tl.where(diagonal, 1.0, 0.0), NUM_PATHS, P)
-        z = _substitute(factors, residual, NUM_PATHS, P)
-        square = tl.sum(z * _times(inner, z), 0)
-        slope = tl.sum(z * (1 - residual), 0)
-        decrement = tl.sqrt(tl.maximum(tl.sum(z * residual, 0), 0.0))
+        z = _substitute(_factor(inner + diagonal, NUM_PATHS, P), residual, NUM_PATHS, P)
+        square = tl.maximum(tl.sum(z * _times(inner, z), 0), 0.0)
+        # z . residual, but of terms that do not cancel: at the end z is all rounding.
+        fall = square + tl.sum(z * z, 0)
+        decrement = tl.sqrt(fall)
         room = tl.min(tl.where(z < 0, -1 / tl.where(z < 0, z, 1.0), float("inf")), 0)
         t = tl.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
         for _ in range(SEARCH):
             quotient = z / (1 + t * z)
-            step = (square * t + slope - tl.sum(quotient, 0)) / tl.maximum(
-                square + tl.sum(quotient * quotient, 0), 1e-300
-            )
+            slope = t * (square + tl.sum(z * quotient, 0)) - fall
+            step = slope / tl.maximum(square + tl.sum(quotient * quotient, 0), 1e-300)
             t = tl.minimum(tl.maximum(t - step, 0.1 * t), 0.5 * (t + room))
         y = y * (1 + t * z)
     return y
@@ -605,6 +606,9 @@ def weigh(
             NASH_SEARCHES=NASH_SEARCH,
             P=triton.next_power_of_2(num_paths),
             num_warps=1,
+            # Several lanes hold the same number. Of a fused a b + c d one lane rounds a b, another c d: they would go
+            # on with different numbers, and might leave a loop apart.
+            enable_fp_fusion=False,
         )
     return weights, targets
 

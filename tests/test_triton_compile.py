@@ -1,5 +1,8 @@
-"""Every Triton kernel, as its launcher specialises it, compiled to machine code without a GPU: no spills, no stack."""
+"""Every Triton kernel, as its launcher specialises it, compiled to machine code without a GPU: no spills, no stack, no
+constant in less than its precision.
+"""
 
+import math
 import os
 import re
 import subprocess
@@ -87,8 +90,8 @@ def _arguments(op, dtype):
     return [args for name, args in inputs.CASES[op](dtype) if name == "three filters"]
 
 
-def _compile(kernel, args, meta, arch, folder):
-    """Return (registers per thread, bytes of stack, bytes of local memory) of one launch's kernel."""
+def _compile(kernel, args, meta, arch):
+    """One launch's kernel, with the text of every stage in `asm`."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     options = {**meta, "debug": False}
@@ -96,8 +99,12 @@ def _compile(kernel, args, meta, arch, folder):
         *args, **options
     )
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, more)
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=parsed.__dict__)
-    cubin = folder / f"{kernel.__name__}.cubin"
+    return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=parsed.__dict__)
+
+
+def _usage(compiled, folder):
+    """Return (registers per thread, bytes of stack, bytes of local memory)."""
+    cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
@@ -118,11 +125,46 @@ def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
             _launcher(op)(*args)
         assert launches
         for kernel, args, meta in launches:
-            registers, stack, local = _compile(kernel, args, meta, arch, tmp_path)
+            registers, stack, local = _usage(_compile(kernel, args, meta, arch), tmp_path)
             record_property(f"{kernel.__name__}, {dtype}", registers)
             # A kernel whose registers overflow keeps the rest on the stack or in local memory.
             assert stack == 0, (kernel.__name__, dtype, registers)
             assert local == 0, (kernel.__name__, dtype, registers)
+
+
+def _constants(ttir):
+    """Its finite floating-point constants: (value, bits)."""
+    pattern = r"arith\.constant (?:dense<)?(-?\d+\.\d+(?:[eE][+-]?\d+)?)>? : (?:tensor<[\dx]+x)?f(32|64)\b"
+    return [(float(value), int(bits)) for value, bits in re.findall(pattern, ttir)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_constant_is_rounded_to_float32(op, launches):
+    """Triton, its interpreter too, takes a constant for float32 where it meets no tensor, in tl.minimum and tl.maximum,
+    and where it is compared.
+    """
+    for args in _arguments(op, torch.float64):
+        _launcher(op)(*args)
+    # The random numbers of the other ops are float32 by definition.
+    wide = op.startswith("notch") or op == "weigh"
+    for kernel, args, meta in launches:
+        for value, bits in _constants(_compile(kernel, args, meta, 90).asm["ttir"]):
+            # Such as 0.5 and 2^-32, the same in both.
+            short = (math.frexp(value)[0] * 2**16).is_integer()
+            rounded = torch.tensor(value, dtype=torch.float64).float().item() == value
+            assert short or (not rounded if bits == 64 else not wide), (kernel.__name__, meta, value, bits)
+
+
+def test_no_product_is_fused_into_a_sum_over_lanes(launches):
+    """Lanes that hold the same number would round it differently, and go on with different ones."""
+    for args in _arguments("weigh", torch.float64):
+        weigh.weigh(*args)
+    many = [launch for launch in launches if launch[0] is weigh.weigh_many_kernel]
+    assert many
+    for kernel, args, meta in many:
+        ptx = _compile(kernel, args, meta, 90).asm["ptx"]
+        # What is not marked as rounded is left to ptxas to fuse.
+        assert not re.search(r"\bfma\.|\b(mul|add|sub)\.f64", ptx), meta
 
 
 def test_every_kernel_is_compiled(launches):
