@@ -8,8 +8,9 @@
 
 namespace gradalign {
 
-// The peak of a bank's response is taken on the frequencies k*pi/512, k = 0..511.
-constexpr int kResponsePoints = 512;
+// The peak of a bank's response is taken on the frequencies k*pi/512, k = 0..511: it is 1 at 0 Hz, and the others are w = k*pi/512, k = 1..256,
+// and pi - w.
+constexpr int kResponsePairs = 256;
 constexpr double kPi = 3.14159265358979323846;
 
 struct NotchRanges {
@@ -66,21 +67,31 @@ GRADALIGN_HD double notch_tap(const NotchBand& band, int m) {
   return (sin_pi(band.left * m) - sin_pi(band.right * m)) / (kPi * m) * window;
 }
 
-// response[j] = taps[0] + 2 * sum over m of taps[m] * cos(m w_j) by Clenshaw's recurrence, without a table of cosines of multiples; N frequencies
-// side by side hide its latency.
+// response[j] = taps[0] + 2 * sum over m of taps[m] * cos(m w_j), and mirrored[j] that at pi - w_j, where odd taps change their sign. Clenshaw's
+// recurrence in 2 w, for even and odd taps apart, needs no table of cosines of multiples; N frequencies side by side hide its latency. One zero
+// follows the taps 0..reach.
 template <int N>
-GRADALIGN_HD void symmetric_response(const double* taps, int reach, const double* cos_w, double* response) {
-  double last[N] = {}, before[N] = {};
-  for (int m = reach; m > 0; --m) {
+GRADALIGN_HD void symmetric_response(const double* taps, int reach, const double* cos_w, double* response, double* mirrored) {
+  double twice_cos_2w[N], even[N] = {}, even_before[N] = {}, odd[N] = {}, odd_before[N] = {};
+  GRADALIGN_UNROLL
+  for (int j = 0; j < N; ++j) twice_cos_2w[j] = 4 * cos_w[j] * cos_w[j] - 2;
+  for (int m = reach | 1; m > 0; m -= 2) {
     GRADALIGN_UNROLL
     for (int j = 0; j < N; ++j) {
-      double current = taps[m] + 2 * cos_w[j] * last[j] - before[j];
-      before[j] = last[j];
-      last[j] = current;
+      const double next_even = twice_cos_2w[j] * even[j] + (taps[m - 1] - even_before[j]);
+      const double next_odd = twice_cos_2w[j] * odd[j] + (taps[m] - odd_before[j]);
+      even_before[j] = even[j];
+      even[j] = next_even;
+      odd_before[j] = odd[j];
+      odd[j] = next_odd;
     }
   }
   GRADALIGN_UNROLL
-  for (int j = 0; j < N; ++j) response[j] = taps[0] + 2 * (cos_w[j] * last[j] - before[j]);
+  for (int j = 0; j < N; ++j) {
+    const double of_even = 2 * even[j] - twice_cos_2w[j] * even_before[j] - taps[0], of_odd = 2 * cos_w[j] * (odd[j] - odd_before[j]);
+    response[j] = of_even + of_odd;
+    mirrored[j] = of_even - of_odd;
+  }
 }
 
 }  // namespace gradalign

@@ -389,14 +389,14 @@ ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::D
 
 // Design one bank into `bank` [num_taps], which is in the middle of its row between zeros.
 GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, double gain_db, int64_t num_taps, double* bank) {
-  static const std::array<double, kResponsePoints> cos_w = [] {
-    std::array<double, kResponsePoints> table;
-    for (int k = 0; k < kResponsePoints; ++k) table[k] = std::cos(kPi * k / kResponsePoints);
+  static const std::array<double, kResponsePairs> cos_w = [] {
+    std::array<double, kResponsePairs> table;
+    for (int k = 1; k <= kResponsePairs; ++k) table[k - 1] = std::cos(kPi * k / (2 * kResponsePairs));
     return table;
   }();
-  std::array<double, kResponsePoints> response;
+  std::array<double, 2 * kResponsePairs> response;
   response.fill(1);
-  std::vector<double> half(num_taps), next(num_taps);
+  std::vector<double> half(num_taps + 1), next(num_taps);
   const int64_t middle = num_taps / 2;
   std::fill_n(bank, num_taps, 0.0);
   bank[middle] = 1;
@@ -404,15 +404,16 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
   for (int64_t i = 0; i < num_bands; ++i) {
     // A band longer than its room in the bank is designed for that room.
     NotchBand band = bands[i];
-    const int r = band.reach = std::min(band.reach, int((num_taps - 1) / (2 * num_bands)));
+    const int r = band.reach = std::clamp(band.reach, 0, int((num_taps - 1) / (2 * num_bands)));
     double sum = 0;
     for (int m = 0; m <= r; ++m) sum += (m == 0 ? 1 : 2) * (half[m] = notch_tap(band, m));
     for (int m = 0; m <= r; ++m) half[m] /= sum;
-    constexpr int kAtOnce = 32;
-    for (int k = 0; k < kResponsePoints; k += kAtOnce) {
-      double band_response[kAtOnce];
-      symmetric_response<kAtOnce>(half.data(), r, cos_w.data() + k, band_response);
-      for (int j = 0; j < kAtOnce; ++j) response[k + j] *= band_response[j];
+    half[r + 1] = 0;
+    constexpr int kAtOnce = 16;
+    for (int k = 0; k < kResponsePairs; k += kAtOnce) {
+      double band_response[2 * kAtOnce];
+      symmetric_response<kAtOnce>(half.data(), r, cos_w.data() + k, band_response, band_response + kAtOnce);
+      for (int j = 0; j < 2 * kAtOnce; ++j) response[2 * k + j] *= band_response[j];
     }
     std::fill(next.begin(), next.end(), 0.0);
     for (int m = -r; m <= r; ++m) {
@@ -422,7 +423,7 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
     reach += r;
     std::copy(next.begin(), next.end(), bank);
   }
-  double largest = 0;
+  double largest = 1;
   for (double value : response) largest = std::max(largest, std::abs(value));
   const double scale = std::pow(10.0, gain_db / 20) / largest;
   for (int64_t n = 0; n < num_taps; ++n) bank[n] *= scale;

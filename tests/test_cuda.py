@@ -130,12 +130,15 @@ def test_filters_of_long_utterances(num_samples, num_taps):
     _check("ssi", (x, filters[:, 2], own, None, x.flip(1), level, 0.0, 0.0), torch.float32, "ssi, noise given")
 
 
+@pytest.mark.parametrize("num_bands", [2, 11])
 @pytest.mark.parametrize("num_taps", [491, 2001])
-def test_notch_bank_with_more_taps_than_shared_memory(num_taps):
-    draws = reference.notch_draws(inputs.seeds(), [0], [0.0], [0.0], 2, 20.0, 8000.0, 100.0, 1000.0, 400.0, 900.0)
+def test_notch_bank_with_more_taps_than_shared_memory(num_taps, num_bands):
+    # Eleven bands are more than are designed at once.
+    ranges = (20.0, 8000.0, 100.0, 1000.0, 800.0 / num_bands, 1800.0 / num_bands)
+    draws = reference.notch_draws(inputs.seeds(), [0], [0.0], [0.0], num_bands, *ranges)
     args = (*(v.to(DEVICE) for v in draws), 16000.0, num_taps, torch.float64)
     # The shorter row has less room than the bands have taps.
-    _check("notch_bank", args, torch.float64, f"{num_taps} taps")
+    _check("notch_bank", args, torch.float64, f"{num_taps} taps, {num_bands} bands")
 
 
 def test_more_filters_than_a_launch_takes():

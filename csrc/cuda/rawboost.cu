@@ -32,100 +32,153 @@ struct NotchSource {
 };
 
 constexpr int kBankThreads = 256;
-// The bands' half taps and two halves of the bank, 751 numbers with the published ranges, stay in shared memory up to here (16 KiB).
+// Half of the threads convolve the bands while the other half takes the response, a few pairs of frequencies each.
+constexpr int kBankHalf = kBankThreads / 2;
+static_assert(kResponsePairs % kBankHalf == 0);
+// A warp finds a band's taps.
+constexpr int kBandsAtOnce = kBankThreads / kWarp;
+// A bank's numbers, 1448 with the published ranges, stay in shared memory up to here (16 KiB).
 constexpr int kBankShared = 2048;
 
+// A bank's numbers: taps -half..half - 1 of the bank so far, as many of the next one, and the taps 0..most_reach and a zero of kBandsAtOnce bands.
+struct BankLayout {
+  BankLayout(int64_t num_taps, int64_t num_bands)
+      : num_taps(int(num_taps)), num_bands(int(num_bands)), most_reach((this->num_taps - 1) / (2 * this->num_bands)), stride(most_reach + 2),
+        half((this->num_taps / 2 + most_reach + 4) / 2 * 2),
+        numbers((4 * int64_t(half) + int64_t(std::min(this->num_bands, kBandsAtOnce)) * stride + 1) / 2 * 2) {}
+
+  // `half` has room for the zeros that a band meets beyond the bank. It and `numbers` are even: taps are read in pairs.
+  int num_taps, num_bands, most_reach, stride, half;
+  int64_t numbers;
+};
+
+// next = the convolution of the bank, which is 0 beyond `reach`, with a band. A thread's taps 2t and 2t + 1, and two taps of the band at a time: what
+// the one needs of the bank for a tap, the other needs for the next.
+__device__ void convolve(const double* tap, int band_reach, const double* bank, int reach, double* next) {
+  for (int t = threadIdx.x; 2 * t <= reach + band_reach; t += kBankHalf) {
+    const double2* const pair = reinterpret_cast<const double2*>(bank) + t;
+    double left = pair->x, right = pair->y;
+    double first = tap[0] * left, second = tap[0] * right;
+#pragma unroll 4
+    for (int i = 1; i <= (band_reach + 1) / 2; ++i) {
+      const double2 below = pair[-i], above = pair[i];
+      first += tap[2 * i - 1] * (below.y + right);
+      second += tap[2 * i - 1] * (left + above.x);
+      first += tap[2 * i] * (below.x + above.x);
+      second += tap[2 * i] * (below.y + above.y);
+      left = below.x;
+      right = above.y;
+    }
+    next[2 * t] = next[-2 * t] = first;
+    next[2 * t + 1] = next[-2 * t - 1] = second;
+  }
+}
+
 // One block per bank -> out [rows, P]. Equivalent to `reference.notch_bank` and `reference.notch_filters`.
-// Everything is symmetric about the middle tap, so only taps m >= 0 are kept. `workspace` [rows, N_b * (most_reach + 1) + 2 * (P/2 + 1)] is there
-// only for what is too large for shared memory.
-template <typename S>
-__global__ __launch_bounds__(kBankThreads) void notch_bank_kernel(const NotchSource source, const __grid_constant__ FilterTable table,
-                                                                  double sample_rate, int num_bands, int num_taps, int most_reach, double* workspace,
-                                                                  S* out) {
-  __shared__ double shared[kBankShared];
+// `workspace` [rows, numbers] is there only for what is too large for shared memory.
+template <typename S, bool kInShared>
+__global__ __launch_bounds__(kBankThreads, 3) void notch_bank_kernel(const NotchSource source, const __grid_constant__ FilterTable table,
+                                                                     double sample_rate, const BankLayout layout, double* workspace, S* out) {
+  alignas(16) __shared__ double shared[kInShared ? kBankShared : 2];
+  __shared__ NotchBand bands[kBandsAtOnce];
+  __shared__ double level;
   const int64_t b = blockIdx.x / source.count;
   const int f = int(blockIdx.x % source.count);
   const int64_t row = b * source.num_filters + source.first + f;
   const bool drawn = source.seeds != nullptr;
-  const int middle = num_taps / 2, stride = most_reach + 1;
-  double* half_taps = workspace == nullptr ? shared : workspace + row * (int64_t(num_bands) * stride + 2 * (middle + 1));
-  double* bank = half_taps + num_bands * stride;
-  double* next = bank + middle + 1;
+  double* const numbers = kInShared ? shared : workspace + row * layout.numbers;
+  double* bank = numbers + layout.half;
+  double* next = bank + 2 * layout.half;
+  double* const half_taps = next + layout.half;
+  for (int n = threadIdx.x; n < 4 * layout.half; n += kBankThreads) numbers[n] = n == layout.half ? 1 : 0;
 
-  // Every thread keeps the same frequencies of the response for all bands: |H| is the product of the bands' amplitude responses.
-  constexpr int kEach = kResponsePoints / kBankThreads;
-  double cos_w[kEach], response[kEach];
+  // A thread keeps its frequencies for all bands: the bank's response is the product of the bands' responses.
+  constexpr int kEach = kResponsePairs / kBankHalf;
+  const bool convolves = threadIdx.x < kBankHalf;
+  double cos_w[kEach], response[2 * kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    cos_w[j] = cos_pi(double(threadIdx.x + j * kBankThreads) / kResponsePoints);
-    response[j] = 1;
+    cos_w[j] = convolves ? 0 : cos_pi(double(threadIdx.x - kBankHalf + 1 + j * kBankHalf) / (2 * kResponsePairs));
+    response[2 * j] = response[2 * j + 1] = 1;
   }
   int reach = 0;
-  for (int n = threadIdx.x; n <= middle; n += kBankThreads) bank[n] = n == 0 ? 1 : 0;
-  for (int i = 0; i < num_bands; ++i) {
-    NotchBand band;
-    if (drawn) {
-      const NotchDraw draw = draw_notch(uint64_t(source.seeds[b]), table.number[f], uint32_t(i), source.ranges);
-      band = notch_band(draw.center_hz, draw.width_hz, draw.taps, sample_rate);
-    } else {
-      const int64_t at = row * num_bands + i;
-      band = notch_band(source.center_hz[at], source.width_hz[at], source.taps[at], sample_rate);
+  for (int first = 0; first < layout.num_bands; first += kBandsAtOnce) {
+    const int count = min(kBandsAtOnce, layout.num_bands - first), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (threadIdx.x < count) {
+      NotchBand band;
+      if (drawn) {
+        const NotchDraw draw = draw_notch(uint64_t(source.seeds[b]), table.number[f], uint32_t(first + threadIdx.x), source.ranges);
+        band = notch_band(draw.center_hz, draw.width_hz, draw.taps, sample_rate);
+      } else {
+        const int64_t at = row * layout.num_bands + first + threadIdx.x;
+        band = notch_band(source.center_hz[at], source.width_hz[at], source.taps[at], sample_rate);
+      }
+      // A band longer than its room in the bank is designed for that room.
+      band.reach = min(max(band.reach, 0), layout.most_reach);
+      bands[threadIdx.x] = band;
     }
-    // A band longer than its room in the bank is designed for that room.
-    const int band_reach = band.reach = min(max(band.reach, 0), most_reach);
-    double* tap = half_taps + i * stride;
-    double sum = 0;
-    for (int m = threadIdx.x; m <= band_reach; m += kBankThreads) {
-      tap[m] = notch_tap(band, m);
-      sum += m == 0 ? tap[m] : 2 * tap[m];
-    }
-    sum = block_reduce<kBankThreads>(sum, Add{});
-    for (int m = threadIdx.x; m <= band_reach; m += kBankThreads) tap[m] /= sum;
     __syncthreads();
-    double band_response[kEach];
-    symmetric_response<kEach>(tap, band_reach, cos_w, band_response);
+    if (warp < count) {
+      const NotchBand band = bands[warp];
+      double* const tap = half_taps + warp * layout.stride;
+      double sum = 0;
+      for (int m = lane; m <= band.reach + 1; m += kWarp) {
+        tap[m] = m <= band.reach ? notch_tap(band, m) : 0;
+        sum += m == 0 ? tap[m] : 2 * tap[m];
+      }
+      const double scale = 1 / __shfl_sync(kAllLanes, warp_reduce(sum, Add{}), 0);
+      for (int m = lane; m <= band.reach; m += kWarp) tap[m] *= scale;
+    }
+    // The last warp has no band of the published five.
+    if (first == 0 && threadIdx.x == kBankThreads - 1) {
+      double gain_db;
+      if (drawn) {
+        const double gain = draw_notch(uint64_t(source.seeds[b]), table.number[f], 0, source.ranges).gain;
+        gain_db = gain * (table.max_gain_db[f] - table.min_gain_db[f]) + table.min_gain_db[f];
+      } else {
+        gain_db = source.gain_db[row];
+      }
+      level = exp10(gain_db / 20);
+    }
+    __syncthreads();
+    for (int i = 0; i < count; ++i) {
+      const double* const tap = half_taps + i * layout.stride;
+      if (convolves) {
+        convolve(tap, bands[i].reach, bank, reach, next);
+      } else {
+        double band_response[2 * kEach];
+        symmetric_response<kEach>(tap, bands[i].reach, cos_w, band_response, band_response + kEach);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) response[j] *= band_response[j];
-    // bank holds taps 0..reach and zeros above; next becomes its convolution with the band.
-    for (int n = threadIdx.x; n <= middle; n += kBankThreads) {
-      double total = tap[0] * bank[n];
-      for (int m = 1; m <= band_reach; ++m) total += tap[m] * (bank[abs(n - m)] + (n + m <= reach ? bank[n + m] : 0));
-      next[n] = total;
+        for (int j = 0; j < 2 * kEach; ++j) response[j] *= band_response[j];
+      }
+      reach += bands[i].reach;
+      __syncthreads();
+      double* const last = bank;
+      bank = next;
+      next = last;
     }
-    reach += band_reach;
-    __syncthreads();
-    double* last = bank;
-    bank = next;
-    next = last;
   }
 
-  double peak = 0;
+  double peak = 1;
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) peak = Larger{}(peak, fabs(response[j]));
-  double gain_db;
-  if (drawn) {
-    const double gain = draw_notch(uint64_t(source.seeds[b]), table.number[f], 0, source.ranges).gain;
-    gain_db = gain * (table.max_gain_db[f] - table.min_gain_db[f]) + table.min_gain_db[f];
-  } else {
-    gain_db = source.gain_db[row];
-  }
-  const double scale = exp10(gain_db / 20) / block_reduce<kBankThreads>(peak, Larger{});
-  for (int n = threadIdx.x; n < num_taps; n += kBankThreads) {
-    const int m = abs(n - middle);
-    out[row * num_taps + n] = S(Wide<S>(m <= reach ? scale * bank[m] : 0));
-  }
+  for (int j = 0; j < 2 * kEach; ++j) peak = Larger{}(peak, fabs(response[j]));
+  const double scale = level / block_reduce<kBankThreads>(peak, Larger{});
+  for (int n = threadIdx.x; n < layout.num_taps; n += kBankThreads)
+    out[row * layout.num_taps + n] = S(Wide<S>(scale * bank[n - layout.num_taps / 2]));
 }
 
 // Design the banks of `rows` filters into out [.., P], kFilterTable filters of each utterance at a time where they are drawn.
 void design_banks(const OnDevice& device, NotchSource source, const FilterTable& table, double sample_rate, int64_t batch, int64_t num_bands,
                   const Tensor& out) {
-  const int64_t num_taps = out.size(2), most_reach = (num_taps - 1) / (2 * num_bands), numbers = num_bands * (most_reach + 1) + 2 * (num_taps / 2 + 1);
-  std::optional<Tensor> workspace;
-  if (numbers > kBankShared) workspace = torch::stable::new_empty(out, {out.size(0) * out.size(1), numbers}, ScalarType::Double);
+  const BankLayout layout(out.size(2), num_bands);
   dispatch_floating(out.scalar_type(), "dtype", [&](auto type) {
     using S = decltype(type);
-    device.launch(notch_bank_kernel<S>, batch * source.count, kBankThreads, source, table, sample_rate, int(num_bands), int(num_taps), int(most_reach),
-                  workspace ? workspace->mutable_data_ptr<double>() : nullptr, static_cast<S*>(out.mutable_data_ptr()));
+    S* const to = static_cast<S*>(out.mutable_data_ptr());
+    if (layout.numbers <= kBankShared)
+      return device.launch(notch_bank_kernel<S, true>, batch * source.count, kBankThreads, source, table, sample_rate, layout, nullptr, to);
+    const Tensor workspace = torch::stable::new_empty(out, {out.size(0) * out.size(1), layout.numbers}, ScalarType::Double);
+    device.launch(notch_bank_kernel<S, false>, batch * source.count, kBankThreads, source, table, sample_rate, layout,
+                  workspace.mutable_data_ptr<double>(), to);
   });
 }
 

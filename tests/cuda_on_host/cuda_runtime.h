@@ -41,6 +41,10 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(16) double2 {
+  double x, y;
+};
+
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -121,15 +125,29 @@ inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, const char* file = __builtin
   cuda_on_host::wait_for_warp(mask, nothing, cuda_on_host::lane(), {"__syncwarp", file, line});
 }
 
+namespace cuda_on_host {
+
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned offset, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+T shuffle(unsigned mask, T value, unsigned from, Place place) {
   static_assert(sizeof(T) <= 8);
-  const unsigned lane = cuda_on_host::lane(), from = lane + offset;
   char bytes[8] = {};
   memcpy(bytes, &value, sizeof(T));
-  cuda_on_host::wait_for_warp(mask, bytes, from < 32 ? from : lane, {"__shfl_down_sync", file, line});
+  wait_for_warp(mask, bytes, from, place);
   memcpy(&value, bytes, sizeof(T));
   return value;
+}
+
+}  // namespace cuda_on_host
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, unsigned from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_on_host::shuffle(mask, value, from, {"__shfl_sync", file, line});
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned offset, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const unsigned lane = cuda_on_host::lane(), from = lane + offset;
+  return cuda_on_host::shuffle(mask, value, from < 32 ? from : lane, {"__shfl_down_sync", file, line});
 }
 
 inline void __nanosleep(unsigned, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
