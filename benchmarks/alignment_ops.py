@@ -57,9 +57,10 @@ def merges(parameters: str, method: str, device: torch.device) -> tuple[list[Con
     ops.align_(copies[1], second, *options)
     error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*copies, strict=True) if a.numel())
     # The gradients shrink from repetition to repetition towards one that conflicts with none; the work stays the same.
+    on_gpu = device.type == "cuda"
     return [
-        Contender(IN_TURN, lambda i: in_turn(first)),
-        Contender(ONE_PASS, lambda i: ops.align_(first, second, *options)),
+        Contender(IN_TURN, lambda i: in_turn(first), capturable=on_gpu),
+        Contender(ONE_PASS, lambda i: ops.align_(first, second, *options), capturable=on_gpu),
     ], error
 
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     measure.set_threads(options.threads)
     device, environment = options.device, measure.environment(options.device)
+    copy_gb_per_s = measure.ceilings(device)["copy_gb_per_s"]
     rows: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -123,11 +125,19 @@ def main(arguments: list[str] | None = None) -> int:
                 compare("weights", workload, weights(method, num_paths, num_segments, device))
     for parameters in options.parameters:
         compare("merge", {"parameters": parameters, "method": "pcgrad"}, merges(parameters, "pcgrad", device))
+    at = {"op": "merge", "contender": ONE_PASS, "parameters": "xlsr-300m"}
+    found = next((row["wall_ms"]["median"] / 1e3 for row in rows if at.items() <= row.items()), None)
+    if found is not None:
+        count = sum(size.numel() for size in shapes.parameter_shapes("xlsr-300m"))
+        found *= copy_gb_per_s * 1e9 / (4 * count)
+    text = "align_ of 300M parameters, time over 4 bytes per parameter at copy rate"
+    goals = [measure.goal(text, found, 3.5, at_least=False)] if device.type == "cuda" else []
+    measure.print_goals(goals)
     if options.name:
         result = {
             "name": options.name,
             "environment": environment,
-            "goals": [],
+            "goals": goals,
             "rows": rows,
             "comparisons": comparisons,
             "skipped": [],

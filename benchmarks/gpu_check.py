@@ -99,15 +99,20 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
     step = ("--batch", "10", "--samples", "64000", "--seconds", "15", *pcgrad)
     xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16")
     data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8", *loader)
+    merging = ("--parameters", "aasist", "xlsr-300m", "--methods", "pcgrad", "--paths", "2", "--seconds", "3")
     each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
     return [
         Stage("what serves what", ((sys.executable, "-m", "gradalign.info"),), 20),
         Stage("tests", tests, 120),
         Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 45),
         Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 50),
+        Stage("merging parameter by parameter", bench("alignment_ops", "alignment-ops", *merging), 20),
         Stage("training step, AASIST", bench("train_step", "train-step", *step), 40),
         Stage("training step, XLS-R 300M", bench("train_step", "xlsr-step", *step, *xlsr), 60),
-        Stage("waiting for data", bench("loading", "loading", *data, "--seconds", "10"), 45),
+        # Worker processes have a core each: NumPy's threads would only get in each other's way.
+        Stage(
+            "waiting for data", bench("loading", "loading", *data, "--seconds", "10"), 45, (("OMP_NUM_THREADS", "1"),)
+        ),
         Stage(
             "memcheck",
             (sanitizer("memcheck", "test_cuda.py"), sanitizer("memcheck", "test_triton.py")),

@@ -18,6 +18,7 @@ import concurrent.futures
 import functools
 import importlib.util
 import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ class Published:
         self.module, self.processes = load_published(path), processes
         self.pool = None
         if processes > 1:
+            # One thread in each process, read as NumPy's BLAS starts: else they would get in each other's way.
+            os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
             self.pool = concurrent.futures.ProcessPoolExecutor(
                 processes, multiprocessing.get_context("spawn"), _start_worker, (path,)
             )
