@@ -3,7 +3,7 @@
     make gpu-check                                     # builds the CUDA kernels for this GPU first
     make gpu-check PUBLISHED_RAWBOOST=RawBoost.py PUBLISHED_ALIGNERS=dpda_ga/grad_align PYTORCH_PCGRAD=pcgrad.py
 
-Each stage has a limit of its own; the limits add up to less than nine minutes, which leaves time for the build. Into
+Each stage has a limit of its own; the limits add up to nine minutes, which leaves one for the build. Into
 --out go gpu_check.json (each stage's result and seconds), gpu_check.log (everything the stages printed) and the
 benchmarks' result files, which also stay in benchmarks/results/.
 
@@ -96,19 +96,19 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
         return ("compute-sanitizer", *options, *kernels, *PYTEST, "-x", str(ROOT / "tests" / file), "-k", SANITIZED)
 
     goal = ("--batch", "64", "--samples", "64600", "--ops", "rawboost")
-    step = ("--batch", "10", "--samples", "64000", "--seconds", "15", *pcgrad)
+    step = ("--batch", "10", "--samples", "64000", "--seconds", "10", *pcgrad)
     xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16")
     data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8", *loader)
     merging = ("--parameters", "aasist", "xlsr-300m", "--methods", "pcgrad", "--paths", "2", "--seconds", "3")
     each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
     return [
-        Stage("what serves what", ((sys.executable, "-m", "gradalign.info"),), 20),
-        Stage("tests", tests, 120),
+        Stage("what serves what", ((sys.executable, "-m", "gradalign.info"),), 15),
+        Stage("tests", tests, 95),
         Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 45),
-        Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 50),
+        Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 55),
         Stage("merging parameter by parameter", bench("alignment_ops", "alignment-ops", *merging), 20),
-        Stage("training step, AASIST", bench("train_step", "train-step", *step), 40),
-        Stage("training step, XLS-R 300M", bench("train_step", "xlsr-step", *step, *xlsr), 60),
+        Stage("training step, AASIST", bench("train_step", "train-step", *step), 35),
+        Stage("training step, XLS-R 300M", bench("train_step", "xlsr-step", *step, *xlsr), 75),
         # Worker processes have a core each: NumPy's threads would only get in each other's way.
         Stage(
             "waiting for data", bench("loading", "loading", *data, "--seconds", "10"), 45, (("OMP_NUM_THREADS", "1"),)
@@ -121,7 +121,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
             (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         ),
         Stage("racecheck", (sanitizer("racecheck", "test_cuda.py"), sanitizer("racecheck", "test_triton.py")), 50),
-        Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 40),
+        Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 35),
     ]
 
 
