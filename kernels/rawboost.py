@@ -10,7 +10,7 @@ adds that up, in a fixed order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -612,10 +612,19 @@ def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _result_and_scratch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The result [B, T] in x's dtype, and unfinished samples in the dtype of computation, where possible the same."""
+def in_parts(run: Callable[..., None], x: Tensor, draws_noise: bool, *args: Any) -> Tensor:
+    """The result of run(out, x, *args), like x [B, T]; tensors among the arguments have a row for each utterance.
+
+    Noise that is drawn lies beside that which is filtered, both in the dtype of computation: in half precision four
+    times x's memory. So there half of the utterances take their turn at a time.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return out, out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    batch = x.shape[0]
+    size = max(1, batch // 2 if draws_noise and x.element_size() == 2 else batch)
+    for first in range(0, batch, size):
+        rows = slice(first, first + size)
+        run(out[rows], x[rows], *(arg[rows] if isinstance(arg, Tensor) else arg for arg in args))
+    return out
 
 
 def _tile(x: Tensor) -> dict[str, int]:
@@ -1049,11 +1058,33 @@ def rawboost(
     """x [B, T], filters [B, F, P], lengths, seeds, snr_db [B], factor, noise [B, T] -> like x. Equivalent to
     `reference.rawboost`.
     """
+    draws_noise = "ssi" in reference.STEPS[algo] and noise is None
+    rest = (lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max)
+    return in_parts(_chain, x, draws_noise, filters, *rest)
+
+
+def _chain(
+    out: Tensor,
+    x: Tensor,
+    filters: Tensor | None,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    algo: int,
+    p: float,
+    g_sd: float,
+    snr_min: float,
+    snr_max: float,
+) -> None:
+    """Write what `rawboost` returns into out [B, T]."""
     steps = reference.STEPS[algo]
     x, lengths, seeds = _rows(x), _dense(lengths), _dense(seeds)
     bank = None if filters is None else _bank(filters, x)
     batch, num_samples = x.shape
-    out, scratch = _result_and_scratch(x)
+    # Unfinished samples, where possible in the result.
+    scratch = out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
     blocks = triton.cdiv(num_samples, BLOCK)
     peaks = torch.empty(batch, blocks, dtype=scratch.dtype, device=x.device)
     squares = torch.empty(batch, blocks, dtype=torch.float64, device=x.device) if "ssi" in steps else None
@@ -1139,7 +1170,6 @@ def rawboost(
         finish(source, level, passes, (colored, squares if passes else of_x, of_noise))
     else:
         finish(source, level, passes)
-    return out
 
 
 # What `lnl_kernel` leaves of its tiles: sums, largest, smallest.

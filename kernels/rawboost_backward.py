@@ -31,6 +31,7 @@ from gradalign.kernels.rawboost import (
     _wide,
     color_noise,
     filter_powers,
+    in_parts,
     mark,
 )
 
@@ -484,10 +485,26 @@ def ssi_backward(
     """grad, x [B, T], filters [B, P], seeds [B] or noise [B, T] and snr_db [B] -> like x. Equivalent to
     `reference.ssi_backward`.
     """
+    return in_parts(_ssi_backward, x, noise is None, grad, filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
+
+
+def _ssi_backward(
+    out: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    filters: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    snr_db: Tensor | None,
+    snr_min: float,
+    snr_max: float,
+) -> None:
+    """Write what `ssi_backward` returns into out [B, T]."""
     grad, x, filters, lengths = _rows(grad), _rows(x), _bank(filters[:, None], x), _dense(lengths)
-    seeds, snr_db = (_dense(seeds), None) if noise is None else (None, _dense(snr_db.double()))
+    seeds = _dense(seeds) if noise is None else None
+    snr_db = None if noise is None or snr_db is None else _dense(snr_db.double())
     batch, num_samples = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     colored = torch.empty(x.shape, dtype=_wide(x), device=x.device)
     of_x, of_noise = color_noise(x, filters, lengths, seeds, noise, colored, True)
     blocks = triton.cdiv(num_samples, BLOCK)
@@ -530,4 +547,3 @@ def ssi_backward(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return out
