@@ -91,6 +91,13 @@ def markdown(result: dict[str, Any]) -> str:
     left_out = [*(f"Not timed, wrong: {text}" for text in result["failed"]), *result["skipped"]]
     if left_out:
         lines += ["", "Left out: " + "; ".join(left_out) + "."]
+    inexact = [
+        f"{row['contender']} ({describe(row)}): relative error {row['relative_error']:.2g}"
+        for row in result["rows"]
+        if not row.get("within_tolerance", True)
+    ]
+    if inexact:
+        lines += ["", "Timed, though outside the tolerance: " + "; ".join(inexact) + "."]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import gradalign as ga
-from gradalign import _dispatch
+from gradalign import _dispatch, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -267,6 +267,32 @@ def test_alignment_ops_compares_what_agrees(results, monkeypatch, capsys):
     monkeypatch.setattr(alignment_ops, "_TOLERANCE", -1.0)
     assert alignment_ops.main(arguments) == 1
     assert "WRONG, not timed: merge" in capsys.readouterr().out
+
+
+def test_filter_forms_marks_what_is_inexact(results, monkeypatch, capsys):
+    filter_forms = pytest.importorskip("filter_forms", reason="Triton is not installed")
+    assert filter_forms.main(["--device", "cpu"]) == 2
+    assert "expected a CUDA GPU and --device cuda; found --device cpu" in capsys.readouterr().err
+
+    def contenders(samples):
+        def rough(x, filters):
+            return 1.001 * filter_forms.exact(filter_forms.ALONE, x, filters)
+
+        name = filter_forms.OVERLAP_SAVE if samples == 700 else filter_forms.DIRECT_CUDA
+        whole = (filter_forms.WHOLE, name, lambda x, filters: ops.lnl(x, filters, None))
+        return [whole, (filter_forms.ALONE, filter_forms.FORMS[0].name, rough)]
+
+    monkeypatch.setattr(filter_forms, "WORKLOADS", ((7, 600), (6, 700)))
+    monkeypatch.setattr(filter_forms, "contenders", contenders)
+    result = filter_forms.bench(filter_forms.parse(["--rounds", "3", "--seconds", "0.1", "--name", "tiny"]))
+    assert [row["within_tolerance"] for row in result["rows"]] == [True, False] * 2
+    assert [c["times_faster_wall"]["median"] == 1 for c in result["comparisons"]].index(True) == 2
+    filter_forms.show(result["rows"])
+    assert capsys.readouterr().out.count("error 1.0e-03, OUTSIDE the tolerance of 1e-05") == 2
+    text = report.markdown(json.loads(json.dumps(result)))
+    assert "lnl, batch 6, samples 700" in text
+    inexact = "Toeplitz, tf32x3, 64 x 32 x 16 (lnl filters, batch 7, samples 600): relative error 0.001"
+    assert f"Timed, though outside the tolerance: {inexact}" in text
 
 
 def test_loading_compares_packed_data_with_the_published_loader(small_corpus, results):

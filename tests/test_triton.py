@@ -8,6 +8,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import inputs
 import numpy as np
@@ -20,6 +21,7 @@ from gradalign import ops, reference
 from gradalign._dispatch import ops as declared
 
 pytest.importorskip("triton", reason="Triton is not installed")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -556,6 +558,19 @@ def test_align_of_more_items_than_run_at_once(method):
             graph.replay()
             assert torch.equal(captured, gram)
             assert all(torch.equal(a, b) for a, b in zip(merged, bits, strict=True))
+
+
+@kernels
+@pytest.mark.parametrize("num_taps", [9, 33])
+def test_toeplitz_forms_of_the_filters(num_taps):
+    import filter_forms
+
+    x = inputs.wave(300, torch.float32, DEVICE)
+    filters = torch.randn(len(x), 6, num_taps, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, :5]
+    expected = filter_forms.exact(filter_forms.ALONE, x, filters)
+    # The interpreter knows no bfloat16 parts.
+    for form in (form for form in filter_forms.FORMS if form.precision in ("tf32x3", "split")):
+        assert max_norm_error(filter_forms.toeplitz(x, filters, form), expected) < RELATIVE[torch.float32], form
 
 
 @gpu

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import inputs
@@ -16,6 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import filter_forms
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -130,6 +134,20 @@ def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
             # A kernel whose registers overflow keeps the rest on the stack or in local memory.
             assert stack == 0, (kernel.__name__, dtype, registers)
             assert local == 0, (kernel.__name__, dtype, registers)
+
+
+@pytest.mark.parametrize("form", filter_forms.FORMS, ids=lambda form: form.name)
+def test_toeplitz_forms_of_the_filters_run_on_tensor_cores(form, launches, monkeypatch, tmp_path, record_property):
+    monkeypatch.setattr(filter_forms, "launch", rawboost.launch)
+    filter_forms.toeplitz(inputs.wave(NUM_SAMPLES, torch.float32), torch.zeros(inputs.BATCH, 6, 491)[:, :5], form)
+    [(kernel, args, meta)] = launches
+    compiled = _compile(kernel, args, meta, 90)
+    registers, *memory = _usage(compiled, tmp_path)
+    record_property("registers", registers)
+    assert memory == [0, 0], registers
+    # Three products a branch, each of so many instructions deep.
+    deep = form.depth // (16 if form.precision == "bf16x3" else 8)
+    assert compiled.asm["ptx"].count("wgmma.mma_async") == 5 * 3 * deep
 
 
 def _constants(ttir):
