@@ -221,7 +221,7 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
             BLOCK=BLOCK,
             num_warps=4,
         )
-    tile = _tile(x)
+    tile = _tile(x, 1)
     if x.dtype == torch.float64:
         # The sum over the branches takes the registers of half the outputs.
         tile["BLOCK"] //= 2
