@@ -169,7 +169,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--utterances", type=int, default=192, help="of the epoch, at most (default %(default)s)")
     parser.add_argument(
-        "--published-utterances", type=int, default=24, help="timed and scaled up (default %(default)s)"
+        "--published-utterances",
+        type=int,
+        default=24,
+        help="timed and scaled up, a batch for each worker at least (default %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=12, help="default %(default)s")
     parser.add_argument("--samples", type=int, default=66800, help="of a view (default: the published 66800)")
@@ -236,7 +239,8 @@ class Bench:
         o = self.options
         contenders = []
         if self.published is not None:
-            count = min(o.published_utterances, len(self.files))
+            # A batch for each worker at least: else some would have nothing to do.
+            count = min(max(o.published_utterances, o.batch * o.workers), len(self.files))
             loader = DataLoader(
                 Subset(self.published, range(0, len(self.files), max(1, len(self.files) // count))),
                 o.batch,
