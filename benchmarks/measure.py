@@ -220,7 +220,12 @@ def device_work(run: Callable[[], Any], device: torch.device) -> dict[str, float
         run()
         torch.cuda.synchronize(device)
     events = profiled.events()
-    on_device = [event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA]
+    # Ranges that PyTorch marks on the device, an optimizer's step for one, hold kernels and the gaps between them.
+    on_device = [
+        event.time_range.elapsed_us()
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     return {
         "launches": sum("LaunchKernel" in event.name for event in events),
         # A copy to pageable host memory waits as well: PyTorch shows it as a stream synchronisation.

@@ -244,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
         takers = [_contender(name, run) for name, (_, run) in ways.items()]
         times = measure.interleave(takers, device, 1, options.rounds, options.seconds)
         for name, (_, run) in ways.items():
-            work = measure.device_work(run, device)
+            # A graph's own memory and launches are not those of its step run once more.
+            captured = name in CAPTURED
+            work = None if captured else measure.device_work(run, device)
             row = {
                 "op": "training step",
                 "contender": name,
@@ -253,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "repetitions": len(times[name].wall),
                 "wall_ms": measure.spread(times[name].wall, 1e3),
                 "cpu_ms": measure.spread(times[name].cpu, 1e3) if device.type == "cpu" else None,
-                "peak_mib": round(measure.peak_bytes(run, device) / 2**20, 1),
+                "peak_mib": None if captured else round(measure.peak_bytes(run, device) / 2**20, 1),
                 "device_work": work,
                 "relative_error": errors.get(name),
             }
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{name:<23} {row['wall_ms']['median']:10.1f} ms "
                 f"[{row['wall_ms']['p20']:.1f}, {row['wall_ms']['p80']:.1f}] "
                 + (f"cpu {row['cpu_ms']['median']:10.1f} ms " if row["cpu_ms"] else "")
-                + f"peak {row['peak_mib']:8.1f} MiB "
+                + (f"peak {row['peak_mib']:8.1f} MiB " if row["peak_mib"] is not None else "")
                 + ("{launches} launches, {waits} waits, kernels {kernels_ms} ms".format(**work) if work else "")
             )
         for slower, faster in (

@@ -44,7 +44,9 @@ class AlignedTrainer(Trainer):
             views = (inputs["wave"], self.boost(inputs["wave"]))
             losses = [self.compute_loss(model, {**inputs, "wave": view}) for view in views]
             losses = [loss / self.current_gradient_accumulation_steps for loss in losses]
-        aligned.backward(losses)
+        # With fp16=True the Trainer unscales what it finds in ``.grad``.
+        scaler = self.accelerator.scaler
+        aligned.backward(losses if scaler is None else [scaler.scale(loss) for loss in losses])
         if self.accelerator.sync_gradients:
             aligned.align()
         return torch.stack(losses).mean().detach()

@@ -758,7 +758,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  gradalign pack /data/LA packed/2019 --dataset asvspoof2019-la --jobs 16\n"
         "  gradalign train packed --out runs\n"
         "  gradalign pack --verify packed\n\n"
-        "Run the same command again to go on where it was stopped.",
+        "Run the same command again to go on where it was stopped. Audio that has changed since is not packed anew:\n"
+        "remove OUT for that.",
     )
     pack.add_argument("data", type=Path, nargs="?", metavar="DATA", help="the data set's folder")
     pack.add_argument("out", type=Path, metavar="OUT", help="the folder to write: new, or begun by the same command")

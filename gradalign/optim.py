@@ -7,6 +7,7 @@ The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.g
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ class AlignedOptimizer(Optimizer):
                 "`optimizer` must take one gradient per step; found LBFGS, which evaluates its closure several times"
             )
         _distributed.check(optimizer, process_group)
+        if isinstance(exclude, (Tensor, torch.nn.Module)):
+            raise TypeError(
+                "`exclude` must hold parameters, such as [layer.weight] or layer.parameters(); found "
+                f"{type(exclude).__name__}"
+            )
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"`on_nonfinite` must be 'skip' or 'raise'; found {on_nonfinite!r}")
         resolved = alignment.resolve(method)
@@ -273,7 +279,13 @@ class AlignedOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients and forget the paths of an unfinished step."""
+        """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any)."""
+        if self._paths:
+            warnings.warn(
+                f"zero_grad() dropped the gradients of {len(self._paths)} finished path(s) that no step has used: "
+                "call it once per step, before the first path",
+                stacklevel=2,
+            )
         self._paths, self._joint, self._nonfinite = [], False, None
         self.optimizer.zero_grad(set_to_none)
 
@@ -283,8 +295,8 @@ class AlignedOptimizer(Optimizer):
     def path(self) -> Iterator[None]:
         """Collect the gradients of one path: call ``loss.backward()`` inside, several times to accumulate.
 
-        Each block since ``zero_grad()`` or ``step()`` is one path. If the block raises, its gradients are dropped,
-        those of earlier paths are kept, and the path can be tried again.
+        Each block since ``zero_grad()`` or ``step()`` is one path (the model's own ``zero_grad`` forgets none). If the
+        block raises, its gradients are dropped, those of earlier paths are kept, and the path can be tried again.
 
         Raises:
             RuntimeError: inside another path, after ``backward(losses)`` in the same step, if gradients were left in
@@ -392,6 +404,9 @@ class AlignedOptimizer(Optimizer):
                 raise TypeError(
                     f"gradients must be dense; found {layout} in {self._name(n)} (nn.Embedding: use sparse=False)"
                 )
+            if grad is not None and not grad.is_floating_point():
+                dtype = str(grad.dtype).removeprefix("torch.")
+                raise TypeError(f"gradients must be real floating-point numbers; found {dtype} in {self._name(n)}")
         devices = {str(grad.device) for grad in grads if grad is not None}
         if len(devices) > 1:
             raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(devices))}")
@@ -742,14 +757,14 @@ class AlignedOptimizer(Optimizer):
                 "`opt.optimizer`)"
             )
         own = json.loads(saved)
+        for name, expected in (("method", self._label), ("scope", self.scope)):
+            if name in own and own[name] != expected:
+                raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
         expected_names = {"method", "scope", "num_paths", *self._shapes(0, 0, 0)}
         if set(own) != expected_names:
             raise ValueError(
                 f"the state's 'alignment' must hold {', '.join(sorted(expected_names))}; found {', '.join(sorted(own))}"
             )
-        for name, expected in (("method", self._label), ("scope", self.scope)):
-            if own[name] != expected:
-                raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
         num_paths = own["num_paths"]
         segments, num_segments = self._segments()
         shapes = self._shapes(num_paths, len(segments), num_segments) if num_paths else {}

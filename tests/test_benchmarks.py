@@ -368,7 +368,7 @@ def test_gpu_check_stages_are_commands_that_exist():
     """Their limits leave time to build the kernels; every benchmark's options are its own."""
     found = gpu_check.stages("h100", Path("RawBoost.py"), Path("grad_align"))
     assert sum(stage.limit_s for stage in found) <= 540
-    parsers = {f"{m.__name__}.py": m.parse for m in (run, peers, train_step, loading)}
+    parsers = {f"{m.__name__}.py": m.parse for m in (run, peers, alignment_ops, train_step, loading)}
     parsed = []
     for stage in found:
         for command in stage.commands:
@@ -376,7 +376,8 @@ def test_gpu_check_stages_are_commands_that_exist():
                 if Path(word).name in parsers:
                     assert Path(word).is_file()
                     parsed.append(parsers[Path(word).name](list(command[at + 1 :])).name)
-    assert parsed == ["h100-rawboost", "h100-peers", "h100-train-step", "h100-xlsr-step", "h100-loading", "h100-ops"]
+    names = ("rawboost", "peers", "alignment-ops", "train-step", "xlsr-step", "loading", "ops")
+    assert parsed == [f"h100-{name}" for name in names]
     tests = [word for command in found[1].commands for word in command if Path(word).name.startswith("test_")]
     assert len(tests) > 8
     assert all(Path(word.split("::")[0]).is_file() for word in tests)

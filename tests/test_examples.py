@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
         ("accelerate_loop", ("accelerate",)),
         ("hf_trainer", ("transformers", "accelerate")),
         ("views", ("torchaudio", "torch_audiomentations")),
+        ("torchjd_weighting", ("torchjd",)),
     ],
 )
 def test_example_takes_four_aligned_steps(name, needs, tmp_path):

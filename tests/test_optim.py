@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -1016,6 +1017,46 @@ def test_whole_step_without_syncs_and_in_a_cuda_graph(method, scope):
     graph.replay()
     assert_same(list(captured[0].parameters()), found)
     assert captured[1].stats.skipped == 1
+
+
+def test_zero_grad_between_paths_is_noticed():
+    """Else each view would throw away the one before, and the last alone be trained on."""
+    model = make_model()
+    opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    views, labels = make_batch(0)
+    opt.zero_grad()
+    with opt.path():
+        loss_of(model, views[0], labels).backward()
+    with pytest.warns(UserWarning, match=r"dropped the gradients of 1 finished path\(s\).*once per step"):
+        opt.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, opt, 2)
+
+
+def test_complex_gradients_are_named():
+    param = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    opt = AlignedOptimizer(torch.optim.SGD([param], lr=0.1))
+    with pytest.raises(TypeError, match="must be real floating-point numbers; found complex64 in parameter 0"):
+        with opt.path():
+            (param * param.conj()).real.sum().backward()
+
+
+@pytest.mark.parametrize("exclude", [torch.nn.Parameter(torch.zeros(2)), torch.nn.BatchNorm1d(2)])
+def test_exclude_takes_parameters_in_a_list(exclude):
+    with pytest.raises(TypeError, match=f"such as .*; found {type(exclude).__name__}"):
+        AlignedOptimizer(torch.optim.SGD(make_model().parameters(), lr=0.1), exclude=exclude)
+
+
+def test_the_state_of_another_method_is_named():
+    states = {}
+    for method in ("gradvac", "pcgrad"):
+        model = make_model()
+        opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method)
+        train(model, opt, 1)
+        states[method] = opt.state_dict()
+    with pytest.raises(ValueError, match="the state must be of method 'pcgrad'; found 'gradvac'"):
+        opt.load_state_dict(states["gradvac"])
 
 
 def test_callable_method_and_options():

@@ -191,12 +191,15 @@ def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batc
             (``collate_fn=functools.partial(collate, augment=boost)``).
 
     Raises:
+        TypeError: for anything but `Example`.
         ValueError: for ``augment`` with the examples of a raw data set.
 
     >>> example = Example(torch.zeros(4), 1, 0, 4, 7)
     >>> collate([example, example]).wave.shape
     torch.Size([2, 4])
     """
+    if others := {type(e).__name__ for e in examples if not isinstance(e, Example)}:
+        raise TypeError(f"`examples` must be those of a gradalign data set (Example); found {', '.join(others)}")
     raw = bool(examples) and examples[0].wave.dtype == torch.int16
     if not examples:
         wave = torch.zeros(0, 0)

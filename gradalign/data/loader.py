@@ -113,14 +113,15 @@ class DeviceLoader:
     augmentation may be made by the loader's worker processes instead (`collate` with ``augment``).
 
     Each utterance's augmentation follows from (seed, epoch, utterance) alone: a resumed run, another number of workers
-    or of ranks augments alike.
+    or of ranks augments alike. ``set_epoch`` says which epoch it is; without it, all augment alike.
 
     Args:
         loader: a DataLoader, or anything iterable, of `Batch`, or of tuples (wave, label, ids) or (wave, label, ids,
             lengths): ``wave`` [B, S] floating point or int16 (full scale 32768), ``label`` int64 [B], ``ids`` B names
             or numbers that are the utterances' own, ``lengths`` int64 [B] the samples of each before its padding.
-        augment: called as ``augment(wave, lengths=..., seeds=...)``, such as `RawBoost`; shorter utterances are
-            augmented once and then repeated. None: the augmented view is the batch's own, or the clean one.
+        augment: called as ``augment(wave, lengths=..., seeds=...)``, such as `RawBoost` (a function of wave and seeds
+            alone: ``lambda wave, lengths, seeds: room(wave, seeds)``); shorter utterances are augmented once and then
+            repeated. None: the augmented view is the batch's own, or the clean one.
         device: of the views; None is a GPU where there is one.
         num_samples: T of the views: longer utterances are cropped, shorter repeated, on the device. None: that of the
             loader's data set; for tuples of floating point, S.
@@ -328,7 +329,10 @@ def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
         raise TypeError(f"a batch's wave must be [B, S], floating point or int16; found {found}")
     size = len(wave)
     names = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    label = torch.as_tensor(label)
+    try:
+        label = torch.as_tensor(label)
+    except (TypeError, ValueError):
+        raise TypeError(f"a batch's label must be {size} numbers; found {label!r}") from None
     if tuple(label.shape) != (size,) or len(names) != size:
         raise ValueError(f"a batch of {size} must have {size} labels and ids; found {list(label.shape)}, {len(names)}")
     if len(item) == 3:
