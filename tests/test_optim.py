@@ -1037,9 +1037,8 @@ def test_zero_grad_between_paths_is_noticed():
 def test_complex_gradients_are_named():
     param = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     opt = AlignedOptimizer(torch.optim.SGD([param], lr=0.1))
-    with pytest.raises(TypeError, match="must be real floating-point numbers; found complex64 in parameter 0"):
-        with opt.path():
-            (param * param.conj()).real.sum().backward()
+    with pytest.raises(TypeError, match="must be real floating-point numbers; found complex64 in"), opt.path():
+        (param * param.conj()).real.sum().backward()
 
 
 @pytest.mark.parametrize("exclude", [torch.nn.Parameter(torch.zeros(2)), torch.nn.BatchNorm1d(2)])
