@@ -297,22 +297,21 @@ __device__ void store_squares(const Wave& x, int64_t b, int first, int end, doub
   out.noise_squares[tile] = square;
 }
 
-// Put the samples start .. end - 1 of the noise of utterance b, and up to three more at either end, 0 outside [0, length): `noise` [B, T] by
-// put(n, sample) or, where its data is null, drawn from the utterance's seed, by put_four(n, samples n .. n + 3).
-template <typename T, int kThreads, typename Put, typename PutFour>
-__device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, int length, int start, int end, Put&& put, PutFour&& put_four) {
+// `own_samples` of the noise of utterance b (and of up to three more samples at either end): `noise` [B, T] or, where its data is null, drawn from
+// the utterance's seed.
+template <typename T, int kThreads, typename Put>
+__device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, int length, int start, int end, Put&& put) {
   if (noise.data != nullptr) return own_samples<T, kThreads>(noise, b, length, start, end, put);
   // Philox gives four samples at a time; the shift rounds down, also below 0, where every sample is 0.
   for (int quad = (start >> 2) + int(threadIdx.x); 4 * quad < end; quad += kThreads) {
     float v[4] = {};
-    if (quad >= 0 && 4 * quad < length) {
+    if (quad >= 0) {
       const Words words = philox(uint64_t(seeds[b]), kStreamSsiNoise, uint64_t(quad));
       box_muller(words.w[0], words.w[1], &v[0], &v[1]);
       box_muller(words.w[2], words.w[3], &v[2], &v[3]);
-      if (4 * quad + 4 > length)
-        for (int i = 1; i < 4; ++i) v[i] = 4 * quad + i < length ? v[i] : 0.0f;
     }
-    put_four(4 * quad, float4{v[0], v[1], v[2], v[3]});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) put(4 * quad + i, 4 * quad + i < length ? T(v[i]) : T(0));
   }
 }
 
@@ -351,11 +350,9 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave n
   if (first >= length) return;
   T value[F::kOutputs];
   fir<T, N>(filters + ((b + 1) * per_utterance - 1) * num_taps, 1, num_taps, first, shared, value, [&](int start, int count) {
-    auto put = [&](int n, T v) {
+    white_noise<T, F::kThreads>(noise, seeds, b, length, start, start + count, [&](int n, T v) {
       if (n >= start && n < start + count) shared.window[F::place(n - start)] = v;
-    };
-    white_noise<T, F::kThreads>(noise, seeds, b, length, start, start + count, put,
-                                [&](int n, float4 v) { put(n, v.x), put(n + 1, v.y), put(n + 2, v.z), put(n + 3, v.w); });
+    });
   });
   double square = 0;
 #pragma unroll
@@ -370,7 +367,7 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave n
 __global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra, int per_utterance,
                                                                       int num_filters, int num_taps, Rows rows, int num_tiles, int power_blocks,
                                                                       PowersOut<float> powers, Wave signal, NoiseOut<float> colored) {
-  extern __shared__ __align__(16) float2 memory[];
+  extern __shared__ float2 memory[];
   const Segments segments(num_taps);
   const bool is_noise = int(blockIdx.x) >= power_blocks;
   const int tile = int(blockIdx.x) - (is_noise ? power_blocks : 0);
@@ -380,10 +377,9 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wa
   if (first >= length) return;
   float2 value[Fft::kEach];
   const float2* const own = spectra + (is_noise ? (b + 1) * per_utterance - 1 : b * per_utterance) * Fft::kPoints;
-  fft_filter(own, is_noise ? 1 : num_filters, segments, first, memory, value, [&](int start, int count, const FftSamples& samples) {
-    auto put = [&](int n, float v) { samples.put(n, v); };
+  fft_filter(own, is_noise ? 1 : num_filters, segments, first, memory, value, [&](int start, int count, auto put) {
     if (is_noise)
-      white_noise<float, Fft::kThreads>(noise, seeds, b, length, start, start + count, put, [&](int n, float4 v) { samples.put_four(n, v); });
+      white_noise<float, Fft::kThreads>(noise, seeds, b, length, start, start + count, put);
     else
       own_samples<float, Fft::kThreads>(x, b, length, start, start + count, put);
   });

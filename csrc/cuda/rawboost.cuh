@@ -218,45 +218,22 @@ struct Segments {
   __device__ int output(int first, int segment, int m) const { return first + segment * hop + m - (num_taps - 1); }
 };
 
-// The two segments of a block's signal in shared memory: point m of the first is re[m], of the second im[m]. They lie so that samples n .. n + 3 of
-// the signal, n a multiple of 4, are one 16-byte access; the places around take what such an access writes beyond.
-struct FftSamples {
-  static constexpr int kPlaces = Fft::kPoints + 12;
+// Bytes of shared memory: a block's samples and the transform's exchange.
+constexpr int kFftBytes = int(sizeof(float2)) * (Fft::kPoints + Fft::kShared);
 
-  __device__ FftSamples(float2* memory, int start, int hop) : start(start), hop(hop) {
-    float* const places = reinterpret_cast<float*>(memory);
-    re = places + 4 + (start & 3);
-    im = places + kPlaces + 4 + (start + hop & 3);
-  }
-  // Sample n of the signal.
-  __device__ void put(int n, float value) const {
-    const int m = n - start, later = m - hop;
-    if (unsigned(m) < Fft::kPoints) re[m] = value;
-    if (unsigned(later) < Fft::kPoints) im[later] = value;
-  }
-  // Samples n .. n + 3, n a multiple of 4.
-  __device__ void put_four(int n, float4 values) const {
-    const int m = n - start, later = m - hop;
-    if (m > -4 && m < Fft::kPoints) *reinterpret_cast<float4*>(re + m) = values;
-    if (later > -4 && later < Fft::kPoints) *reinterpret_cast<float4*>(im + later) = values;
-  }
-  __device__ float2 operator[](int m) const { return {re[m], im[m]}; }
-  __device__ void set(int m, float2 value) const { re[m] = value.x, im[m] = value.y; }
-
-  float *re, *im;
-  int start, hop;
-};
-
-// Bytes of shared memory, 16-byte aligned: the transform's exchange and a block's samples.
-constexpr int kFftBytes = int(sizeof(float2)) * Fft::kShared + int(sizeof(float)) * 2 * FftSamples::kPlaces;
-
-// Put the two segments of a block's signal into shared memory. fill(first, count, samples) puts the samples first .. first + count - 1 of the signal,
-// 0 outside the utterance.
+// Put the two segments of a block's signal into shared memory, where point m lies at the returned address + m.
+// fill(start, count, put) calls put(n, s[n]) for the samples start .. start + count - 1 of the signal, 0 outside the utterance.
 template <typename Fill>
-__device__ FftSamples fft_segments(const Segments& segments, int first, float2* memory, Fill&& fill) {
+__device__ float2* fft_segments(const Segments& segments, int first, float2* memory, Fill&& fill) {
+  constexpr int kPoints = Fft::kPoints;
+  float2* const samples = memory + Fft::kShared;
   // Output n meets samples n + (P+1)/2 - k; a segment begins with the one of k = P - 1.
-  const FftSamples samples(memory + Fft::kShared, first + (segments.num_taps + 1) / 2 - (segments.num_taps - 1), segments.hop);
-  fill(samples.start, Fft::kPoints + segments.hop, samples);
+  const int start = first + (segments.num_taps + 1) / 2 - (segments.num_taps - 1);
+  fill(start, kPoints + segments.hop, [&](int n, float value) {
+    const int m = n - start, later = m - segments.hop;
+    if (unsigned(m) < kPoints) samples[m].x = value;
+    if (unsigned(later) < kPoints) samples[later].y = value;
+  });
   __syncthreads();
   return samples;
 }
@@ -265,7 +242,8 @@ __device__ FftSamples fft_segments(const Segments& segments, int first, float2* 
 template <typename Fill>
 __device__ void fft_filter(const float2* spectra, int num_filters, const Segments& segments, int first, float2* memory, float2 (&z)[Fft::kEach],
                            Fill&& fill) {
-  const FftSamples samples = fft_segments(segments, first, memory, fill);
+  constexpr int kPoints = Fft::kPoints;
+  const float2* const samples = fft_segments(segments, first, memory, fill);
   const Fft fft;
 #pragma unroll
   for (int r = 0; r < Fft::kEach; ++r) z[r] = {0, 0};
@@ -284,7 +262,7 @@ __device__ void fft_filter(const float2* spectra, int num_filters, const Segment
     }
     fft.forward(v, memory);
 #pragma unroll
-    for (int r = 0; r < Fft::kEach; ++r) z[r] = plus(z[r], times(v[r], spectra[i * Fft::kPoints + r * Fft::kThreads + threadIdx.x]));
+    for (int r = 0; r < Fft::kEach; ++r) z[r] = plus(z[r], times(v[r], spectra[i * kPoints + r * Fft::kThreads + threadIdx.x]));
   }
   fft.inverse(z, memory);
 }

@@ -160,7 +160,7 @@ __global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel
 // `lnl_backward_kernel` by overlap-save; spectra [B, N_f, 4096] of the mirrored filters. The gradient is transformed once, and each branch back.
 __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave x, const float* centered, const float2* spectra, Rows rows,
                                                                             int num_filters, int num_taps, int num_tiles, float* out) {
-  extern __shared__ __align__(16) float2 memory[];
+  extern __shared__ float2 memory[];
   const Segments segments(num_taps);
   const int64_t b = blockIdx.x / num_tiles;
   const int first = int(blockIdx.x % num_tiles) * segments.tile(), num_samples = rows.num_samples, length = rows.length(b);
@@ -169,9 +169,9 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave
     return;
   }
   const int shifted = first - adjoint_shift(num_taps);
-  const FftSamples samples = fft_segments(segments, shifted, memory, [&](int start, int count, const FftSamples& into) {
+  float2* const samples = fft_segments(segments, shifted, memory, [&](int start, int count, auto put) {
     for (int n = start + int(threadIdx.x); n < start + count; n += Fft::kThreads)
-      into.put(n, n >= 0 && n < length ? centered[b * num_samples + n] : 0.0f);
+      put(n, n >= 0 && n < length ? centered[b * num_samples + n] : 0.0f);
   });
   const Fft fft;
   float2 v[Fft::kEach];
@@ -180,7 +180,7 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave
   fft.forward(v, memory);
   // A thread's bins wait where its samples were.
 #pragma unroll
-  for (int r = 0; r < Fft::kEach; ++r) samples.set(threadIdx.x + r * Fft::kThreads, v[r]);
+  for (int r = 0; r < Fft::kEach; ++r) samples[threadIdx.x + r * Fft::kThreads] = v[r];
   const float* const wave = static_cast<const float*>(x.data) + b * x.row_stride;
   float* const result = out + b * num_samples;
   // From the highest power to the lowest, by Horner's rule. The sum lies in `out`, each place its own thread's: beside the transform, the registers

@@ -33,10 +33,7 @@ COMPILER = "g++"
 # What g++ does not take as it is.
 REPLACED = (
     (r"STABLE_TORCH_LIBRARY_IMPL\(gradalign_native, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(gradalign_on_host, CPU,"),
-    (
-        r"extern __shared__ (?:__align__\(16\) )?([\w:]+) (\w+)\[\];",
-        r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_memory());",
-    ),
+    (r"extern __shared__ ([\w:]+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_memory());"),
 )
 # More than -O2 costs more seconds than it saves. -fno-gnu-unique keeps the library's variables its own.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fsanitize=bounds-strict", "-include", "cuda_runtime.h")
