@@ -58,6 +58,7 @@ GPU_TESTS = (
 SANITIZED = "equals_float64_reference or same_bits or nonfinite or many_chunks"
 # The project's kernels by name; those of PyTorch's float64 reference would take most of the time.
 KERNELS = {"test_cuda.py": "gradalign", "test_triton.py": "^(notch|lnl|isd|ssi|rawboost|gram|weigh|combine|align)_"}
+# What a machine with PyTorch alone may lack.
 NEEDED = ("soundfile", "tqdm", "pytest", "pytest_benchmark", "scipy")
 # What a stage that is stopped may still take, to say how far it came.
 GRACE_S = 5

@@ -42,18 +42,18 @@ constexpr int kBankShared = 2048;
 
 // A bank's numbers: taps -half..half - 1 of the bank so far, as many of the next one, and the taps 0..most_reach and a zero of kBandsAtOnce bands.
 struct BankLayout {
-  BankLayout(int64_t num_taps, int64_t num_bands)
-      : num_taps(int(num_taps)), num_bands(int(num_bands)), most_reach((this->num_taps - 1) / (2 * this->num_bands)), stride(most_reach + 2),
-        half((this->num_taps / 2 + most_reach + 4) / 2 * 2),
-        numbers((4 * int64_t(half) + int64_t(std::min(this->num_bands, kBandsAtOnce)) * stride + 1) / 2 * 2) {}
+  BankLayout(int64_t taps, int64_t bands)
+      : num_taps(int(taps)), num_bands(int(bands)), most_reach((num_taps - 1) / (2 * num_bands)), stride(most_reach + 2),
+        half((num_taps / 2 + most_reach + 4) / 2 * 2),
+        numbers((4 * int64_t(half) + int64_t(std::min(num_bands, kBandsAtOnce)) * stride + 1) / 2 * 2) {}
 
   // `half` has room for the zeros that a band meets beyond the bank. It and `numbers` are even: taps are read in pairs.
   int num_taps, num_bands, most_reach, stride, half;
   int64_t numbers;
 };
 
-// next = the convolution of the bank, which is 0 beyond `reach`, with a band. A thread's taps 2t and 2t + 1, and two taps of the band at a time: what
-// the one needs of the bank for a tap, the other needs for the next.
+// next = the convolution of the bank, which is 0 beyond `reach`, with a band. A thread makes the taps 2t and 2t + 1, from two taps of the band at a
+// time: what the one needs of the bank for a tap, the other needs for the next.
 __device__ void convolve(const double* tap, int band_reach, const double* bank, int reach, double* next) {
   for (int t = threadIdx.x; 2 * t <= reach + band_reach; t += kBankHalf) {
     const double2* const pair = reinterpret_cast<const double2*>(bank) + t;
