@@ -612,19 +612,24 @@ def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def in_parts(run: Callable[..., None], x: Tensor, draws_noise: bool, *args: Any) -> Tensor:
+def in_parts(run: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
     """The result of run(out, x, *args), like x [B, T]; tensors among the arguments have a row for each utterance.
 
-    Noise that is drawn lies beside that which is filtered, both in the dtype of computation: in half precision four
-    times x's memory. So there half of the utterances take their turn at a time.
+    In half precision samples and noise in the dtype of computation are four times x's memory. So there a third of the
+    utterances takes its turn at a time.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch = x.shape[0]
-    size = max(1, batch // 2 if draws_noise and x.element_size() == 2 else batch)
+    size = max(1, triton.cdiv(batch, 3) if x.element_size() == 2 else batch)
     for first in range(0, batch, size):
         rows = slice(first, first + size)
         run(out[rows], x[rows], *(arg[rows] if isinstance(arg, Tensor) else arg for arg in args))
     return out
+
+
+def scratch(out: Tensor) -> Tensor:
+    """A place for unfinished samples [B, T] in the dtype of computation: the result's where that is its dtype."""
+    return out if out.dtype == _wide(out) else torch.empty(out.shape, dtype=_wide(out), device=out.device)
 
 
 def _tile(x: Tensor, num_filters: int) -> dict[str, int]:
@@ -870,8 +875,8 @@ def isd_kernel(
 # ------------------------------------------------------------------------------------------------------------------ ssi
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_blocks", "noise_stride"])
+def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, noise_stride, BLOCK: tl.constexpr):
     """White noise, one program per (utterance, block): seeds [B] -> noise [B, T]. Equivalent to `reference.ssi_noise`.
 
     It is stored, because Triton cannot index what a program has made: a filter tile would have to draw each sample
@@ -887,7 +892,7 @@ def ssi_noise_kernel(seeds, noise, num_samples, num_blocks, BLOCK: tl.constexpr)
     s2, s3 = _box_muller(word2, word3)
     sample = tl.interleave(tl.interleave(s0, s2), tl.interleave(s1, s3))
     n = first + tl.arange(0, BLOCK)
-    tl.store(noise + b * num_samples + n, sample, mask=n < num_samples)
+    tl.store(noise + b * noise_stride + n, sample, mask=n < num_samples)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_taps", "filters_stride"])
@@ -937,21 +942,33 @@ def color_noise(
     lengths: Tensor | None,
     seeds: Tensor | None,
     noise: Tensor | None,
-    colored: Tensor,
+    room: Tensor,
     signal: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Write the noise, filtered by the last of [B, F, P], into colored [B, T]; returns the tiles' sums of squares of x
-    (where ``signal`` asks for them) and of it, [B, tiles].
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The noise, filtered by the last of [B, F, P], [B, T]; the tiles' sums of squares of x (where ``signal`` asks for
+    them) and of it, [B, tiles].
 
-    The noise [B, T] is drawn from seeds [B] where it is not given.
+    The noise [B, T] is drawn from seeds [B] where it is not given, into ``room`` [B, T], which is free again after it.
     """
     batch, num_samples = x.shape
     own = filters[:, -1]
     if noise is None:
-        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        noise = room.view(torch.float32)[:, :num_samples]
         blocks = triton.cdiv(num_samples, BLOCK)
-        launch(ssi_noise_kernel, batch * blocks, x.device, seeds, noise, num_samples, blocks, BLOCK=BLOCK, num_warps=4)
+        launch(
+            ssi_noise_kernel,
+            batch * blocks,
+            x.device,
+            seeds,
+            noise,
+            num_samples,
+            blocks,
+            noise.stride(0),
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     noise = _rows(noise)
+    colored = torch.empty_like(room)
     tile = _tile(x, 1)
     tiles = triton.cdiv(num_samples, tile["BLOCK"])
     of_x, of_noise = torch.empty(2, batch, tiles, dtype=torch.float64, device=x.device)
@@ -975,7 +992,7 @@ def color_noise(
         TAPS_BLOCK=triton.next_power_of_2(own.shape[-1]),
         **tile,
     )
-    return of_x if signal else None, of_noise
+    return colored, of_x if signal else None, of_noise
 
 
 # ------------------------------------------------------------------------------------------------------------ the chain
@@ -1060,9 +1077,7 @@ def rawboost(
     """x [B, T], filters [B, F, P], lengths, seeds, snr_db [B], factor, noise [B, T] -> like x. Equivalent to
     `reference.rawboost`.
     """
-    draws_noise = "ssi" in reference.STEPS[algo] and noise is None
-    rest = (lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max)
-    return in_parts(_chain, x, draws_noise, filters, *rest)
+    return in_parts(_chain, x, filters, lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max)
 
 
 def _chain(
@@ -1085,16 +1100,23 @@ def _chain(
     x, lengths, seeds = _rows(x), _dense(lengths), _dense(seeds)
     bank = None if filters is None else _bank(filters, x)
     batch, num_samples = x.shape
-    # Unfinished samples, where possible in the result.
-    scratch = out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    # The noise comes first, while the place of the other unfinished samples is free to draw it in.
+    unfinished = scratch(out)
+    colored = of_x = of_noise = None
+    # A mean and a norm before the noise, and impulses, take a pass of their own.
+    passes = "isd" in steps or ("lnl" in steps and "ssi" in steps)
+    if "ssi" in steps:
+        assert bank is not None
+        colored, of_x, of_noise = color_noise(x, bank, lengths, seeds, noise, unfinished, not passes)
     blocks = triton.cdiv(num_samples, BLOCK)
-    peaks = torch.empty(batch, blocks, dtype=scratch.dtype, device=x.device)
+    peaks = torch.empty(batch, blocks, dtype=unfinished.dtype, device=x.device)
     squares = torch.empty(batch, blocks, dtype=torch.float64, device=x.device) if "ssi" in steps else None
     # What is given goes before the seeds, as in the reference.
     marks = mark(x, lengths, seeds, p) if "isd" in steps and factor is None else None
     factor = _rows(factor) if "isd" in steps and factor is not None else None
 
-    def pass_over(source: Tensor, level: _Level, impulses: tuple[Tensor | None, ...], addend: Tensor | None) -> None:
+    def pass_over(source: Tensor, level: _Level, impulses: tuple[Tensor | None, ...], addend: Tensor | None) -> Tensor:
+        to = unfinished if source is x else source
         launch(
             isd_kernel,
             batch * blocks,
@@ -1104,7 +1126,7 @@ def _chain(
             *impulses,
             addend,
             lengths,
-            out,
+            to,
             peaks,
             squares,
             num_samples,
@@ -1118,9 +1140,9 @@ def _chain(
             BLOCK=BLOCK,
             num_warps=16,
         )
+        return to
 
-    def finish(source: Tensor, level: _Level, passed: bool, noises: tuple[Tensor | None, ...] = (None,) * 3) -> None:
-        colored, of_signal, of_noise = noises
+    def finish(source: Tensor, level: _Level, passed: bool, of_signal: Tensor | None = None) -> None:
         launch(
             rawboost_finish_kernel,
             batch * blocks,
@@ -1141,7 +1163,7 @@ def _chain(
             0 if of_noise is None else of_noise.shape[1],
             blocks,
             source.stride(0),
-            WIDE=tl.float64 if scratch.dtype == torch.float64 else tl.float32,
+            WIDE=tl.float64 if unfinished.dtype == torch.float64 else tl.float32,
             SNR_MIN=snr_min,
             SNR_MAX=snr_max,
             TILE_BLOCK=TILE_BLOCK,
@@ -1152,36 +1174,21 @@ def _chain(
     impulses: tuple[Tensor | None, ...] = (marks, seeds, factor)
     source, level, addend = x, _NO_LEVEL, None
     if algo == 8:
-        pass_over(x, level, impulses, None)
-        finish(out, level, True)
+        finish(pass_over(x, level, impulses, None), level, True)
         impulses, addend = (None, None, None), out
-    # A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
-    passes = "isd" in steps or ("lnl" in steps and "ssi" in steps)
     if "lnl" in steps:
         assert bank is not None
-        source = _beside(scratch, out, addend is not None)
+        source = torch.empty_like(unfinished) if unfinished is addend else unfinished
         sums, extrema = filter_powers(x, bank, bank.shape[1] - ("ssi" in steps), lengths, source)
         level = (sums, extrema[0], extrema[1])
     if passes:
-        pass_over(source, level, impulses, addend)
-        source, level = out, _NO_LEVEL
-    if "ssi" in steps:
-        assert bank is not None
-        colored = _beside(scratch, out, passes)
-        of_x, of_noise = color_noise(x, bank, lengths, seeds, noise, colored, not passes)
-        finish(source, level, passes, (colored, squares if passes else of_x, of_noise))
-    else:
-        finish(source, level, passes)
+        source, level = pass_over(source, level, impulses, addend), _NO_LEVEL
+    finish(source, level, passes, squares if passes else of_x)
 
 
 # What `lnl_kernel` leaves of its tiles: sums, largest, smallest.
 _Level = tuple[Tensor | None, Tensor | None, Tensor | None]
 _NO_LEVEL: _Level = (None, None, None)
-
-
-def _beside(scratch: Tensor, out: Tensor, taken: bool) -> Tensor:
-    """Unfinished samples: scratch, or others where scratch is the result, and that is taken."""
-    return torch.empty_like(scratch) if taken and scratch is out else scratch
 
 
 def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:

@@ -33,6 +33,7 @@ from gradalign.kernels.rawboost import (
     filter_powers,
     in_parts,
     mark,
+    scratch,
 )
 
 # No sample: behind every place.
@@ -191,9 +192,13 @@ def _supports_lnl(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | No
 @ops.lnl_backward.backend("triton", available=available, supports=_supports_lnl)
 def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """grad, x [B, T], filters [B, N_f, P], lengths [B] -> like x. Equivalent to `reference.lnl_backward`."""
+    return in_parts(_lnl_backward, x, grad, filters, lengths)
+
+
+def _lnl_backward(out: Tensor, x: Tensor, grad: Tensor, filters: Tensor, lengths: Tensor | None) -> None:
+    """Write what `lnl_backward` returns into out [B, T]."""
     grad, x, filters, lengths = _rows(grad), _rows(x), _bank(filters, x), _dense(lengths)
     (batch, num_samples), (_, num_filters, num_taps) = x.shape, filters.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     z = torch.empty(x.shape, dtype=_wide(x), device=x.device)
     sums, extrema = filter_powers(x, filters, num_filters, lengths, z)
     tiles, blocks = sums.shape[1], triton.cdiv(num_samples, BLOCK)
@@ -243,7 +248,6 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
         TAPS_BLOCK=triton.next_power_of_2(num_taps),
         **tile,
     )
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------- isd_backward
@@ -345,12 +349,25 @@ def isd_backward(
     g_sd: float,
 ) -> Tensor:
     """grad, x [B, T], seeds [B] or factor [B, T] -> like x. Equivalent to `reference.isd_backward`."""
+    return in_parts(_isd_backward, x, grad, lengths, seeds, factor, p, g_sd)
+
+
+def _isd_backward(
+    out: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    lengths: Tensor | None,
+    seeds: Tensor | None,
+    factor: Tensor | None,
+    p: float,
+    g_sd: float,
+) -> None:
+    """Write what `isd_backward` returns into out [B, T]."""
     grad, x, lengths = _rows(grad), _rows(x), _dense(lengths)
     batch, num_samples = x.shape
     seeds, factor = (_dense(seeds), None) if factor is None else (None, _rows(factor))
     marks = mark(x, lengths, seeds, p)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gains = out if x.dtype == _wide(x) else torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    gains = scratch(out)
     blocks = triton.cdiv(num_samples, BLOCK)
     dots = torch.empty(batch, blocks, dtype=torch.float64, device=x.device)
     peaks = torch.empty(batch, blocks, dtype=gains.dtype, device=x.device)
@@ -397,7 +414,6 @@ def isd_backward(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------- ssi_backward
@@ -485,7 +501,7 @@ def ssi_backward(
     """grad, x [B, T], filters [B, P], seeds [B] or noise [B, T] and snr_db [B] -> like x. Equivalent to
     `reference.ssi_backward`.
     """
-    return in_parts(_ssi_backward, x, noise is None, grad, filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
+    return in_parts(_ssi_backward, x, grad, filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
 
 
 def _ssi_backward(
@@ -505,8 +521,7 @@ def _ssi_backward(
     seeds = _dense(seeds) if noise is None else None
     snr_db = None if noise is None or snr_db is None else _dense(snr_db.double())
     batch, num_samples = x.shape
-    colored = torch.empty(x.shape, dtype=_wide(x), device=x.device)
-    of_x, of_noise = color_noise(x, filters, lengths, seeds, noise, colored, True)
+    colored, of_x, of_noise = color_noise(x, filters, lengths, seeds, noise, scratch(out), True)
     blocks = triton.cdiv(num_samples, BLOCK)
     dots = torch.empty(batch, blocks, dtype=torch.float64, device=x.device)
     launch(

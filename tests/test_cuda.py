@@ -79,8 +79,8 @@ def _check(op, args, dtype, name):
 @pytest.mark.parametrize("op", OPS)
 def test_equals_float64_reference(op, dtype):
     for name, args in inputs.CASES[op](dtype, device=DEVICE):
-        # Long utterances of other dtypes are filtered tap by tap, as short ones are: on the host that takes too long.
-        if ON_HOST and dtype != torch.float32 and first_tensor(args).numel() > 60_000:
+        # float64 is filtered tap by tap, however long an utterance is: on the host that takes too long.
+        if ON_HOST and dtype == torch.float64 and first_tensor(args).numel() > 60_000:
             continue
         _check(op, args, dtype, name)
 
@@ -412,7 +412,7 @@ def test_launchers_never_wait_for_the_device():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extra_memory_is_at_most_two_batches(dtype):
-    batch, num_samples = 1 if ON_HOST else 64, 64600
+    batch, num_samples = 2 if ON_HOST else 64, 64600
     # The published number of filters, whose spectra take memory, and a seed each.
     bank = inputs.bank(dtype, DEVICE)[torch.arange(batch) % 3][:, torch.arange(6) % 3]
     wave, seeds = torch.randn(batch, num_samples).to(dtype).to(DEVICE), torch.arange(batch, device=DEVICE)
@@ -435,8 +435,9 @@ def test_extra_memory_is_at_most_two_batches(dtype):
             before = torch.cuda.memory_allocated()
         (y,) = inputs.run(op, "cuda", args)
         extra = cuda_on_host.peak_bytes() if ON_HOST else torch.cuda.max_memory_allocated() - before
-        # A bit per sample for impulses, a sixteenth of a batch in half precision, and what tiles and blocks know.
-        assert extra - y.nbytes <= 2.125 * y.nbytes, (op, args[7:8])
+        # With the filters that `RawBoost` designs, of the published length.
+        filters = batch * 6 * ga.RawBoostConfig().num_taps * bank.element_size()
+        assert extra - y.nbytes + filters <= 2 * y.nbytes, (op, args[7:8])
         del y
 
 

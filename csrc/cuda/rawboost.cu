@@ -447,7 +447,7 @@ void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const
 }
 
 Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, int num_filters, const Batch& batch, const Tensor& z) {
-  if (filter_by_fft(x, num_filters, bank.num_taps, 2)) {
+  if (filter_by_fft(x, num_filters, bank.num_taps, !is_wide(x))) {
     Powers powers = new_powers(x, batch, Segments(bank.num_taps).tile());
     filter_fft(device, x, bank, batch, num_filters, &powers, &z, nullptr, nullptr, nullptr, false);
     return powers;
@@ -467,7 +467,7 @@ Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, 
 }
 
 Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples, bool signal) {
-  if (filter_by_fft(x, 1, bank.num_taps, 2)) {
+  if (filter_by_fft(x, 1, bank.num_taps, !is_wide(x))) {
     Colored colored = new_colored(x, batch, Segments(bank.num_taps).tile());
     filter_fft(device, x, bank, batch, 0, nullptr, nullptr, &noise, &colored, &samples, signal);
     return colored;
@@ -602,13 +602,12 @@ __global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, 
 
 // ---------------------------------------------------------------------------------------------------------------------------- the chain
 
-Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-                const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
-                double g_sd, double snr_min, double snr_max) {
+// Writes what `rawboost` returns into batch.out.
+void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& seeds,
+           const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
+           double g_sd, double snr_min, double snr_max) {
   const Steps steps = steps_of(algo);
   const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
   std::optional<Bank> bank;
   std::optional<Marked> marked;
   std::optional<Noise> drawn;
@@ -651,7 +650,7 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
     std::optional<Powers> powers;
     std::optional<Colored> colored;
     // Together where the memory allows, since the noise's samples are there beside z then.
-    if (steps.lnl && steps.ssi && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
+    if (steps.lnl && steps.ssi && is_wide(x) && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
       const int tile = Segments(bank->num_taps).tile();
       powers = new_powers(x, batch, tile), colored = new_colored(x, batch, tile);
       filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &*z, &*drawn, &*colored, &*samples, false);
@@ -668,7 +667,15 @@ Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std
     const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
     finish(source, level, passes, wave_of(*samples), signal, colored->noise());
   });
-  return batch.out;
+}
+
+Tensor rawboost(const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
+                double g_sd, double snr_min, double snr_max) {
+  return in_parts(x, [&](const Part& part, const Tensor& out) {
+    const Tensor own = part(x);
+    chain(Batch(own, part(lengths), out), own, part(filters), part(seeds), part(factor), part(noise), part(snr_db), algo, p, g_sd, snr_min, snr_max);
+  });
 }
 
 Tensor lnl(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {

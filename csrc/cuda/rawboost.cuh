@@ -319,8 +319,8 @@ void dispatch_wide(const Tensor& x, Body&& body) {
 
 // What the ops on [B, T] share: the result like x, and the lengths.
 struct Batch {
-  explicit Batch(const Tensor& x, const std::optional<Tensor>& lengths)
-      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(torch::stable::new_empty(x, {size, num_samples})) {
+  Batch(const Tensor& x, const std::optional<Tensor>& lengths, const Tensor& out)
+      : size(x.size(0)), num_samples(int(x.size(1))), num_blocks(divide_up(num_samples, kBlock)), out(out) {
     STD_TORCH_CHECK(x.size(1) < INT_MAX - (1 << 16), "an utterance may have fewer than 2^31 - 2^16 samples; found ", x.size(1));
     if (!lengths) return;
     check_same_device(*lengths, x, "`lengths`");
@@ -337,6 +337,30 @@ struct Batch {
   Tensor out;
   std::optional<Tensor> own;
 };
+
+// Some of a batch's utterances: their rows of a tensor.
+struct Part {
+  int64_t first, size;
+  Tensor operator()(Tensor tensor) const { return size == tensor.size(0) ? tensor : torch::stable::narrow(tensor, 0, first, size); }
+  std::optional<Tensor> operator()(const std::optional<Tensor>& tensor) const {
+    if (!tensor) return {};
+    return (*this)(*tensor);
+  }
+};
+
+// The result, like x [B, T], of run(part, its rows of the result). In half precision samples in the dtype of computation take two batches' worth of
+// memory: so there half of the utterances take their turn at a time.
+template <typename Run>
+Tensor in_parts(const Tensor& x, Run&& run) {
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  if (x.numel() == 0) return out;
+  const int64_t size = is_wide(x) ? x.size(0) : divide_up<int64_t>(x.size(0), 2);
+  for (int64_t first = 0; first < x.size(0); first += size) {
+    const Part part{first, std::min(size, x.size(0) - first)};
+    run(part, part(out));
+  }
+  return out;
+}
 
 // Filters [B, F, P], or [B, P] of one filter each, in the dtype that x is computed in.
 struct Bank {
@@ -419,9 +443,10 @@ struct Powers {
 // Spectra [B, count, 4096, 2] of each utterance's filters from `first` on, in the order of Fft, divided by the number of points.
 Tensor spectra(const OnDevice& device, const Bank& bank, int first, int count);
 
-// Whether num_filters filters, whose spectra take so much memory, filter x by overlap-save: they may take at most `batches` times x's own size.
-inline bool filter_by_fft(const Tensor& x, int num_filters, int num_taps, int batches) {
-  return x.scalar_type() == ScalarType::Float && num_taps <= Fft::kPoints / 4 && x.size(1) * batches >= 2 * int64_t(num_filters) * Fft::kPoints;
+// Whether num_filters filters, whose spectra take so much memory, filter x by overlap-save: with the `beside` samples for each of x's that lie beside
+// the result, they may take two batches' worth.
+inline bool filter_by_fft(const Tensor& x, int num_filters, int num_taps, int beside) {
+  return x.scalar_type() != ScalarType::Double && num_taps <= Fft::kPoints / 4 && x.size(1) * (2 - beside) >= 2 * int64_t(num_filters) * Fft::kPoints;
 }
 
 // z [B, T] = sum over i of FIR_i(x**i) by the bank's first num_filters filters, in the dtype of computation.

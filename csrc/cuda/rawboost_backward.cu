@@ -208,10 +208,9 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave
   }
 }
 
-Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+// Writes what `lnl_backward` returns into batch.out.
+void through_lnl(const Batch& batch, const Tensor& grad, const Tensor& x, const Tensor& filters) {
   const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
   const Bank bank(filters, x);
   const int num_filters = bank.per_utterance, num_taps = bank.num_taps;
@@ -232,13 +231,13 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
     device.launch(lnl_backward_mirror_kernel<T>, divide_up<int64_t>(bank.taps.numel(), kThreads), kThreads, bank.data<T>(), num_taps,
                   int64_t(bank.taps.numel()), static_cast<T*>(mirrored.taps.mutable_data_ptr()));
   });
-  if (filter_by_fft(x, num_filters, num_taps, 2)) {
+  if (x.scalar_type() == ScalarType::Float && filter_by_fft(x, num_filters, num_taps, 0)) {
     const Tensor spectrum = spectra(device, mirrored, 0, num_filters);
     const int tiles = divide_up(batch.num_samples, Segments(num_taps).tile());
     device.launch_with_memory(kFftBytes, lnl_backward_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
                               static_cast<const float*>(z.const_data_ptr()), static_cast<const float2*>(spectrum.const_data_ptr()), batch.rows(),
                               num_filters, num_taps, tiles, static_cast<float*>(batch.out.mutable_data_ptr()));
-    return batch.out;
+    return;
   }
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
@@ -249,7 +248,13 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
     device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()), mirrored.data<T>(),
                   batch.rows(), num_filters, num_taps, tiles, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
-  return batch.out;
+}
+
+Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths) {
+  return in_parts(x, [&](const Part& part, const Tensor& out) {
+    const Tensor own = part(x);
+    through_lnl(Batch(own, part(lengths), out), part(grad), own, part(filters));
+  });
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- isd_backward
@@ -320,11 +325,10 @@ __global__ __launch_bounds__(kThreads) void isd_backward_kernel(Wave grad, const
   store_block(out, b, rows.num_samples, length, first, v);
 }
 
-Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-                    const std::optional<Tensor>& factor, double p, double g_sd) {
+// Writes what `isd_backward` returns into batch.out.
+void through_isd(const Batch& batch, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor,
+                 double p, double g_sd) {
   const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
   const Marked marked(device, x, batch, seeds, factor, p);
   const Tensor scratch = batch.scratch();
@@ -342,7 +346,14 @@ Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Ten
                   static_cast<const T*>(peaks.const_data_ptr()), places.const_data_ptr<int64_t>(), batch.rows(), batch.num_blocks,
                   static_cast<S*>(batch.out.mutable_data_ptr()));
   });
-  return batch.out;
+}
+
+Tensor isd_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                    const std::optional<Tensor>& factor, double p, double g_sd) {
+  return in_parts(x, [&](const Part& part, const Tensor& out) {
+    const Tensor own = part(x);
+    through_isd(Batch(own, part(lengths), out), part(grad), own, part(seeds), part(factor), p, g_sd);
+  });
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- ssi_backward
@@ -387,11 +398,10 @@ __global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave 
   store_block(out, b, rows.num_samples, length, first, v);
 }
 
-Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-                    const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+// Writes what `ssi_backward` returns into batch.out.
+void through_ssi(const Batch& batch, const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& seeds,
+                 const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
   const OnDevice device(x);
-  const Batch batch(x, lengths);
-  if (x.numel() == 0) return batch.out;
   check_same_device(grad, x, "`grad`");
   const std::optional<Noise> drawn(std::in_place, x, seeds, noise, snr_db, snr_min, snr_max);
   const Tensor samples = batch.scratch();
@@ -406,7 +416,14 @@ Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
     device.launch(ssi_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), of_dots, colored.signal(), colored.noise(),
                   NoiseLevel(drawn), batch.rows(), batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
-  return batch.out;
+}
+
+Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
+                    const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+  return in_parts(x, [&](const Part& part, const Tensor& out) {
+    const Tensor own = part(x);
+    through_ssi(Batch(own, part(lengths), out), part(grad), own, part(filters), part(seeds), part(noise), part(snr_db), snr_min, snr_max);
+  });
 }
 
 }  // namespace gradalign::cuda
