@@ -1168,7 +1168,7 @@ def _chain(
             SNR_MAX=snr_max,
             TILE_BLOCK=TILE_BLOCK,
             BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=16,
         )
 
     impulses: tuple[Tensor | None, ...] = (marks, seeds, factor)
