@@ -43,8 +43,8 @@ def has_dtensors(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def has_replicas(params: Sequence[Tensor]) -> bool:
-    """Whether there are several ranks, and trainable parameters of which each rank has the whole."""
-    return num_ranks() > 1 and any(param.requires_grad and not is_dtensor(param) for param in params)
+    """Whether there are several ranks, and each has all of the model; parameters beside DTensors are others' affair."""
+    return num_ranks() > 1 and not has_dtensors(params)
 
 
 def check(optimizer: torch.optim.Optimizer, group: Any) -> None:
@@ -72,27 +72,44 @@ def check(optimizer: torch.optim.Optimizer, group: Any) -> None:
         raise ValueError("`process_group` must be None where parameters are DTensors, which others average; found one")
 
 
-def check_apart(grads: Gradients, paths: Sequence[Any], name: Callable[[int], str]) -> None:
-    """Check that a path's gradients have not overwritten an earlier one's, as in DDP's buckets.
+def check_apart(grads: Gradients, k: int, paths: Sequence[Any], name: Callable[[int], str]) -> None:
+    """Check that path k's gradients have not overwritten another one's, as in DDP's buckets.
 
     Raises:
         RuntimeError: if they have.
     """
-    if not paths or num_ranks() == 1:
+    if not paths:
         return
-    n = next(n for n, grad in enumerate(grads) if grad is not None)
-    here = grads[n]
-    if here is None or is_dtensor(here):
-        return
-    for k, path in enumerate(paths):
-        if path[n] is not None and path[n].data_ptr() == here.data_ptr():
-            raise RuntimeError(
-                f"each path's gradients must have their own memory; found that path {len(paths)} has overwritten path "
-                f"{k} in {name(n)} (DDP: leave gradient_as_bucket_view=False, or pass `process_group`)"
-            )
+    dtensors = has_dtensors(grads)
+    for n, here in enumerate(grads):
+        if here is None or (dtensors and is_dtensor(here)):
+            continue
+        for j, path in enumerate(paths):
+            there = path[n]
+            if j != k and there is not None and here.is_set_to(there):
+                raise RuntimeError(
+                    f"each path's gradients must have their own memory; found that path {k} has overwritten path {j} "
+                    f"in {name(n)} (DDP: leave gradient_as_bucket_view=False, or pass `process_group`)"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------- DTensors
+
+
+def settled(grads: Gradients) -> Gradients:
+    """The gradients with partial sums added up over their ranks, as tensor parallelism leaves them of norms."""
+    if not has_dtensors(grads):
+        return grads
+    from torch.distributed.tensor import Replicate
+
+    found: Gradients = []
+    for grad in grads:
+        placements = grad.placements if grad is not None and is_dtensor(grad) else ()  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
+            whole = [Replicate() if placement.is_partial() else placement for placement in placements]
+            grad = grad.redistribute(placements=whole)  # type: ignore[union-attr]
+        found.append(grad)
+    return found
 
 
 def local(grads: Gradients) -> Gradients:
@@ -130,18 +147,14 @@ class Shards:
         self._key: Any = None
         self._sums: list[_Sum] = []
 
-    def sum(self, gram: Tensor, grads: Gradients, name: Callable[[int], str]) -> Tensor:
-        """Add up [N, K, K] over the ranks; ``grads`` are [N] gradients it was made from, None where there are none.
-
-        Raises:
-            ValueError: for a gradient that is a partial sum.
-        """
+    def sum(self, gram: Tensor, grads: Gradients) -> Tensor:
+        """Add up [N, K, K] over the ranks; ``grads`` are [N] gradients it was made from, None where there are none."""
         key = [
             (grad.device_mesh, grad.placements) if grad is not None and is_dtensor(grad) else None  # type: ignore[attr-defined]
             for grad in grads
         ]
         if key != self._key:
-            self._sums, self._key = self._plan(key, gram.device, name), key
+            self._sums, self._key = self._plan(key, gram.device), key
         for one in self._sums:
             part = gram if one.rows is None else gram.index_select(0, one.rows)
             if one.counted is not None:
@@ -154,15 +167,11 @@ class Shards:
         return gram
 
     @staticmethod
-    def _plan(key: list[Any], device: torch.device, name: Callable[[int], str]) -> list[_Sum]:
+    def _plan(key: list[Any], device: torch.device) -> list[_Sum]:
         meshes: dict[Any, list[int]] = {}
         for n, entry in enumerate(key):
             if entry is not None:
                 meshes.setdefault(entry[0], []).append(n)
-                if any(placement.is_partial() for placement in entry[1]):
-                    raise ValueError(
-                        f"gradients must be sharded or replicated; found {entry[1]} in {name(n)} (redistribute it)"
-                    )
         sums = []
         for mesh, rows in meshes.items():
             for dim in range(mesh.ndim):
@@ -265,7 +274,8 @@ class Averaged:
                 work.wait()
             self.pending = []
             # The sum is divided here, where a rank has only its part of it.
-            torch._foreach_div_(self.parts, float(dist.get_world_size(self.group)))
+            if sums := [part for part in self.parts if part.dtype != torch.float16]:
+                torch._foreach_div_(sums, float(dist.get_world_size(self.group)))
 
 
 class Averager:
@@ -298,6 +308,9 @@ class Averager:
                     source.append(grad)
             if into:
                 torch._foreach_copy_(into, source)
+            if flat.dtype == torch.float16:
+                # Before the sum, which might overflow.
+                torch._foreach_div_(into, float(self.num_ranks))
             part = flat.new_empty(bucket.part_size)
             pending.append((dist.reduce_scatter_tensor(part, flat, group=self.group, async_op=True), flat))
             parts.append(part)

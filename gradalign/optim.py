@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,8 +71,9 @@ class AlignedOptimizer(Optimizer):
 
     It is a `torch.optim.Optimizer` that shares ``param_groups``, ``state`` and ``defaults`` with the optimizer it
     wraps (``opt.optimizer``): schedulers, hooks, closures, ``add_param_group``, ``state_dict``, pickling and deepcopy
-    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first;
-    with GradScaler always do, as it looks at ``.grad`` (the loss scale does not change the weights of PCGrad)::
+    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first
+    (until then there is nothing to clip); with GradScaler always do, as it looks at ``.grad`` (the loss scale does not
+    change the weights of PCGrad)::
 
         opt.align()
         scaler.unscale_(opt)
@@ -128,7 +129,7 @@ class AlignedOptimizer(Optimizer):
     Raises:
         TypeError: if ``optimizer`` is no optimizer, already wrapped, or one of FullyShardedDataParallel's parameters
             (FSDP1; take ``fully_shard``), if ``process_group`` is no process group, or for an unknown option.
-        ValueError: for an unknown method, scope or ``on_nonfinite``.
+        ValueError: for an unknown method, scope or ``on_nonfinite``, or a parameter twice in one group.
 
     >>> import torch
     >>> from gradalign import AlignedOptimizer
@@ -185,6 +186,10 @@ class AlignedOptimizer(Optimizer):
             raise TypeError(
                 "`optimizer` must take one gradient per step; found LBFGS, which evaluates its closure several times"
             )
+        for group in optimizer.param_groups:
+            # PyTorch only warns about it; it would be merged twice.
+            if len({id(param) for param in group["params"]}) != len(group["params"]):
+                raise ValueError("parameters must be distinct; found one twice in a parameter group of the optimizer")
         _distributed.check(optimizer, process_group)
         if isinstance(exclude, (Tensor, torch.nn.Module)):
             raise TypeError(
@@ -224,6 +229,8 @@ class AlignedOptimizer(Optimizer):
         if both := [name for name, group in self._groups.items() if excluded & {id(param) for param in group}]:
             raise ValueError(f"`exclude` must hold no parameter of a group; found some of {', '.join(both)}")
         self._segments()
+        # The place that `state_dict` fills in: torch.distributed.checkpoint restores the settings that groups have.
+        optimizer.param_groups[0]["alignment"] = ""
         if method_options:
             # An option's value fails here, not in the first step.
             alignment.solve(torch.eye(2, dtype=torch.float64), resolved, **method_options)
@@ -270,6 +277,10 @@ class AlignedOptimizer(Optimizer):
     def _label(self) -> str:
         return alignment.label(self.method)
 
+    @property
+    def _scope_label(self) -> str:
+        return f"groups {', '.join(self._groups)}" if self._groups else self.scope
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer; between two paths of one step it raises RuntimeError."""
         if self._paths or self._inside:
@@ -292,28 +303,40 @@ class AlignedOptimizer(Optimizer):
     # ---- paths ----
 
     @contextmanager
-    def path(self) -> Iterator[None]:
+    def path(self, index: int | None = None) -> Iterator[None]:
         """Collect the gradients of one path: call ``loss.backward()`` inside, several times to accumulate.
 
         Each block since ``zero_grad()`` or ``step()`` is one path (the model's own ``zero_grad`` forgets none). If the
         block raises, its gradients are dropped, those of earlier paths are kept, and the path can be tried again.
 
+        With ``index``, 0 for the first path, a block accumulates into a path that is there already. So micro-batches
+        may come one after the other, each with all of its views: ``with opt.path(k)`` for view k. If such a second
+        block raises, all paths of the step are dropped.
+
         Raises:
             RuntimeError: inside another path, after ``backward(losses)`` in the same step, if gradients were left in
                 ``.grad``, or if nothing in the block called ``backward`` (with ``process_group``: on no rank, and then
                 in `step`).
+            ValueError: for an ``index`` that leaves out a path.
         """
         self._begin("path()")
         if self._joint:
             raise RuntimeError(
                 "a step takes either backward(losses) or path() blocks; found a path() after backward(losses)"
             )
+        k = len(self._paths) if index is None else index
+        if not 0 <= k <= len(self._paths):
+            raise ValueError(f"`index` must be in [0, {len(self._paths)}], or None for a new path; found {index}")
+        before = self._paths[k] if k < len(self._paths) else None
         self._inside = True
         try:
+            self._restore(before)
             yield
-            self._paths.append(self._send(self._take(f"path {len(self._paths)}")))
+            self._paths[k : k + 1] = [self._send(self._take(f"path {k}"), k, before)]
         except BaseException:
             self._drop()
+            if before is not None:
+                self._paths = []
             raise
         finally:
             self._inside = False
@@ -359,16 +382,14 @@ class AlignedOptimizer(Optimizer):
                 "backward(losses) on several ranks needs `process_group` (torch.distributed.group.WORLD, say): DDP "
                 "averages in the first backward through a forward only; found None (path() does not need it)"
             )
-        params, paths, self._joint = self._params(), self._paths, True
+        paths, self._joint = self._paths, True
         self._paths = []
         try:
             for k, loss in enumerate(losses):
                 before = paths[k] if paths else None
-                if isinstance(before, list):
-                    for param, grad in zip(params, before, strict=True):
-                        param.grad = grad
+                self._restore(before)
                 loss.backward(retain_graph=k + 1 < len(losses))
-                self._paths.append(self._send(self._take(f"losses[{k}]"), before))
+                self._paths.append(self._send(self._take(f"losses[{k}]"), k, before))
         except BaseException:
             self._drop()
             self._paths, self._joint = [], False
@@ -418,10 +439,17 @@ class AlignedOptimizer(Optimizer):
         self._drop()
         return grads
 
-    def _send(self, grads: Gradients, before: Gradients | Averaged | None = None) -> Gradients | Averaged:
-        """What is kept of a finished path; ``before`` is what earlier calls of backward(losses) have left of it."""
+    def _restore(self, before: Gradients | Averaged | None) -> None:
+        """Put back what a path has collected so far, for its next backward to accumulate into."""
+        if isinstance(before, list):
+            for param, grad in zip(self._params(), before, strict=True):
+                param.grad = grad
+
+    def _send(self, grads: Gradients, k: int, before: Gradients | Averaged | None) -> Gradients | Averaged:
+        """What is kept of path k after a backward; ``before`` is what earlier ones have left of it."""
         if self._averager is None:
-            _distributed.check_apart(grads, self._paths, self._name)
+            grads = _distributed.settled(grads)
+            _distributed.check_apart(grads, k, self._paths, self._name)
             return grads
         sent = self._averager.start(self._params(), grads)
         if isinstance(before, Averaged):
@@ -470,7 +498,10 @@ class AlignedOptimizer(Optimizer):
         self.align()
         # GradScaler sets grad_scale and found_inf on an optimizer that can take them (a fused one).
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        flags = [flag for flag in (self._nonfinite, found) if isinstance(flag, Tensor)]
+        if found is not None and not isinstance(found, Tensor):
+            # What it says where it has seen no gradient.
+            self._refuse("call align() before scaler.unscale_(optimizer); found that it has seen no gradients")
+        flags = [flag for flag in (self._nonfinite, found) if flag is not None]
         self._nonfinite = None
         if not flags:
             self.optimizer.step()
@@ -502,9 +533,7 @@ class AlignedOptimizer(Optimizer):
         if not self._paths:
             return
         if hasattr(self, "grad_scale"):
-            raise RuntimeError(
-                "with GradScaler, call align() before scaler.step(optimizer); found paths that are not aligned"
-            )
+            self._refuse("call align() before scaler.step(optimizer); found paths that are not aligned")
         self._begin("align()")
         paths, self._paths, self._joint, self._nonfinite = self._paths, [], False, None
         if self._num_paths is not None and len(paths) != self._num_paths:
@@ -521,6 +550,12 @@ class AlignedOptimizer(Optimizer):
             merged = paths[0].gather(merged)
         for param, grad in zip(params, merged, strict=True):
             param.grad = grad
+
+    def _refuse(self, problem: str) -> NoReturn:
+        """Raise for a wrong use of GradScaler, which leaves what it set behind when a step raises."""
+        for name in ("grad_scale", "found_inf"):
+            vars(self).pop(name, None)
+        raise RuntimeError(f"with GradScaler, {problem}")
 
     def _merge(self, paths: list[Gradients], merged: Gradients) -> None:
         """Combine the paths' gradients into ``merged``, the first that each parameter has, and keep the books.
@@ -555,7 +590,7 @@ class AlignedOptimizer(Optimizer):
             if self._averager is not None:
                 grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
             elif sharded:
-                grams = {present: self._shards.sum(gram, merged, self._name) for present, gram in grams.items()}
+                grams = {present: self._shards.sum(gram, merged) for present, gram in grams.items()}
             gram = reduce(torch.add, grams.values())
         finite = gram.isfinite().all()
         if self.on_nonfinite == "raise" and not finite.item():
@@ -737,7 +772,7 @@ class AlignedOptimizer(Optimizer):
         not seen a path yet. `torch.load` reads it with ``weights_only=True``.
         """
         books = {name: self._books[name].tolist() if name in self._books else [] for name in self._shapes(0, 0, 0)}
-        own = {"method": self._label, "scope": self.scope, "num_paths": self._num_paths, **books}
+        own = {"method": self._label, "scope": self._scope_label, "num_paths": self._num_paths, **books}
         state = self.optimizer.state_dict()
         first, *rest = state["param_groups"]
         return {**state, "param_groups": [{**first, "alignment": json.dumps(own)}, *rest]}
@@ -750,14 +785,14 @@ class AlignedOptimizer(Optimizer):
                 has missing or unknown entries.
         """
         groups = [dict(group) for group in state_dict["param_groups"]]
-        saved = groups[0].pop("alignment", None) if groups else None
-        if not isinstance(saved, str):
+        saved = groups[0].get("alignment") if groups else None
+        if not saved or not isinstance(saved, str):
             raise ValueError(
                 "the state's first parameter group must hold an 'alignment' entry; found none (plain states load into "
                 "`opt.optimizer`)"
             )
         own = json.loads(saved)
-        for name, expected in (("method", self._label), ("scope", self.scope)):
+        for name, expected in (("method", self._label), ("scope", self._scope_label)):
             if name in own and own[name] != expected:
                 raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
         expected_names = {"method", "scope", "num_paths", *self._shapes(0, 0, 0)}
@@ -773,8 +808,10 @@ class AlignedOptimizer(Optimizer):
         found = {name: tuple(book.shape) for name, book in books.items()}
         if found != shapes:
             raise ValueError(f"the state's 'alignment' must have the shapes {shapes}; found {found}")
+        groups[0]["alignment"] = ""
         self.optimizer.load_state_dict({**state_dict, "param_groups": groups})
         self._books, self._num_paths, self._gram, self._stepped = books, num_paths, None, set()
+        self._paths, self._joint, self._nonfinite = [], False, None
 
 
 def _align_first(optimizer: AlignedOptimizer, args: Any, kwargs: Any) -> None:
@@ -784,6 +821,12 @@ def _align_first(optimizer: AlignedOptimizer, args: Any, kwargs: Any) -> None:
 
 def _named_groups(groups: Groups) -> dict[str, list[Tensor]]:
     named = groups if isinstance(groups, Mapping) else {str(i): group for i, group in enumerate(groups)}
+    for name, group in named.items():
+        if isinstance(group, Tensor) or not isinstance(group, Iterable):
+            raise TypeError(
+                f"`scope` must map names to parameters, such as layer.parameters(); group {str(name)!r} is a "
+                f"{type(group).__name__}"
+            )
     found = {str(name): list(group) for name, group in named.items()}
     for name, group in found.items():
         if not group or not all(isinstance(param, Tensor) for param in group):

@@ -301,8 +301,65 @@ def replicated_dtensors_and_plain_tensors_count_once():
     for _ in range(2):
         with opt.path():
             partial.grad = DTensor.from_local(torch.ones(4), line, [Partial()])
-    with pytest.raises(ValueError, match=r"sharded or replicated; found .* in parameter 0 of group 0"):
-        opt.step()
+    opt.step()
+    assert_same([partial.full_tensor()], [torch.full((4,), -float(world))])
+
+
+class Block(nn.Module):
+    """A layer norm and two linear layers on [samples, frames, features]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 4)
+        self.double()
+
+    def forward(self, frames):
+        return self.down(self.up(self.norm(frames)).tanh())
+
+
+@check
+def tensor_parallelism():
+    """All ranks see the whole batch; with a sequence-parallel norm the gradients of that are partial sums."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    def steps(model, opt, mode):
+        for step in range(2):
+            gen = torch.Generator().manual_seed(step)
+            views = torch.randn(2, 5, 4, 6, generator=gen, dtype=torch.float64)
+            opt.zero_grad()
+            if mode == "path":
+                for view in views:
+                    with opt.path():
+                        model(view).square().mean().backward()
+            else:
+                opt.backward([model(view).square().mean() for view in views])
+            opt.step()
+        return whole(model)
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for mode, sequence in itertools.product(("path", "backward"), (False, True)):
+        alone = Block()
+        expected = steps(alone, make_optimizer(alone, "gradvac", "parameter"), "path")
+        model = Block()
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        if sequence:
+            plan |= {
+                "norm": SequenceParallel(),
+                "up": ColwiseParallel(input_layouts=Shard(1)),
+                "": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),)),
+            }
+        parallelize_module(model, mesh, plan)
+        opt = make_optimizer(model, "gradvac", "parameter")
+        assert_same(steps(model, opt, mode), expected)
+        assert_equal_on_all_ranks(opt.stats)
 
 
 # ---- batches ----
@@ -338,9 +395,12 @@ def accumulation():
     views, labels = make_batch(0, total)
     alone = make_model()
     train(alone, make_optimizer(alone, "gradvac"), own=False, steps=1)
-    for mode in ("path", "backward"):
-        model = make_model()
-        opt = make_optimizer(model, "gradvac", process_group=dist.group.WORLD)
+    for mode, wrap in (
+        *itertools.product(("path", "index"), (with_ddp, with_group, with_fsdp)),
+        ("backward", with_group),
+        ("backward", with_fsdp),
+    ):
+        model, opt, _ = wrap(make_model(), "gradvac", "model")
         pieces = [range(part.start, part.stop)[0:1], range(part.start, part.stop)[1:]]
 
         def loss(view, piece, model=model):
@@ -350,6 +410,11 @@ def accumulation():
             for view in views:
                 with opt.path():
                     for piece in pieces:
+                        loss(view, piece).backward()
+        elif mode == "index":
+            for piece in pieces:
+                for k, view in enumerate(views):
+                    with opt.path(k):
                         loss(view, piece).backward()
         else:
             for piece in pieces:
@@ -399,6 +464,19 @@ def float32_and_other_dtypes():
             assert params[0].grad.stride() == params[0].stride()
     for found, wanted, tolerance in zip(params, expected, (1e-6, 1e-6, 2e-2, 1e-6), strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@check
+def an_average_of_large_float16_gradients():
+    """Their sum over the ranks would be infinite."""
+    param = nn.Parameter(torch.zeros(5, dtype=torch.float16))
+    opt = AlignedOptimizer(torch.optim.SGD([param], lr=2.0**-10), process_group=dist.group.WORLD)
+    for _ in range(2):
+        with opt.path():
+            param.grad = torch.full_like(param, 40000.0)
+    opt.step()
+    assert opt.stats.skipped == 0
+    assert_same([param.grad], [torch.full_like(param, 40000.0)], 1e-3)
 
 
 # ---- parameters that not every path on every rank reaches ----
@@ -713,6 +791,19 @@ def what_would_be_wrong_is_refused():
     views_model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
     with pytest.raises(RuntimeError, match=r"path 1 has overwritten path 0 .*gradient_as_bucket_view=False"):
         train(views_model, make_optimizer(views_model))
+    # What only one path reaches is not overwritten, the trunk is.
+    heads = DistributedDataParallel(TwoHeads(), gradient_as_bucket_view=True, find_unused_parameters=True)
+    opt = make_optimizer(heads)
+
+    def step():
+        opt.zero_grad()
+        for k in range(2):
+            with opt.path():
+                loss_of(lambda view, k=k: heads([view] * 2, k)[0], views[k], labels).backward()
+        opt.step()
+
+    with pytest.raises(RuntimeError, match="has overwritten path 0"):
+        step()
 
 
 # ---- the jobs ----
@@ -819,6 +910,16 @@ def test_one_rank_of_a_backend_sends_to_itself(wrap, backend, device, tmp_path):
                         torch.cuda.set_sync_debug_mode("default")
             results.append([*whole(model), opt.stats.parameter_cosine])
         assert_same(results[1], results[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_rank_of_ddp_does_not_overwrite_a_path(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
+        with pytest.raises(RuntimeError, match=r"path 1 has overwritten path 0 .*gradient_as_bucket_view=False"):
+            train(model, make_optimizer(model))
     finally:
         dist.destroy_process_group()
 

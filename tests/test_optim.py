@@ -229,7 +229,7 @@ def test_other_dtypes(dtype):
 
 def test_gradients_accumulate_inside_a_path_and_over_backward_calls():
     merged = {}
-    for mode in ("whole", "path", "backward"):
+    for mode in ("whole", "path", "index", "backward"):
         model = make_model(dtype=torch.float64)
         opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         views, labels = make_batch(dtype=torch.float64)
@@ -241,6 +241,11 @@ def test_gradients_accumulate_inside_a_path_and_over_backward_calls():
                 with opt.path():
                     for half in halves:
                         (loss_of(model, view[half], labels[half]) / 2).backward()
+        elif mode == "index":
+            for half in halves:
+                for k, view in enumerate(views):
+                    with opt.path(k):
+                        (loss_of(model, view[half], labels[half]) / 2).backward()
         else:
             for half in halves:
                 opt.backward([loss_of(model, view[half], labels[half]) / 2 for view in views])
@@ -248,6 +253,7 @@ def test_gradients_accumulate_inside_a_path_and_over_backward_calls():
         merged[mode] = [p.grad for p in model.parameters()]
         assert opt.stats.steps == 1
     assert_same(merged["path"], merged["whole"], rtol=1e-12, atol=1e-14)
+    assert_same(merged["index"], merged["whole"], rtol=1e-12, atol=1e-14)
     assert_same(merged["backward"], merged["whole"], rtol=1e-12, atol=1e-14)
 
 
@@ -763,11 +769,14 @@ def test_state_dict_resumes_bit_for_bit(method, count, tmp_path):
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
 @pytest.mark.parametrize("inner", ["sgd", "adamw"])
+@pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
+def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, flatten, tmp_path):
     """torch.distributed.checkpoint with its state-dict helpers, into an optimizer that has not seen a path."""
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
 
     def build():
         model = make_model()
@@ -775,7 +784,7 @@ def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
         return model, AlignedOptimizer(OPTIMIZERS[inner](groups), method, scope="parameter")
 
     def content(model, opt):
-        return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+        return dict(zip(("model", "optimizer"), get_state_dict(model, opt, options=options), strict=True))
 
     whole, opt = build()
     train(whole, opt, 4)
@@ -785,7 +794,9 @@ def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, tmp_path):
     resumed, fresh = build()
     target = content(resumed, fresh)
     checkpoint.load(target, checkpoint_id=tmp_path)
-    set_state_dict(resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+    set_state_dict(
+        resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"], options=options
+    )
     assert_same(train(resumed, fresh, 4), expected)
     assert str(fresh.stats) == str(opt.stats)
 
@@ -820,6 +831,40 @@ def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
     fresh = AlignedOptimizer(torch.optim.AdamW(make_model().parameters()), method="gradvac")
     opt.load_state_dict(fresh.state_dict())
     assert opt.stats.steps == 0
+
+
+def test_load_state_dict_forgets_the_unfinished_step():
+    model = make_model()
+    opt = AlignedOptimizer(torch.optim.AdamW(model.parameters()))
+    train(model, opt, 2)
+    state = copy.deepcopy(opt.state_dict())
+    views, labels = make_batch()
+    opt.zero_grad()
+    with opt.path():
+        loss_of(model, views[0], labels).backward()
+    opt.load_state_dict(state)
+    train(model, opt, 1)
+    opt.zero_grad()
+    for factor in (1.0, float("nan")):
+        with opt.path():
+            (factor * loss_of(model, views[0], labels)).backward()
+    opt.align()
+    opt.load_state_dict(state)
+    model.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, views[0], labels).backward()
+    opt.step()
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_state_of_other_groups_is_named():
+    model = make_model()
+    opt, other = (
+        AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scope={name: [model[0].weight]})
+        for name in ("front", "back")
+    )
+    with pytest.raises(ValueError, match="scope 'groups back'; found 'groups front'"):
+        other.load_state_dict(opt.state_dict())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -885,13 +930,33 @@ def test_grad_scaler_without_unscale_or_align(fused):
         scaler.step(opt)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     opt.zero_grad()
-    for attribute in ("grad_scale", "found_inf"):
-        vars(opt).pop(attribute, None)
     opt.backward([scaler.scale(loss_of(model, view, labels)) for view in views])
     opt.align()
     scaler.step(opt)
     scaler.update()
     assert_same(list(model.parameters()), list(plain.parameters()), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_that_unscales_before_align(fused):
+    """Another optimizer's gradients, which it has seen, do not hide that ours it has not."""
+    model, other = make_model(), make_model()
+    opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, fused=fused))
+    beside = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    views, labels = make_batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    for view in views:
+        with opt.path():
+            scaler.scale(loss_of(model, view, labels)).backward()
+    scaler.scale(loss_of(other, views[0], labels)).backward()
+    scaler.unscale_(opt)
+    scaler.unscale_(beside)
+    scaler.step(beside)
+    opt.align()
+    with pytest.raises((RuntimeError, AssertionError), match=r"align\(\) before scaler.unscale_|No inf checks"):
+        scaler.step(opt)
+    assert_same(list(model.parameters()), before)
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}, {"capturable": False}])
@@ -1100,6 +1165,7 @@ def setup():
         ({"scope": {}}, ValueError, "found no group"),
         ({"scope": {"a": []}}, ValueError, "group 'a' holds none"),
         ({"scope": {"a": ["weight"]}}, ValueError, "group 'a' holds str"),
+        ({"scope": {"a": nn.Linear(2, 2)}}, TypeError, "group 'a' is a Linear"),
         ({"scope": [[nn.Parameter(torch.ones(1))]]}, ValueError, "parameters of the optimizer; found 1 of others"),
         ({"on_nonfinite": "ignore"}, ValueError, "'skip' or 'raise'; found 'ignore'"),
         ({"method": "cagrad", "alpha": 1}, TypeError, "the options c; found alpha"),
@@ -1129,6 +1195,10 @@ def test_what_can_be_wrapped(setup):
         AlignedOptimizer(torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="no parameter of a group; found some of front"):
         AlignedOptimizer(opt.optimizer, scope={"front": [model[0].weight]}, exclude=[model[0].weight])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        doubled = torch.optim.SGD([model[0].weight, model[0].weight], lr=0.1)
+    with pytest.raises(ValueError, match="must be distinct; found one twice"):
+        AlignedOptimizer(doubled)
     twice = [model[0].weight]
     with pytest.raises(ValueError, match="distinct parameters; found a parameter twice"):
         AlignedOptimizer(opt.optimizer, scope=[twice, twice])
@@ -1213,6 +1283,24 @@ def test_a_path_that_raises_can_be_tried_again(setup):
     with opt.path():
         loss(1).backward()
     opt.step()
+    other = make_model()
+    train(other, AlignedOptimizer(torch.optim.SGD(other.parameters(), lr=0.1)), 1)
+    assert_same(list(model.parameters()), list(other.parameters()))
+
+
+def test_a_path_that_raises_while_it_accumulates_drops_the_step(setup):
+    model, opt, loss = setup
+    with pytest.raises(ValueError, match=r"`index` must be in \[0, 0\], or None for a new path; found 1"), opt.path(1):
+        pass
+    for k in range(2):
+        with opt.path(k):
+            loss(k).backward()
+    failing = loss() * 1
+    failing.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError), opt.path(0):
+        (loss() + failing).backward()
+    assert all(p.grad is None for p in model.parameters())
+    train(model, opt, 1)
     other = make_model()
     train(other, AlignedOptimizer(torch.optim.SGD(other.parameters(), lr=0.1)), 1)
     assert_same(list(model.parameters()), list(other.parameters()))
