@@ -387,8 +387,22 @@ Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::sta
 
 ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// Design one bank into `bank` [num_taps], which is in the middle of its row between zeros.
-GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, double gain_db, int64_t num_taps, double* bank) {
+// What one thread designs banks in.
+struct DesignScratch {
+  std::vector<NotchBand> bands;
+  std::vector<double> half, next, bank;
+
+  static DesignScratch& of_thread(int64_t num_bands, int64_t num_taps) {
+    static thread_local DesignScratch scratch;
+    scratch.bands.resize(num_bands), scratch.half.resize(num_taps + 1), scratch.next.resize(num_taps), scratch.bank.resize(num_taps);
+    return scratch;
+  }
+};
+
+// Design one bank of scratch.bands into scratch.bank [num_taps], which is in the middle of its row between zeros.
+GRADALIGN_CLONES void design_bank(DesignScratch& scratch, double gain_db) {
+  const int64_t num_bands = int64_t(scratch.bands.size()), num_taps = int64_t(scratch.bank.size());
+  double *const half = scratch.half.data(), *const next = scratch.next.data(), *const bank = scratch.bank.data();
   static const std::array<double, kResponsePairs> cos_w = [] {
     std::array<double, kResponsePairs> table;
     for (int k = 1; k <= kResponsePairs; ++k) table[k - 1] = std::cos(kPi * k / (2 * kResponsePairs));
@@ -396,14 +410,13 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
   }();
   std::array<double, 2 * kResponsePairs> response;
   response.fill(1);
-  std::vector<double> half(num_taps + 1), next(num_taps);
   const int64_t middle = num_taps / 2;
   std::fill_n(bank, num_taps, 0.0);
   bank[middle] = 1;
   int64_t reach = 0;
   for (int64_t i = 0; i < num_bands; ++i) {
     // A band longer than its room in the bank is designed for that room.
-    NotchBand band = bands[i];
+    NotchBand band = scratch.bands[i];
     const int r = band.reach = std::clamp(band.reach, 0, int((num_taps - 1) / (2 * num_bands)));
     double sum = 0;
     for (int m = 0; m <= r; ++m) sum += (m == 0 ? 1 : 2) * (half[m] = notch_tap(band, m));
@@ -412,16 +425,16 @@ GRADALIGN_CLONES void design_bank(const NotchBand* bands, int64_t num_bands, dou
     constexpr int kAtOnce = 16;
     for (int k = 0; k < kResponsePairs; k += kAtOnce) {
       double band_response[2 * kAtOnce];
-      symmetric_response<kAtOnce>(half.data(), r, cos_w.data() + k, band_response, band_response + kAtOnce);
+      symmetric_response<kAtOnce>(half, r, cos_w.data() + k, band_response, band_response + kAtOnce);
       for (int j = 0; j < 2 * kAtOnce; ++j) response[2 * k + j] *= band_response[j];
     }
-    std::fill(next.begin(), next.end(), 0.0);
+    std::fill_n(next, num_taps, 0.0);
     for (int m = -r; m <= r; ++m) {
       const double tap = half[std::abs(m)];
       for (int64_t n = middle - reach; n <= middle + reach; ++n) next[n + m] += tap * bank[n];
     }
     reach += r;
-    std::copy(next.begin(), next.end(), bank);
+    std::copy_n(next, num_taps, bank);
   }
   double largest = 1;
   for (double value : response) largest = std::max(largest, std::abs(value));
@@ -436,12 +449,10 @@ Tensor design_banks(const Tensor& like, int64_t batch, int64_t num_filters, int6
   dispatch_floating(dtype, "dtype", [&](auto type) {
     using S = decltype(type);
     torch::stable::parallel_for(0, batch * num_filters, 1, [&](int64_t begin, int64_t end) {
-      std::vector<NotchBand> bands(num_bands);
-      std::vector<double> bank(num_taps);
+      DesignScratch& scratch = DesignScratch::of_thread(num_bands, num_taps);
       for (int64_t i = begin; i < end; ++i) {
-        const double gain_db = read(i / num_filters, i % num_filters, bands.data());
-        design_bank(bands.data(), num_bands, gain_db, num_taps, bank.data());
-        for (int64_t n = 0; n < num_taps; ++n) static_cast<S*>(out.mutable_data_ptr())[i * num_taps + n] = S(Wide<S>(bank[n]));
+        design_bank(scratch, read(i / num_filters, i % num_filters, scratch.bands.data()));
+        for (int64_t n = 0; n < num_taps; ++n) static_cast<S*>(out.mutable_data_ptr())[i * num_taps + n] = S(Wide<S>(scratch.bank[n]));
       }
     });
   });

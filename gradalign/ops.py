@@ -131,6 +131,10 @@ def _rawboost_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, 
     return grad.to(dtype)
 
 
+def _no_second_derivative(*_):
+    raise RuntimeError("RawBoost has first derivatives only; found a second backward through it (create_graph=True)")
+
+
 def _backward_of(check):
     def check_backward(grad, x, *rest):
         check(x, *rest)
@@ -210,6 +214,9 @@ ssi_backward = Op(reference.ssi_backward, fake=_like_first, check=_backward_of(_
 lnl.differentiate(lnl_backward)
 isd.differentiate(isd_backward)
 ssi.differentiate(ssi_backward)
+for _op in (lnl_backward, isd_backward, ssi_backward):
+    # Without a formula PyTorch would take them for constants.
+    _op.differentiate(_no_second_derivative)
 rawboost = Op(reference.rawboost, fake=_like_first, check=_check_rawboost)
 rawboost.differentiate(_rawboost_backward)
 gram = Op(reference.gram, check=_check_gram)

@@ -303,8 +303,8 @@ class RawBoost(nn.Module):
         x, lengths, batched = self._check_input(x, lengths)
         self._check_draws(draws, x)
         filters, steps = None, reference.STEPS[self.config.algo]
-        of_lnl = vars(draws.lnl).values() if "lnl" in steps else ()
-        of_ssi = [v[:, None] for v in vars(draws.ssi).values()] if "ssi" in steps else ()
+        of_lnl = _numbers(draws.lnl) if "lnl" in steps else ()
+        of_ssi = [v[:, None] for v in _numbers(draws.ssi)] if "ssi" in steps else ()
         if parts := [part for part in (of_lnl, of_ssi) if part]:
             bands = [torch.cat(both, dim=1) for both in zip(*parts, strict=True)]
             filters = ops.notch_bank(*bands, *self._design(x))
@@ -377,7 +377,9 @@ class RawBoost(nn.Module):
                 if value.dtype != torch.int64:
                     raise TypeError(f"`draws.{name}` must be int64; found {value.dtype}")
                 longest = (c.num_taps - 1) // c.n_bands + 1
-                if value.numel() and not bool(((value % 2 == 1) & (value >= 1) & (value <= longest)).all()):
+                if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
+                    continue
+                if not bool(((value % 2 == 1) & (value >= 1) & (value <= longest)).all()):
                     raise ValueError(
                         f"`draws.{name}` must be odd and in [1, {longest}]; "
                         f"found values in [{int(value.min())}, {int(value.max())}]"
@@ -386,6 +388,10 @@ class RawBoost(nn.Module):
     def extra_repr(self) -> str:
         """Return the algorithm and sample rate, for ``repr``."""
         return f"algo={self.config.algo}, sample_rate={self.config.sample_rate}"
+
+
+def _numbers(draws: Any) -> tuple[Tensor, ...]:
+    return draws.center_hz, draws.width_hz, draws.taps, draws.gain_db
 
 
 def _row(value: Any) -> Any:
@@ -421,11 +427,12 @@ def _check_lengths(lengths: Tensor, batch: int, num_samples: int, device: torch.
         raise TypeError(f"`lengths` must be an integer tensor [{batch}]; found {found}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"`lengths` must be [{batch}]; found {list(lengths.shape)}")
-    if lengths.device.type == "cpu":
+    # A graph of torch.compile reads no values.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > num_samples):
             raise ValueError(
                 f"`lengths` must lie in [0, T] = [0, {num_samples}]; found [{int(lengths.min())}, {int(lengths.max())}]"
             )
         return to_device(lengths.to(torch.int64), device)
-    # Reading a device's values would stall it.
+    # Nor would it do to read a device's: that would stall it.
     return lengths.to(device, torch.int64).clamp(0, num_samples)

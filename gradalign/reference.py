@@ -334,17 +334,21 @@ def _ssi_noise(
     snr_db: Tensor | None,
     snr_min: float,
     snr_max: float,
-) -> Tensor:
-    """v / |v| * 10**(-SNR/20), v = FIR(noise), 0 outside the utterances."""
+) -> tuple[Tensor, Tensor]:
+    """v = FIR(noise) [B, T], 0 outside the utterances, and 10**(-SNR/20) / |v|, float64 [B, 1], 0 for silence."""
     if noise is None:
         assert seeds is not None
         noise, snr_db = ssi_noise(seeds, wave.shape[1]), ssi_snr_db(seeds, snr_min, snr_max)
     assert snr_db is not None
     white = torch.where(mask, noise.to(wave.dtype), 0.0)
     colored = torch.where(mask, _filter(white, filters.to(wave.dtype), (filters.shape[-1] + 1) // 2), 0.0)
-    norm = torch.linalg.vector_norm(colored, dim=1, keepdim=True)
-    gain = (10 ** (-snr_db.double() / 20)).to(wave.dtype)[:, None]
-    return torch.where(norm > 0, colored / norm * gain, 0.0)
+    norm = _norm(colored)
+    return colored, torch.where(norm > 0, 10 ** (-snr_db.double() / 20)[:, None] / norm, 0.0)
+
+
+def _norm(wave: Tensor) -> Tensor:
+    """Norms of the rows, float64 [B, 1]: in float32 the squares of samples below 1e-23 vanish."""
+    return torch.linalg.vector_norm(wave, dim=1, keepdim=True, dtype=torch.float64)
 
 
 def ssi(
@@ -366,8 +370,8 @@ def ssi(
     if x.numel() == 0:
         return x.clone()
     mask, wave = own(wide(x), lengths)
-    unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
-    return (wave + unit_noise * torch.linalg.vector_norm(wave, dim=1, keepdim=True)).to(x.dtype)
+    colored, gain = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
+    return (wave + colored * (gain * _norm(wave)).to(wave.dtype)).to(x.dtype)
 
 
 def rawboost(
@@ -473,10 +477,11 @@ def ssi_backward(
     if x.numel() == 0:
         return x.clone()
     mask, wave = own(wide(x), lengths)
-    unit_noise = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
+    colored, gain = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
     grad = own(grad.to(wave.dtype), lengths)[1]
-    norm = torch.linalg.vector_norm(wave, dim=1, keepdim=True)
-    toward_x = torch.where(norm > 0, (grad * unit_noise).sum(1, keepdim=True) / norm, 0.0)
+    norm = _norm(wave)
+    dot = (grad.double() * colored).sum(1, keepdim=True)
+    toward_x = torch.where(norm > 0, dot * gain / norm, 0.0).to(wave.dtype)
     return (grad + toward_x * wave).to(x.dtype)
 
 

@@ -162,14 +162,40 @@ def test_differentiable_in_the_waveform(algo, backend):
     assert not grad[1, 35:].any()
 
 
-def test_compiles_without_graph_breaks():
-    boost, x, seeds = ga.RawBoost(4), wave(), torch.tensor([1, 2, 3])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 100, 700])], ids=["whole", "lengths"])
+@pytest.mark.parametrize("algo", [0, 4, 8])
+def test_compiles_without_graph_breaks(algo, lengths):
+    boost, x, seeds = ga.RawBoost(algo), wave(), torch.tensor([1, 2, 3])
     compiled = torch.compile(boost, fullgraph=True, backend="aot_eager")
     x.requires_grad_()
-    (compiled(x, seeds=seeds).square().sum()).backward()
+    (compiled(x, lengths, seeds).square().sum()).backward()
     found, x.grad = x.grad, None
-    (boost(x, seeds=seeds).square().sum()).backward()
+    (boost(x, lengths, seeds).square().sum()).backward()
     assert torch.equal(found, x.grad)
+    draws = boost.draw(seeds, x.shape[1], lengths)
+    compiled = torch.compile(boost.apply, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, draws, lengths), boost.apply(x, draws, lengths))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_second_derivatives_are_refused(backend):
+    x = wave().requires_grad_()
+    with ga.use_backends(backend):
+        (grad,) = torch.autograd.grad(ga.RawBoost(4)(x, seeds=torch.arange(3)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only; found a second backward"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("level", [1e-30, 1e-25, 1e20])
+def test_noise_follows_very_quiet_and_very_loud_waves(level, backend):
+    x, seeds = level * wave(), torch.tensor([1, 2, 3])
+    boost = ga.RawBoost(3)
+    with ga.use_backends(backend):
+        found = boost(x, seeds=seeds)
+    with ga.use_backends("reference"):
+        expected = boost(x.double(), seeds=seeds)
+    assert max_norm_error(found, expected) <= RELATIVE[torch.float32]
 
 
 def test_seeds_from_the_global_generator():
