@@ -77,8 +77,8 @@ class Stage:
 def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgrad: Path | None = None) -> list[Stage]:
     """The stages, most telling first."""
     numpy_code = ("--published", str(rawboost), "--published-processes", "16") if rawboost else ()
-    published = ("--published-aligners", str(aligners)) if aligners else ()
-    published += ("--pytorch-pcgrad", str(pytorch_pcgrad)) if pytorch_pcgrad else ()
+    others = ("--pytorch-pcgrad", str(pytorch_pcgrad)) if pytorch_pcgrad else ()
+    published = (*(("--published-aligners", str(aligners)) if aligners else ()), *others)
     pcgrad = ("--published-pcgrad", str(aligners / "pcgrad.py")) if aligners else ()
     loader = ("--published", str(aligners.resolve().parent)) if aligners else ()
     tests = tuple((*PYTEST, "-rs", str(ROOT / "tests" / first), *_in_tests(rest)) for first, *rest in GPU_TESTS)
@@ -94,7 +94,9 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
 
     goal = ("--batch", "64", "--samples", "64600", "--ops", "rawboost")
     step = ("--batch", "10", "--samples", "64000", "--seconds", "10", *pcgrad)
-    xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16")
+    # Every contender has a model and Adam's state of its own, 5 GB of XLS-R's: only the most telling.
+    ways = ("plain split", "aligned split", "plain joint", "aligned joint", "published")
+    xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16", "--ways", *ways)
     data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8", *loader)
     merging = ("--parameters", "aasist", "xlsr-300m", "--methods", "pcgrad", "--paths", "2", "--seconds", "3")
     each = ("--batch", "1", "16", "256", "--samples", "16000", "400000", "--seconds", "0.5", "--rounds", "10")
@@ -104,7 +106,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
         Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 45),
         Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 55),
         Stage("merging parameter by parameter", bench("alignment_ops", "alignment-ops", *merging), 20),
-        Stage("training step, AASIST", bench("train_step", "train-step", *step), 35),
+        Stage("training step, AASIST", bench("train_step", "train-step", *step, *others), 35),
         Stage("training step, XLS-R 300M", bench("train_step", "xlsr-step", *step, *xlsr), 75),
         # Worker processes have a core each: NumPy's threads would only get in each other's way.
         Stage(

@@ -24,7 +24,7 @@ import shapes
 import torch
 from measure import Contender
 from torch import Tensor, nn
-from train_step import load_module
+from train_step import Wrap, load_module, pcgrad_wrappers
 
 import gradalign as ga
 from gradalign import _dispatch
@@ -116,18 +116,10 @@ def published(model: Model, folder: Path, method: str) -> Run:
     return lambda i: optimizer.ga_backward(model.objectives(i))
 
 
-def pytorch_pcgrad(model: Model, path: Path) -> Run:
-    """Pytorch-PCGrad, from its file."""
-    optimizer = load_module(path, "pytorch_pcgrad").PCGrad(torch.optim.SGD(model.params, lr=0.0))
-    return lambda i: optimizer.pc_backward(model.objectives(i))
-
-
-def pytorch_optimizer(model: Model) -> Run:
-    """The PCGrad of the pytorch_optimizer package."""
-    from pytorch_optimizer import PCGrad
-
-    optimizer: Any = PCGrad(torch.optim.SGD(model.params, lr=0.0))
-    return lambda i: optimizer.pc_backward(model.objectives(i))
+def wrapped(model: Model, wrap: Wrap) -> Run:
+    """A peer that wraps an optimizer."""
+    backward = wrap(torch.optim.SGD(model.params, lr=0.0))
+    return lambda i: backward(model.objectives(i))
 
 
 def torchjd(model: Model, sets: int) -> Run:
@@ -189,19 +181,15 @@ class Bench:
                 found[f"published {method}"] = functools.partial(published, folder=o.published_aligners, method=method)
             if self.device.type != "cuda":
                 self.skip("published gradvac: it names the device 'cuda' in its code")
-        if o.pytorch_pcgrad is None:
-            self.skip("Pytorch-PCGrad: give its file with --pytorch-pcgrad PATH/pcgrad.py")
+        wrappers, missing = pcgrad_wrappers(o.pytorch_pcgrad)
+        for what in missing:
+            self.skip(what)
+        for name, wrap in wrappers.items():
+            found[name] = functools.partial(wrapped, wrap=wrap)
+        if importlib.util.find_spec("torchjd") is None:
+            self.skip("torchjd: pip install torchjd")
         else:
-            found["Pytorch-PCGrad"] = functools.partial(pytorch_pcgrad, path=o.pytorch_pcgrad)
-        packages: dict[str, Callable[[Model], Run]] = {
-            "pytorch_optimizer": pytorch_optimizer,
-            "torchjd": functools.partial(torchjd, sets=sets),
-        }
-        for package, make in packages.items():
-            if importlib.util.find_spec(package) is None:
-                self.skip(f"{package}: pip install {package}")
-            else:
-                found[package] = make
+            found["torchjd"] = functools.partial(torchjd, sets=sets)
         return found
 
     def compare(self, name: str) -> None:

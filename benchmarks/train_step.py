@@ -3,8 +3,9 @@
 Every step sees the same clean and augmented views of a batch. "plain split" is ordinary training on both views one
 after the other; "plain joint" on both at once. "aligned split" and "aligned joint" are `AlignedOptimizer` with pcgrad.
 The published step (its pcgrad.py is an argument) sends both views through the model at once and runs two backwards
-through it. On a GPU the split steps are also timed as replays of a CUDA graph ("captured"), in which the host launches
-nothing; the published step cannot be captured, because it waits for the device.
+through it; so do the other peers' PCGrads (a file, and packages where they are installed). On a GPU the split steps are
+also timed as replays of a CUDA graph ("captured"), in which the host launches nothing; the peers' cannot be captured,
+because they wait for the device.
 
     python benchmarks/train_step.py --threads 2 --batch 4 --samples 16000 --published-pcgrad grad_align/pcgrad.py
     python benchmarks/train_step.py --device cuda --batch 10 --autocast bfloat16 --published-pcgrad ... --name h100-step
@@ -17,7 +18,7 @@ import contextlib
 import copy
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,9 +34,16 @@ from gradalign.detectors import frontend as frontends
 
 PLAIN_SPLIT, PLAIN_JOINT = "plain split", "plain joint"
 ALIGNED_SPLIT, ALIGNED_JOINT, PUBLISHED = "aligned split", "aligned joint", "published"
-WAYS = (PLAIN_SPLIT, ALIGNED_SPLIT, PLAIN_JOINT, ALIGNED_JOINT, PUBLISHED)
+PYTORCH_PCGRAD, PYTORCH_OPTIMIZER, TORCHJD = "Pytorch-PCGrad", "pytorch_optimizer", "torchjd"
+OURS = (PLAIN_SPLIT, ALIGNED_SPLIT, PLAIN_JOINT, ALIGNED_JOINT)
+PEERS = (PUBLISHED, PYTORCH_PCGRAD, PYTORCH_OPTIMIZER, TORCHJD)
+WAYS = (*OURS, *PEERS)
 CAPTURED = {f"{name}, captured": name for name in (PLAIN_SPLIT, ALIGNED_SPLIT)}
 PLAIN_CAPTURED, ALIGNED_CAPTURED = CAPTURED
+
+
+# What a peer makes of an optimizer: a function of the losses that leaves the merged gradients in .grad.
+Wrap = Callable[[torch.optim.Optimizer], Callable[[list[Tensor]], Any]]
 
 
 def load_module(path: Path, name: str) -> ModuleType:
@@ -46,6 +54,24 @@ def load_module(path: Path, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pcgrad_wrappers(pytorch_pcgrad: Path | None) -> tuple[dict[str, Wrap], list[str]]:
+    """The PCGrads that wrap an optimizer; and those that are not there, and why."""
+    found: dict[str, Wrap] = {}
+    missing = []
+    if pytorch_pcgrad is None:
+        missing.append("Pytorch-PCGrad: give its file with --pytorch-pcgrad PATH/pcgrad.py")
+    else:
+        other = load_module(pytorch_pcgrad, "pytorch_pcgrad")
+        found[PYTORCH_PCGRAD] = lambda inner: other.PCGrad(inner).pc_backward
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        missing.append("pytorch_optimizer: pip install pytorch_optimizer")
+    else:
+        from pytorch_optimizer import PCGrad
+
+        found[PYTORCH_OPTIMIZER] = lambda inner: PCGrad(inner).pc_backward
+    return found, missing
 
 
 class Step:
@@ -105,13 +131,30 @@ class Step:
 
         return joint_step if joint else split_step
 
-    def published(self, module: ModuleType) -> Callable[[], None]:
-        """Return the published step: the caller's part is what the published training loop does."""
-        optimizer = module.PCGrad(self.inner)
+    def wrapped(self, wrap: Wrap) -> Callable[[], None]:
+        """Return a peer's step: the caller's part is what the published training loop does."""
+        backward = wrap(self.inner)
 
         def step() -> None:
-            optimizer.ga_backward(self.losses(self.views.flatten(0, 1), self.labels, len(self.views)))
-            optimizer.step()
+            backward(self.losses(self.views.flatten(0, 1), self.labels, len(self.views)))
+            self.inner.step()
+
+        return step
+
+    def torchjd(self) -> Callable[[], None]:
+        """Return TorchJD's step, by way of the Gramian (its cheaper way), one backward after the other."""
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        aggregator, params = PCGrad(), list(self.model.parameters())
+
+        def step() -> None:
+            self.inner.zero_grad()
+            losses = self.losses(self.views.flatten(0, 1), self.labels, len(self.views))
+            backward(losses, inputs=params, parallel_chunk_size=1)
+            reached = [param for param in params if getattr(param, "jac", None) is not None]
+            jac_to_grad(reached, aggregator, optimize_gramian_computation=True)
+            self.inner.step()
 
         return step
 
@@ -121,26 +164,27 @@ class Step:
 
 
 def contenders(
-    make: Callable[[], Step], published: ModuleType | None, names: Sequence[str] = WAYS
+    make: Callable[[], Step], peers: Mapping[str, Wrap], names: Sequence[str] = WAYS
 ) -> dict[str, tuple[Step, Callable[[], None]]]:
-    """Return each way's step object and its step."""
+    """Return each way's step object and its step; peers that are not there are left out."""
     found: dict[str, tuple[Step, Callable[[], None]]] = {}
     for name in names:
         step, way = make(), CAPTURED.get(name, name)
-        if way == PUBLISHED:
-            if published is not None:
-                found[name] = step, step.published(published)
+        if way in peers:
+            found[name] = step, step.wrapped(peers[way])
         elif way in (ALIGNED_SPLIT, ALIGNED_JOINT):
             found[name] = step, step.aligned(joint=way == ALIGNED_JOINT)
-        else:
+        elif way in (PLAIN_SPLIT, PLAIN_JOINT):
             found[name] = step, step.plain_split if way == PLAIN_SPLIT else step.plain_joint
+        elif way == TORCHJD and importlib.util.find_spec("torchjd"):
+            found[name] = step, step.torchjd()
     return found
 
 
-def gate(make: Callable[[], Step], published: ModuleType | None) -> dict[str, float]:
+def gate(make: Callable[[], Step], peers: Mapping[str, Wrap], chosen: Sequence[str] = WAYS) -> dict[str, float]:
     """Relative errors of one step's gradients against PCGrad in float64 on the paths' gradients."""
-    ways, errors = contenders(make, published), {}
-    for joint, names in ((False, (ALIGNED_SPLIT,)), (True, (ALIGNED_JOINT, PUBLISHED))):
+    ways, errors = contenders(make, peers, chosen), {}
+    for joint, names in ((False, (ALIGNED_SPLIT,)), (True, (ALIGNED_JOINT, *PEERS))):
         step = make()
         torch.manual_seed(0)
         params = list(step.model.parameters())
@@ -157,7 +201,9 @@ def gate(make: Callable[[], Step], published: ModuleType | None) -> dict[str, fl
             if name in ways:
                 torch.manual_seed(0)
                 ways[name][1]()
-                errors[name] = measure.worst_error(_flat(ways[name][0].gradients(), reached), expected)
+                # TorchJD's gradient is a sum.
+                scale = 2.0 if name == TORCHJD else 1.0
+                errors[name] = measure.worst_error(_flat(ways[name][0].gradients(), reached), scale * expected)
     return errors
 
 
@@ -195,6 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="run the model under torch.autocast")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all")
     parser.add_argument("--published-pcgrad", type=Path, help="the published grad_align/pcgrad.py")
+    parser.add_argument("--pytorch-pcgrad", type=Path, help="the pcgrad.py of WeiChengTseng/Pytorch-PCGrad")
     measure.add_common_arguments(parser)
     parser.set_defaults(seconds=90.0)
     return parser.parse_args(arguments)
@@ -209,13 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     parts = {"frontend": {"name": options.frontend}} if options.frontend else {}
     model = ga.detectors.create(options.detector, **parts).to(device)
-    skipped = []
-    published = None
+    peers, skipped = pcgrad_wrappers(options.pytorch_pcgrad)
     if options.published_pcgrad is None:
-        skipped.append("the published step: give its file with --published-pcgrad PATH/pcgrad.py")
-        print(f"skipped: {skipped[-1]}")
+        skipped.insert(0, "the published step: give its file with --published-pcgrad PATH/pcgrad.py")
     else:
-        published = load_module(options.published_pcgrad, "published_pcgrad")
+        module = load_module(options.published_pcgrad, "published_pcgrad")
+        peers[PUBLISHED] = lambda inner: module.PCGrad(inner).ga_backward
+    if importlib.util.find_spec("torchjd") is None:
+        skipped.append("torchjd: pip install torchjd")
+    for what in skipped:
+        print(f"skipped: {what}")
 
     def make(samples: int = options.samples, precision: torch.dtype | None = autocast) -> Step:
         clean = shapes.wave(options.batch, samples, device, 0)
@@ -225,8 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     # In float32 and on short utterances: the mathematics does not depend on either.
     with _exact():
-        errors = gate(lambda: make(min(options.samples, 8000), None), published)
-    allowed = {PUBLISHED: measure.PEER_TOLERANCE}
+        errors = gate(lambda: make(min(options.samples, 8000), None), peers, options.ways)
+    allowed = dict.fromkeys(PEERS, measure.PEER_TOLERANCE)
     wrong = {name: error for name, error in errors.items() if error > allowed.get(name, measure.TOLERANCE)}
     failed = [f"{name}: relative error {error:.2g}" for name, error in wrong.items()]
     rows: list[dict[str, Any]] = []
@@ -240,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [*options.ways]
         if device.type == "cuda":
             chosen += [name for name, way in CAPTURED.items() if way in options.ways]
-        ways = contenders(make, published, chosen)
+        ways = contenders(make, peers, chosen)
         takers = [_contender(name, run) for name, (_, run) in ways.items()]
         times = measure.interleave(takers, device, 1, options.rounds, options.seconds)
         for name, (_, run) in ways.items():
@@ -275,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
             (PUBLISHED, ALIGNED_JOINT),
             (ALIGNED_CAPTURED, PLAIN_CAPTURED),
             (PUBLISHED, ALIGNED_CAPTURED),
+            *((peer, ALIGNED_SPLIT) for peer in PEERS[1:]),
         ):
             if not {slower, faster} <= set(times):
                 continue

@@ -1,5 +1,6 @@
 """The benchmarks: their arithmetic, their gates, their reports; tiny runs, no figure is judged."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -210,6 +211,7 @@ def test_train_step_compares_plain_and_aligned(results):
         "aligned split",
         "plain joint",
         "aligned joint",
+        *[name for name in ("pytorch_optimizer", "torchjd") if importlib.util.find_spec(name)],
     ]
     peak = {row["contender"]: row["peak_mib"] for row in result["rows"]}
     assert peak["aligned split"] < peak["aligned joint"]
@@ -366,7 +368,7 @@ def test_report_marks_a_missed_goal_and_keeps_losses():
 
 def test_gpu_check_stages_are_commands_that_exist():
     """Their limits leave time to build the kernels; every benchmark's options are its own."""
-    found = gpu_check.stages("h100", Path("RawBoost.py"), Path("grad_align"))
+    found = gpu_check.stages("h100", Path("RawBoost.py"), Path("grad_align"), Path("pcgrad.py"))
     assert sum(stage.limit_s for stage in found) <= 540
     parsers = {f"{m.__name__}.py": m.parse for m in (run, peers, alignment_ops, train_step, loading)}
     parsed = []
