@@ -2,6 +2,7 @@
 
     make gpu-check                                     # builds the CUDA kernels for this GPU first
     make gpu-check PUBLISHED_RAWBOOST=RawBoost.py PUBLISHED_ALIGNERS=dpda_ga/grad_align PYTORCH_PCGRAD=pcgrad.py
+    python benchmarks/gpu_check.py --only data memcheck    # some stages, once the kernels are built
 
 Each stage has a limit of its own; the limits add up to nine minutes, which leaves one for the build. Into
 --out go gpu_check.json (each stage's result and seconds), gpu_check.log (everything the stages printed) and the
@@ -175,6 +176,7 @@ def run(stage: Stage, log: Path) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     """Run every stage; return 1 unless all of them passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="stages whose name holds one of these words")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu-check", help="folder of the log and the results")
     parser.add_argument("--published-rawboost", type=Path, help="the published RawBoost.py")
     parser.add_argument("--published-aligners", type=Path, help="the published folder grad_align/")
@@ -195,7 +197,14 @@ def main(arguments: list[str] | None = None) -> int:
     log = options.out / "gpu_check.log"
     log.unlink(missing_ok=True)
     done = []
-    for stage in stages(gpu, options.published_rawboost, options.published_aligners, options.pytorch_pcgrad):
+    chosen = stages(gpu, options.published_rawboost, options.published_aligners, options.pytorch_pcgrad)
+    if options.only:
+        names = ", ".join(stage.name for stage in chosen)
+        chosen = [stage for stage in chosen if any(word in stage.name for word in options.only)]
+        if not chosen:
+            print(f"gpu-check: expected words of {names}; found {' '.join(options.only)}", file=sys.stderr)
+            return 2
+    for stage in chosen:
         done.append(run(stage, log))
         # After every stage: what is there survives a machine that is taken away.
         write_text(options.out / "gpu_check.json", json.dumps({"gpu": name, "stages": done}, indent=2) + "\n")

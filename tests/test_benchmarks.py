@@ -405,6 +405,23 @@ def test_gpu_check_without_a_gpu_says_so(monkeypatch, tmp_path, capsys):
     assert "expected a CUDA GPU" in capsys.readouterr().err
 
 
+def test_gpu_check_runs_chosen_stages(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    ran = []
+
+    def run_stage(stage, log):
+        ran.append(stage.name)
+        return {"stage": stage.name, "result": "passed", "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_check, "run", run_stage)
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "data", "check"]) == 0
+    assert ran == ["waiting for data", "memcheck", "racecheck"]
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "nothing"]) == 2
+    assert "expected words of what serves what, tests, " in capsys.readouterr().err
+
+
 def test_the_study_takes_every_third_clip_of_each_kind(tmp_path):
     (tmp_path / "corpus" / "flac").mkdir(parents=True)
     (tmp_path / "corpus" / "protocols").mkdir()
