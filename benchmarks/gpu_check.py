@@ -45,7 +45,7 @@ GPU_TESTS = (
     ("test_ops.py",),
     ("test_rawboost.py",),
     ("test_alignment.py", "test_optim.py"),
-    ("test_loader.py", "test_trainer.py", "-k", "loader or a_gpu"),
+    ("test_loader.py", "test_trainer.py", "test_examples.py", "-k", "loader or a_gpu or cuda_graph"),
     ("test_distributed.py",),
     ("test_triton.py", "-k", "not equals_float64_reference and (same or several or lopsided)"),
     ("test_triton.py", "-k", "not equals_float64_reference and not (same or several or lopsided)"),

@@ -397,6 +397,7 @@ def accumulation():
     train(alone, make_optimizer(alone, "gradvac"), own=False, steps=1)
     for mode, wrap in (
         *itertools.product(("path", "index"), (with_ddp, with_group, with_fsdp)),
+        ("no_sync", with_ddp),
         ("backward", with_group),
         ("backward", with_fsdp),
     ):
@@ -411,6 +412,12 @@ def accumulation():
                 with opt.path():
                     for piece in pieces:
                         loss(view, piece).backward()
+        elif mode == "no_sync":
+            for view in views:
+                with opt.path():
+                    with model.no_sync():
+                        loss(view, pieces[0]).backward()
+                    loss(view, pieces[1]).backward()
         elif mode == "index":
             for piece in pieces:
                 for k, view in enumerate(views):

@@ -25,11 +25,19 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
         ("hf_trainer", ("transformers", "accelerate")),
         ("views", ("torchaudio", "torch_audiomentations")),
         ("torchjd_weighting", ("torchjd",)),
+        ("cuda_graph", ()),
     ],
 )
 def test_example_takes_four_aligned_steps(name, needs, tmp_path):
     printed = run(name, needs, tmp_path)
     assert re.search(r"Stats\(steps=4, skipped=0, ", printed), printed[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_replayed_as_a_cuda_graph(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    stats = importlib.import_module("cuda_graph").main().stats
+    assert (stats.steps, stats.skipped) == (7, 0)
 
 
 def test_an_image_classifier_learns_from_two_aligned_views(tmp_path):
