@@ -73,15 +73,16 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
     """Write RawBoost of one file to another, atomically; returns whether it was scaled down to full scale.
 
     Sample rate, channels, format and sample width are the input's. Each channel gets the same draws. Bands above
-    the file's Nyquist frequency are not drawn. Raises AudioError naming the file when it cannot be read, or holds no
-    samples or values that are not finite.
+    the file's Nyquist frequency are not drawn. Raises AudioError naming the file, and writes nothing, when it cannot be
+    read, holds no samples or values that are not finite, has a sample rate below 40 Hz (RawBoost's bands begin at 20
+    Hz), or when the result is not finite.
     """
     import numpy as np
     import soundfile
     import torch
 
     from gradalign._files import atomic_path
-    from gradalign.rawboost import RawBoost
+    from gradalign.rawboost import RawBoost, RawBoostConfig
 
     try:
         info = soundfile.info(str(source))
@@ -94,10 +95,16 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
         raise AudioError(f"{source}: expected at least one sample; found none")
     if not np.isfinite(wave).all():
         raise AudioError(f"{source}: expected finite samples; found NaN or Inf")
+    least = 2 * RawBoostConfig.min_f
+    if rate < least:
+        raise AudioError(f"{source}: expected a sample rate of at least {least:g} Hz; found {rate} Hz")
     boost = RawBoost(algo=algo, sample_rate=rate, max_f=min(8000, rate / 2))
     seeds = torch.full((wave.shape[1],), seed, dtype=torch.int64)
     boosted = boost(torch.from_numpy(np.ascontiguousarray(wave.T)), seeds=seeds).numpy().T
     peak = float(np.abs(boosted).max())
+    if not np.isfinite(peak):
+        loudest = float(np.abs(wave).max())
+        raise AudioError(f"{source}: expected a finite result; found NaN or Inf (samples up to {loudest:.3g} going in)")
     scaled = peak > 1 and info.subtype not in ("FLOAT", "DOUBLE")
     if scaled:
         # The noise of algorithms 3, 4, 6 and 7 is added after the last normalisation: integer formats would clip it.
@@ -120,7 +127,7 @@ def augment_files(
     """Augment every ``(name, input, output)`` of `plan`; the seed of each follows from its name.
 
     Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``. With
-    ``skip_bad``, files that cannot be read are listed in the result instead of raising AudioError.
+    ``skip_bad``, files that cannot be augmented are listed in the result instead of raising AudioError.
     """
     planned = list(files)
     existing = [output for _, _, output in planned if output.exists()]

@@ -327,6 +327,11 @@ def _pack(args: argparse.Namespace) -> int:
             raise _Resumable("the same command goes on from the last finished shard") from None
     state = "as written" if args.verify else f"{found.samples * 2 / 2**20:.1f} MiB"
     print(f"{args.out}: {found.utterances} utterances, {state}")
+    if found.kept:
+        print(
+            f"{found.kept} of them in shards that were finished before, which are kept unread "
+            f"(where their audio has changed since, remove {args.out} and pack again)"
+        )
     if found.rounded:
         print(f"{found.rounded} rounded to 16 bits, {found.clipped} of them cut to full scale")
     if found.bad:
@@ -758,8 +763,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  gradalign pack /data/LA packed/2019 --dataset asvspoof2019-la --jobs 16\n"
         "  gradalign train packed --out runs\n"
         "  gradalign pack --verify packed\n\n"
-        "Run the same command again to go on where it was stopped. Audio that has changed since is not packed anew:\n"
-        "remove OUT for that.",
+        "Run the same command again to go on where it was stopped, or after a file that is refused, with --resample,\n"
+        "--round or --skip-bad added. Shards that are finished are kept unread: audio that has changed since is not\n"
+        "packed anew; remove OUT for that.",
     )
     pack.add_argument("data", type=Path, nargs="?", metavar="DATA", help="the data set's folder")
     pack.add_argument("out", type=Path, metavar="OUT", help="the folder to write: new, or begun by the same command")

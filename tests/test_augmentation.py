@@ -91,6 +91,26 @@ def test_bad_files_are_named_or_skipped(folder, tmp_path, kind):
     assert not list((tmp_path / "out").rglob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("slow", r"bad\.wav: expected a sample rate of at least 40 Hz; found 39 Hz"),
+        ("loud", r"bad\.wav: expected a finite result; found NaN or Inf \(samples up to 5e\+08 going in\)"),
+    ],
+)
+def test_files_that_cannot_be_augmented_are_named_or_skipped(folder, tmp_path, kind, message):
+    wave = np.random.default_rng(2).uniform(-0.5, 0.5, 4000)
+    bad = folder / "bad.wav"
+    soundfile.write(bad, wave if kind == "slow" else 1e9 * wave, 39 if kind == "slow" else 16000, subtype="DOUBLE")
+    with pytest.raises(AudioError, match=message):
+        run(bad, tmp_path / "alone.wav")
+    assert not list(tmp_path.glob("*alone*"))
+    result = run(folder, tmp_path / "out", skip_bad=True)
+    assert result.written == 2
+    assert [path for path, _ in result.skipped] == [bad]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["a.wav", "b.flac"]
+
+
 def test_outputs_inside_the_input_folder_are_no_inputs(folder):
     run(folder, folder / "out")
     assert [name for name, _, _ in augmentation.plan(folder, folder / "out")] == ["a.wav", "sub/b.flac"]

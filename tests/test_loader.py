@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    StackDataset,
+    Subset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 import gradalign as ga
@@ -119,6 +128,14 @@ def test_collate_joins_raw_examples(folder):
         collate([data[0]], augment=ga.RawBoost())
 
 
+def test_collate_refuses_examples_of_data_sets_that_differ(folder):
+    short = SpeechDataset(files(folder).utterances, folder, num_samples=500)
+    with pytest.raises(ValueError, match=r"same `num_samples`.* torch.float32 \[800\], torch.float32 \[500\]"):
+        collate([files(folder)[0], short[0]])
+    with pytest.raises(ValueError, match=r"all `raw` or none; found waves torch.int16 \[length\], torch.float32"):
+        collate([packed(folder, raw=True)[0], files(folder)[0]])
+
+
 def test_collate_of_nothing():
     batch = collate([])
     assert [len(field) for field in batch[:5]] == [0] * 5
@@ -164,6 +181,8 @@ def test_a_resumed_epoch_goes_on_where_it_stopped():
     sampler.set_epoch(3, start=2)
     assert list(sampler) == whole[2:]
     assert len(sampler) == 3
+    with pytest.raises(ValueError, match="`start` must be at least 0; found -1"):
+        sampler.set_epoch(3, start=-1)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +322,104 @@ def test_data_sets_and_samplers_within_are_told_the_epoch(folder):
     assert (data.epoch, batches.epoch) == (7, 7)
 
 
+@pytest.mark.parametrize("raw", [None, True], ids=["files", "packed, raw"])
+def test_the_parts_of_a_joined_data_set_are_told_the_epoch(folder, boost, expected, raw):
+    first, second = ((files(folder) if raw is None else packed(folder, raw=raw)) for _ in range(2))
+    joined = ConcatDataset([Subset(first, range(5)), ConcatDataset([Subset(second, range(5, SIZE))])])
+    views = DeviceLoader(DataLoader(joined, 5, shuffle=True, collate_fn=collate), boost, device="cpu")
+    assert views.num_samples == SAMPLES
+    for epoch in (0, 1, 2):
+        views.set_epoch(epoch)
+        assert_expected(views, expected[epoch])
+
+
+class Stream(IterableDataset):
+    num_samples = SAMPLES
+
+    def __iter__(self):
+        yield from ()
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: StackDataset(a, b),
+        lambda a, b: StackDataset(left=a, right=b),
+        lambda a, b: Subset(StackDataset(a, Subset(b, range(SIZE))), range(3)),
+    ],
+    ids=["tuple", "dict", "nested"],
+)
+def test_the_parts_of_a_stacked_data_set_are_told_the_epoch(folder, join):
+    parts = files(folder), packed(folder)
+    views = DeviceLoader(DataLoader(join(*parts), 2), device="cpu")
+    views.set_epoch(4)
+    assert [part.epoch for part in parts] == [4, 4]
+    assert views.num_samples == SAMPLES
+
+
+def test_the_parts_of_a_chained_data_set_are_told_the_epoch():
+    parts = [Stream(), Stream()]
+    views = DeviceLoader(DataLoader(ChainDataset(parts), 2), device="cpu")
+    views.set_epoch(4)
+    assert [part.epoch for part in parts] == [4, 4]
+
+
+def test_parts_that_disagree_on_num_samples_are_named(folder):
+    short = PackedDataset(folder / "packed", "train", num_samples=500, raw=True)
+    loader = DataLoader(ConcatDataset([packed(folder, raw=True), short]), 5, collate_fn=collate)
+    with pytest.raises(ValueError, match="the loader's data sets must have the same `num_samples`; found 800, 500"):
+        DeviceLoader(loader, device="cpu")
+    assert DeviceLoader(loader, device="cpu", num_samples=900).num_samples == 900
+
+
+class ByBatch(Dataset):
+    """A data set that is indexed by the rows of a batch."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, rows):
+        return collate([self.dataset[i] for i in rows])
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch_sampler", "sampler of batches"])
+def test_a_resumed_epoch_of_views_goes_on_where_it_stopped(folder, boost, batched):
+    data, sampler = packed(folder), RankSampler(SIZE, 4, seed=3)
+    if batched:
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
+    else:
+        loader = DataLoader(ByBatch(data), batch_size=None, sampler=sampler)
+    views = DeviceLoader(loader, boost, device="cpu")
+    views.set_epoch(2)
+    whole = list(views)
+    views.set_epoch(2, start=1)
+    assert (data.epoch, sampler.epoch, sampler.start) == (2, 2, 1)
+    rest = list(views)
+    assert (len(whole), len(rest)) == (3, 2)
+    assert all(torch.equal(a, b) for x, y in zip(rest, whole[1:], strict=True) for a, b in zip(x, y, strict=True))
+    views.set_epoch(3)
+    assert len(list(views)) == 3
+
+
+def test_a_start_that_no_sampler_takes_is_refused(folder):
+    data = files(folder)
+    inner = DistributedSampler(data, num_replicas=1, rank=0)
+    for loader, found in (
+        (DataLoader(data, 2, sampler=inner, collate_fn=collate), "BatchSampler"),
+        (DataLoader(data, batch_sampler=BatchSampler(RankSampler(4, 2), 2, False), collate_fn=collate), "BatchSampler"),
+        ([], "no sampler"),
+    ):
+        views = DeviceLoader(loader, device="cpu")
+        views.set_epoch(1, start=0)
+        with pytest.raises(ValueError, match=rf"`start` must be 0 unless .*`RankSampler` has; found 3 with {found}"):
+            views.set_epoch(2, start=3)
+        assert views.epoch == 1
+    assert (data.epoch, inner.epoch) == (1, 1)
+
+
 def test_bad_utterances_stop_or_are_reported_and_empty_batches_come(folder, tmp_path, boost):
     data = files(folder)
     data.utterances[1] = Utterance("missing", "s", "-", 1)
@@ -318,6 +435,68 @@ def test_bad_utterances_stop_or_are_reported_and_empty_batches_come(folder, tmp_
     sampler = RankSampler(1, 4, rank=0, num_ranks=2)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
     assert [tuple(v.clean.shape) for v in DeviceLoader(loader, boost, device="cpu")] == [(0, SAMPLES)]
+
+
+def with_bad(folder, tmp_path, raw, **options):
+    """A data set whose utterance 1 cannot be read."""
+    data = files(folder, **options)
+    data.utterances[1] = Utterance("missing", "s", "-", 1)
+    if raw is None:
+        return data
+    pack({"train": data.utterances}, tmp_path / "bad", audio_dir=folder, skip_bad=True)
+    options = {"num_samples": SAMPLES, "seed": 3, "random_crop": True, **options}
+    return PackedDataset(tmp_path / "bad", "train", raw=raw, **options)
+
+
+@pytest.mark.parametrize("raw", [None, False, True], ids=["files", "packed", "packed, raw"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_ordinary_loader_reports_bad_utterances(folder, tmp_path, boost, expected, raw, num_workers, batch_size):
+    data = with_bad(folder, tmp_path, raw, skip_bad=True)
+    joined = ConcatDataset([Subset(data, range(SIZE))])
+    loader = DataLoader(joined, batch_size, collate_fn=collate, num_workers=num_workers)
+    reported = []
+    views = list(DeviceLoader(loader, boost, device="cpu", on_bad=reported.append))
+    assert [[row for row, _ in bad] for bad in reported] == [[1]]
+    assert "missing: expected a file ending in" in reported[0][0][1]
+    assert_expected(views, expected[0], SIZE - 1)
+    assert [len(v.label) for v in views] == [batch_size - (i == 1 // batch_size) for i in range(SIZE // batch_size)]
+    # Workers hand over the message, not a traceback.
+    with pytest.raises(AudioError, match=r"^[^\n]*missing: expected a file ending in [^\n]*$"):
+        list(DeviceLoader(loader, boost, device="cpu"))
+
+
+def test_bad_utterances_are_listed_by_workers_that_augment(folder, tmp_path, boost, expected):
+    data = with_bad(folder, tmp_path, None, skip_bad=True)
+    loader = DataLoader(data, 1, collate_fn=functools.partial(collate, augment=boost))
+    reported = []
+    assert_expected(DeviceLoader(loader, device="cpu", on_bad=reported.extend), expected[0], SIZE - 1)
+    assert [row for row, _ in reported] == [1]
+    assert [batch.bad[0][0] for batch in load_batches(data, [[1, 0]])] == [1]
+
+
+@pytest.mark.parametrize("raw", [None, False], ids=["files", "packed"])
+def test_a_loader_that_never_reports_bad_utterances_is_refused(folder, tmp_path, raw):
+    data = with_bad(folder, tmp_path, raw)
+    with pytest.raises(AudioError, match="missing: expected a file"):
+        data[1]
+    for function in (collate, functools.partial(collate, augment=None)):
+        loader = DataLoader(ConcatDataset([data]), 2, collate_fn=function)
+        with pytest.raises(ValueError, match="`on_bad` needs a loader over a data set with `skip_bad=True`, or `"):
+            DeviceLoader(loader, device="cpu", on_bad=print)
+    # What a collate function of one's own lists is not known before.
+    DeviceLoader(DataLoader(data, 2, collate_fn=lambda examples: collate(examples)), device="cpu", on_bad=print)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, torch.bool, torch.float32, torch.float64])
+def test_whole_labels_become_int64_and_soft_ones_stay(kind):
+    label = torch.tensor([1, 0], dtype=kind)
+    wave, numbers = torch.ones(2, 5), torch.tensor([3, 4])
+    batch = Batch(wave, label, numbers, torch.full_like(numbers, 5), numbers, [])
+    for item in ((wave, label, numbers), batch):
+        found = next(iter(DeviceLoader([item], device="cpu"))).label
+        assert found.dtype == (kind if kind.is_floating_point else torch.int64)
+        assert found.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

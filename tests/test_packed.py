@@ -2,6 +2,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -271,10 +272,79 @@ def test_packing_again_changes_nothing_and_other_data_are_refused(folder, packed
         ({"train": utterances(5)}, {"shard_utterances": 3}),
         ({"dev": utterances()}, {"shard_utterances": 3}),
         ({"train": utterances()}, {"shard_utterances": 4}),
-        ({"train": utterances()}, {"shard_utterances": 3, "round_samples": True}),
+        ({"train": utterances()}, {"shard_utterances": 3, "sample_rate": 8000, "round_samples": True}),
     ):
         with pytest.raises(DataError, match=r"index\.json: expected the same data and settings as now; found others"):
             pack(splits, packed, audio_dir=folder, **options)
+    assert {p: p.stat().st_mtime_ns for p in packed.rglob("*")} == before
+
+
+LENIENT = ("resample", "round_samples", "skip_bad")
+
+
+def write_refused(folder, lenient):
+    """A file that is refused without one of the settings."""
+    if lenient == "skip_bad":
+        (folder / "u5.flac").write_bytes(b"no audio")
+        return "expected a readable audio file"
+    rate = 8000 if lenient == "resample" else 16000
+    soundfile.write(folder / "u5.flac", noise(LENGTHS[5], 5), rate, subtype="PCM_24")
+    return "expected a sample rate of" if lenient == "resample" else "expected samples that 16 bits hold"
+
+
+@pytest.mark.parametrize("lenient", LENIENT)
+def test_a_refused_file_loses_no_finished_shard(own, tmp_path, lenient):
+    refused = write_refused(own, lenient)
+    names, out = {"train": utterances()}, tmp_path / "out"
+    options = {"audio_dir": own, "shard_utterances": 2}
+    pack(names, tmp_path / "whole", **options, **{lenient: True})
+    with pytest.raises(DataError, match=rf"u5\.flac: {refused}"):
+        pack(names, out, **options)
+    before = {p: p.stat().st_mtime_ns for p in (out / "train").iterdir()}
+    assert sorted(p.name for p in before) == ["00000.npy", "00000.tsv", "00001.npy", "00001.tsv"]
+    result = pack(names, out, **options, **{lenient: True})
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (result.utterances, result.kept) == (7, 4)
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lenient", LENIENT)
+def test_a_folder_begun_with_looser_settings_is_not_gone_on_with(own, tmp_path, monkeypatch, lenient):
+    """Also where the looser run stopped before its first shard: a finished one may hold what is refused now."""
+    refused = write_refused(own, lenient)
+    names, out = {"train": utterances()}, tmp_path / "out"
+    options = {"audio_dir": own, "shard_utterances": 2, "workers": 1}
+    with pytest.raises(DataError, match=refused):
+        pack(names, out, **options)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradalign.data.packed._write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(names, out, **options, **{lenient: True})
+    monkeypatch.undo()
+    others = {name: True for name in LENIENT if name != lenient}
+    for name in ("plan", "index"):
+        for settings in ({}, others):
+            message = rf"{name}\.json: expected settings no looser than now; found `{lenient}` \(--[a-z-]+\) \(give the"
+            with pytest.raises(DataError, match=message):
+                pack(names, out, **options, **settings)
+        pack(names, out, **options, **{lenient: True})
+
+
+@pytest.mark.parametrize("lenient", LENIENT)
+def test_a_finished_folder_serves_looser_settings_as_it_is(folder, packed, lenient):
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in packed.rglob("*") if p.is_file()}
+    options = {"audio_dir": folder, "shard_utterances": 3}
+    assert pack({"train": utterances()}, packed, **options, **{lenient: True}).kept == len(LENGTHS)
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in packed.rglob("*") if p.is_file()} == before
+    # And the strict ones still.
+    assert pack({"train": utterances()}, packed, **options).kept == len(LENGTHS)
+
+
+def test_a_folder_packed_by_an_earlier_version_is_known(packed):
+    assert json.loads((packed / "index.json").read_text())["plan"] == "a25909d1ffefb31e07a7b518983118ab"
 
 
 def test_a_folder_with_something_else_in_it_is_refused(own):
@@ -333,13 +403,46 @@ def test_the_command_verifies_and_reports(corpus, tmp_path, capsys):
     assert cli.main(["pack", str(corpus), str(packed), "--splits", "train"]) == 0
     assert packed_splits(packed) == ["train"]
     assert cli.main(["pack", "--verify", str(packed)]) == 0
-    assert "packed: 4 utterances, as written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "packed: 4 utterances, as written" in printed
+    assert "kept" not in printed
     flip(packed / "train" / "00000.npy", 140)
     assert cli.main(["pack", "--verify", str(packed)]) == 2
     assert "00000.npy: expected the samples of 'u0' as they were written" in capsys.readouterr().err
     assert cli.main(["pack", str(tmp_path)]) == 2
     assert "expected DATA and OUT, or --verify and OUT" in capsys.readouterr().err
     assert cli.main(["pack", str(tmp_path), str(tmp_path / "q")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("lenient", "flag"), [("resample", "--resample"), ("round_samples", "--round"), ("skip_bad", "--skip-bad")]
+)
+def test_the_command_goes_on_with_the_flag_that_its_error_calls_for(own, tmp_path, capsys, lenient, flag):
+    write_refused(own, lenient)
+    (tmp_path / "flac").symlink_to(own)
+    (tmp_path / "protocols").mkdir()
+    lines = [f"{u.speaker} {u.name} - {u.attack} {u.label_name}\n" for u in utterances()]
+    (tmp_path / "protocols" / "train.txt").write_text("".join(lines))
+    command = ["pack", str(tmp_path), str(tmp_path / "packed"), "--jobs", "1"]
+    assert cli.main(command) == 2
+    assert "u5.flac: expected" in capsys.readouterr().err
+    assert cli.main([*command, flag]) == 0
+    assert "packed: 7 utterances" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert f"({flag}) (give the same, pack into another folder, or remove this one)" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_kept_unread_and_how_to_pack_it_anew(corpus, tmp_path, capsys):
+    command = ["pack", str(corpus), str(tmp_path / "packed"), "--splits", "train"]
+    assert cli.main(command) == 0
+    assert "kept" not in capsys.readouterr().out
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "4 of them in shards that were finished before, which are kept unread" in printed
+    assert f"(where their audio has changed since, remove {tmp_path / 'packed'} and pack again)" in printed
+    assert cli.main(["pack", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "finished are kept unread: audio that has changed since is not packed anew; remove OUT for that" in text
 
 
 # ---- what is wrong is named ----------------------------------------------------------------------------------------
@@ -391,6 +494,33 @@ def test_damage_is_named_when_the_data_set_is_opened(packed, damage, message):
     damage(packed)
     with pytest.raises(DataError, match=message):
         PackedDataset(packed, "train")
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "of another type"])
+@pytest.mark.parametrize(
+    ("name", "kind", "wrong"),
+    [
+        ("sample_rate", "int", "16000"),
+        ("splits", "dict", ["train"]),
+        ("shards", "list", {}),
+        ("file", "str", 1),
+        ("samples", "int", 7501.0),
+        ("list_checksum", "str", 1),
+    ],
+)
+def test_a_wrong_field_of_the_index_is_named(packed, name, kind, wrong, missing):
+    index = json.loads((packed / "index.json").read_text())
+    split = index["splits"]["train"]
+    table = next(table for table in (index, split, split["shards"][1]) if name in table)
+    if missing:
+        del table[name]
+    else:
+        table[name] = wrong
+    (packed / "index.json").write_text(json.dumps(index))
+    found = re.escape(repr(None if missing else wrong))
+    for read in (lambda p: PackedDataset(p, "train"), verify):
+        with pytest.raises(DataError, match=rf"index\.json: expected `{name}`, {kind}; found {found}"):
+            read(packed)
 
 
 def flip(path, at):

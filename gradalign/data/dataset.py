@@ -23,7 +23,8 @@ class Example(NamedTuple):
 
     ``wave`` float32 [T]; ``label`` 1 bona fide, 0 spoof; ``row`` its index in the data set; ``length`` the samples of
     ``wave`` before it repeats itself, at most T; ``seed`` of its augmentation, in [0, 2^63). Of a raw data set
-    (`PackedDataset`), ``wave`` is int16 [length]: not yet scaled and repeated.
+    (`PackedDataset`), ``wave`` is int16 [length]: not yet scaled and repeated. ``bad`` says why an utterance could not
+    be read, which leaves nothing but its ``row``; it is empty for all others.
     """
 
     wave: Tensor
@@ -31,12 +32,14 @@ class Example(NamedTuple):
     row: int
     length: int
     seed: int
+    bad: str = ""
 
 
 class Batch(NamedTuple):
     """Several utterances: ``wave`` float32 [B, T]; ``label``, ``row``, ``length`` and ``seed`` int64 [B].
 
-    ``bad`` holds (row, message) of the utterances that could not be read, which are in none of the other fields.
+    ``bad`` holds (row, message) of the utterances that could not be read, which are in none of the other fields. A row
+    counts within its own data set, in a `torch.utils.data.ConcatDataset` too.
     ``augmented`` is the second view, like ``wave``, where it was made together with the batch (`collate`). Of a raw
     data set, ``wave`` is int16 [sum of length]: the utterances one after the other, for `DeviceLoader` to scale and
     repeat.
@@ -86,8 +89,10 @@ class SpeechDataset(Dataset[Example]):
         random_crop: crop longer audio at a random place, not at its start.
         resample: convert files of another sample rate.
         cache_mb: keep up to so many megabytes of decoded audio in memory.
+        skip_bad: hand out an utterance that cannot be read as an `Example` that says so (``bad``), for `collate` to
+            list in ``Batch.bad``.
 
-    Indexing raises AudioError naming the file when an utterance cannot be read.
+    Indexing raises AudioError naming the file when an utterance cannot be read, unless ``skip_bad``.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class SpeechDataset(Dataset[Example]):
         random_crop: bool = False,
         resample: bool = False,
         cache_mb: int = 0,
+        skip_bad: bool = False,
     ) -> None:
         self.utterances = list(utterances)
         self.audio_dir = Path(audio_dir)
@@ -109,6 +115,7 @@ class SpeechDataset(Dataset[Example]):
         self.seed = seed
         self.random_crop = random_crop
         self.resample = resample
+        self.skip_bad = skip_bad
         # Shared with the worker processes: those that outlive an epoch (persistent_workers) see the next one too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._cache: dict[int, np.ndarray] = {}
@@ -127,6 +134,14 @@ class SpeechDataset(Dataset[Example]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Example:
+        try:
+            return self._example(index)
+        except AudioError as error:
+            if not self.skip_bad:
+                raise
+            return _unread(index, error)
+
+    def _example(self, index: int) -> Example:
         utterance = self.utterances[index]
         augmentation_seed, crop = utterance_draws(self.seed, self.epoch, utterance.name)
         wave = self._read(index)
@@ -151,6 +166,10 @@ class SpeechDataset(Dataset[Example]):
                 self._cache[index] = keep
                 self._cache_bytes_left -= keep.nbytes
         return wave
+
+
+def _unread(row: int, error: AudioError) -> Example:
+    return Example(torch.zeros(0), 0, row, 0, 0, str(error) or "cannot be read")
 
 
 Augment = Callable[..., Tensor]
@@ -186,13 +205,14 @@ def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batc
     """A batch of examples, for a DataLoader over a `SpeechDataset`: ``DataLoader(data, 24, collate_fn=collate)``.
 
     Args:
-        examples: of one data set; none at all make an empty batch.
+        examples: of one data set, or of several with the same ``num_samples``; those that could not be read are listed
+            in ``bad``. None at all make an empty batch.
         augment: makes the second view here: in the worker process, on the CPU
             (``collate_fn=functools.partial(collate, augment=boost)``).
 
     Raises:
         TypeError: for anything but `Example`.
-        ValueError: for ``augment`` with the examples of a raw data set.
+        ValueError: for ``augment`` with the examples of a raw data set, or for waves of several lengths or kinds.
 
     >>> example = Example(torch.zeros(4), 1, 0, 4, 7)
     >>> collate([example, example]).wave.shape
@@ -200,7 +220,15 @@ def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batc
     """
     if others := {type(e).__name__ for e in examples if not isinstance(e, Example)}:
         raise TypeError(f"`examples` must be those of a gradalign data set (Example); found {', '.join(others)}")
+    bad = [(e.row, e.bad) for e in examples if e.bad]
+    examples = [e for e in examples if not e.bad]
     raw = bool(examples) and examples[0].wave.dtype == torch.int16
+    kinds = {(e.wave.dtype, "length" if e.wave.dtype == torch.int16 else len(e.wave)): None for e in examples}
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} [{length}]" for kind, length in kinds)
+        raise ValueError(
+            f"`examples` must be of data sets with the same `num_samples`, all `raw` or none; found waves {found}"
+        )
     if not examples:
         wave = torch.zeros(0, 0)
     else:
@@ -214,7 +242,7 @@ def collate(examples: Sequence[Example], augment: Augment | None = None) -> Batc
         if raw:
             raise ValueError("`augment` needs float32 examples; found those of a raw data set (leave out `raw`)")
         augmented = augmented_view(augment, wave, length, seed) if examples else wave
-    return Batch(wave, label, row, length, seed, [], augmented)
+    return Batch(wave, label, row, length, seed, bad, augmented)
 
 
 class _Batches(Dataset[Batch]):
@@ -230,17 +258,16 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         examples: list[Example] = []
-        bad: list[tuple[int, str]] = []
         for i in rows:
             try:
                 examples.append(self.dataset[i])
             except AudioError as error:
-                bad.append((i, str(error)))
+                examples.append(_unread(i, error))
         batch = collate(examples, self.augment)
-        if not examples:
+        if not len(batch.label):
             wave = torch.zeros(0, self.dataset.num_samples)
             batch = batch._replace(wave=wave, augmented=None if self.augment is None else wave)
-        return batch._replace(bad=bad)
+        return batch
 
 
 def load_batches(

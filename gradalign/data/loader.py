@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +15,14 @@ from torch.utils.data import Sampler
 from gradalign._device import to_device
 from gradalign._errors import AudioError
 from gradalign.data.audio import fit_length
-from gradalign.data.dataset import Augment, Batch, augmented_view, epoch_plan, utterance_draws, window
+from gradalign.data.dataset import Augment, Batch, augmented_view, collate, epoch_plan, utterance_draws, window
 
 
 class Views(NamedTuple):
     """What a step sees, on its device: ``clean`` and ``augmented`` [B, T]; ``label`` and ``seeds`` int64 [B].
 
-    The views are float32, or of the loader's own floating type; ``seeds`` are those of the augmentation.
+    The views are float32, or of the loader's own floating type; ``seeds`` are those of the augmentation. Labels of any
+    integer type, and bool, become int64; floating ones (soft labels) stay as they are.
     """
 
     clean: Tensor
@@ -87,7 +91,12 @@ class RankSampler(Sampler[list[int]]):
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that comes next, and the first of its batches (where a killed run stopped)."""
+        """Choose the epoch that comes next, and the first of its batches (where a killed run stopped).
+
+        Under a `DeviceLoader`, its ``set_epoch`` does this too. Raises ValueError for a ``start`` below 0.
+        """
+        if start < 0:
+            raise ValueError(f"`start` must be at least 0; found {start}")
         self.epoch, self.start = epoch, start
 
     def _plan(self) -> list[list[int]]:
@@ -113,21 +122,27 @@ class DeviceLoader:
     augmentation may be made by the loader's worker processes instead (`collate` with ``augment``).
 
     Each utterance's augmentation follows from (seed, epoch, utterance) alone: a resumed run, another number of workers
-    or of ranks augments alike. ``set_epoch`` says which epoch it is; without it, all augment alike.
+    or of ranks augments alike. ``set_epoch`` says which epoch it is, to every data set within the loader's (Subset,
+    ConcatDataset and the like); without it, all augment alike.
 
     Args:
         loader: a DataLoader, or anything iterable, of `Batch`, or of tuples (wave, label, ids) or (wave, label, ids,
-            lengths): ``wave`` [B, S] floating point or int16 (full scale 32768), ``label`` int64 [B], ``ids`` B names
-            or numbers that are the utterances' own, ``lengths`` int64 [B] the samples of each before its padding.
+            lengths): ``wave`` [B, S] floating point or int16 (full scale 32768), ``label`` [B], ``ids`` B names or
+            numbers that are the utterances' own, ``lengths`` int64 [B] the samples of each before its padding.
         augment: called as ``augment(wave, lengths=..., seeds=...)``, such as `RawBoost` (a function of wave and seeds
             alone: ``lambda wave, lengths, seeds: room(wave, seeds)``); shorter utterances are augmented once and then
             repeated. None: the augmented view is the batch's own, or the clean one.
         device: of the views; None is a GPU where there is one.
         num_samples: T of the views: longer utterances are cropped, shorter repeated, on the device. None: that of the
-            loader's data set; for tuples of floating point, S.
+            loader's data sets, which must agree; for tuples of floating point, S.
         seed: of crops and augmentation, for tuples (a `Batch` brings its own).
         random_crop: crop tuples' longer utterances at a random place, not at their start.
-        on_bad: called with the (row, message) of utterances that could not be read; None: the first is an AudioError.
+        on_bad: called with the ``bad`` of each `Batch` that has any: (row, message) of utterances that could not be
+            read. Such are the batches of `load_batches`, and those of `collate` over data sets with ``skip_bad``; other
+            data sets raise AudioError themselves. None: the first is an AudioError.
+
+    Raises:
+        ValueError: ``num_samples`` below 1, or of data sets that disagree; ``on_bad`` where it could never be called.
 
     The views of a batch may be used on the stream that is current when it is asked for; whoever uses them on another
     has to call their ``record_stream``. A batch without any readable utterance comes as B = 0.
@@ -159,7 +174,9 @@ class DeviceLoader:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if num_samples is None:
-            num_samples = next((d.num_samples for d in _datasets(loader) if hasattr(d, "num_samples")), None)
+            num_samples = _num_samples(loader)
+        if on_bad is not None:
+            _expect_bad(loader)
         self.num_samples, self.seed, self.random_crop, self.on_bad = num_samples, seed, random_crop, on_bad
         self.epoch = 0
         self._side: torch.cuda.Stream | None = None
@@ -167,15 +184,34 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that comes next, here and in the loader's data set and samplers."""
-        self.epoch = epoch
-        samplers = [getattr(self.loader, name, None) for name in ("batch_sampler", "sampler")]
-        samplers.append(getattr(samplers[0], "sampler", None))
-        parts = {id(part): part for part in [*_datasets(self.loader), *samplers]}
-        for part in parts.values():
-            if hasattr(part, "set_epoch"):
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that comes next, here and in the loader's data sets and samplers, and its first batch.
+
+        ``start`` (where a killed run stopped) is handed to the sampler of the loader's batches, in place of any that it
+        was given before.
+
+        Raises:
+            ValueError: a ``start`` that the sampler cannot take; it must have ``set_epoch(epoch, start)``, as
+                `RankSampler` has.
+        """
+        rows: Any = getattr(self.loader, "sampler", None)
+        batches: Any = getattr(self.loader, "batch_sampler", None)
+        # A loader that does not batch by itself draws whole batches from its sampler.
+        batches = rows if batches is None else batches
+        takes_start = hasattr(batches, "set_epoch") and "start" in inspect.signature(batches.set_epoch).parameters
+        if start and not takes_start:
+            found = "no sampler" if batches is None else type(batches).__name__
+            raise ValueError(
+                "`start` must be 0 unless the sampler of the loader's batches has `set_epoch(epoch, start)`, as "
+                f"`RankSampler` has; found {start} with {found}"
+            )
+        if takes_start:
+            batches.set_epoch(epoch, start=start)
+        parts = [*_datasets(self.loader), batches, rows, getattr(batches, "sampler", None)]
+        for part in {id(part): part for part in parts}.values():
+            if hasattr(part, "set_epoch") and not (takes_start and part is batches):
                 part.set_epoch(epoch)
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[Views]:
         if self.device.type == "cuda":
@@ -264,6 +300,7 @@ class DeviceLoader:
 
     def _views(self, batch: Batch, start: Tensor | None) -> Views:
         label, seeds, clean = (to_device(field, self.device) for field in (batch.label, batch.seed, batch.wave))
+        label = label if label.is_floating_point() else label.to(torch.int64)
         if start is not None:
             assert self.num_samples is not None
             start, length = to_device(start, self.device), to_device(batch.length, self.device)
@@ -348,9 +385,42 @@ def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
     return wave, label, names, lengths.to("cpu", torch.int64)
 
 
-def _datasets(loader: Any) -> list[Any]:
-    """A loader's data set, and those it wraps (`torch.utils.data.Subset` and the like), outermost first."""
-    found: list[Any] = []
-    while (loader := getattr(loader, "dataset", None)) is not None and len(found) < 16:
-        found.append(loader)
-    return found
+def _datasets(loader: Any, until: str = "") -> list[Any]:
+    """A loader's data sets and those they wrap, outermost first; none within one that has the attribute ``until``."""
+    found: dict[int, Any] = {}
+    waiting = deque(_wrapped(loader))
+    while waiting:
+        part = waiting.popleft()
+        if id(part) not in found:
+            found[id(part)] = part
+            if not hasattr(part, until):
+                waiting.extend(_wrapped(part))
+    return list(found.values())
+
+
+def _wrapped(part: Any) -> list[Any]:
+    """What a loader or data set wraps: one ``dataset`` (Subset), or ``datasets`` (ConcatDataset, StackDataset)."""
+    several = getattr(part, "datasets", ())
+    several = tuple(several.values()) if isinstance(several, Mapping) else several
+    # Anything but a list or a tuple might be a generator, which can be gone through once.
+    inner = [getattr(part, "dataset", None), *(several if isinstance(several, (list, tuple)) else ())]
+    return [one for one in inner if one is not None]
+
+
+def _num_samples(loader: Any) -> int | None:
+    outermost = [d.num_samples for d in _datasets(loader, until="num_samples") if hasattr(d, "num_samples")]
+    found = list(dict.fromkeys(outermost))
+    if len(found) > 1:
+        raise ValueError(f"the loader's data sets must have the same `num_samples`; found {', '.join(map(str, found))}")
+    return found[0] if found else None
+
+
+def _expect_bad(loader: Any) -> None:
+    """ValueError for a loader whose batches never have ``bad``: of `collate`, over data sets that raise instead."""
+    collate_fn = getattr(loader, "collate_fn", None)
+    function = collate_fn.func if isinstance(collate_fn, functools.partial) else collate_fn
+    if function is collate and not any(getattr(d, "skip_bad", False) for d in _datasets(loader)):
+        raise ValueError(
+            "`on_bad` needs a loader over a data set with `skip_bad=True`, or `load_batches`, to be ever called; found "
+            "`collate` over data sets that raise AudioError themselves"
+        )

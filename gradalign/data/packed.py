@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -44,11 +45,16 @@ _FORMAT, _VERSION, _PLAN = "gradalign packed speech", 1, "plan.json"
 _SHARD_UTTERANCES = 1000
 # The header of a one-dimensional .npy file, padded as NumPy does.
 _HEADER_BYTES = 128
+# Settings that only let more files through: what a stricter run has finished is the same under looser ones.
+_LENIENT = ("`resample` (--resample)", "`round_samples` (--round)", "`skip_bad` (--skip-bad)")
+
+_T = TypeVar("_T")
 
 
 class PackResult(NamedTuple):
     """Of a packed data set: ``utterances`` and ``samples`` in all, how many utterances are ``rounded`` (``clipped``
-    ones among them), and the messages of the ``bad`` ones.
+    ones among them), the messages of the ``bad`` ones, and how many utterances are in shards that `pack` found finished
+    and ``kept`` as they were, without reading their audio.
     """
 
     utterances: int
@@ -56,6 +62,7 @@ class PackResult(NamedTuple):
     rounded: int
     clipped: int
     bad: list[str]
+    kept: int = 0
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -77,11 +84,13 @@ def pack(
     """Write a packed data set, or go on where a killed run stopped; a finished one is left as it is.
 
     Killed at any point and run again, the folder holds the same bytes in the end: shards are written whole or not at
-    all, and what is in which shard follows from the arguments alone.
+    all, and what is in which shard follows from the arguments alone. Finished shards are kept, and their audio is not
+    read again: where it has changed, remove the folder. To go on after a file that was refused, ``resample``,
+    ``round_samples`` and ``skip_bad`` may be added; none that a folder was begun with may be left out.
 
     Args:
         splits: utterances by split, from `read_dataset` or `read_protocol`.
-        out: the folder to write; must be new, empty, or begun by the same call.
+        out: the folder to write; must be new, empty, or begun by the same call, or a stricter one (see above).
         audio_dir: folder of the files of utterances without a path of their own, or one for each split.
         sample_rate: of the result, Hz.
         resample: convert files of another rate, and round the result to 16 bits.
@@ -97,7 +106,8 @@ def pack(
     Raises:
         AudioError: naming the file that cannot be read.
         DataError: for a file that 16 bits do not hold, splits that share a file, no split, a split that is empty or no
-            folder name, a folder with something else in it, or one that another process is packing into.
+            folder name, a folder with something else in it, one begun with other data or settings, or one that another
+            process is packing into.
         OSError: a file cannot be written.
     """
     if sample_rate < 1 or shard_utterances < 1 or (workers is not None and workers < 1):
@@ -108,22 +118,31 @@ def pack(
     out = Path(out)
     folders = {split: Path(_folder_of(audio_dir, split)) for split in splits}
     _check_splits(splits, folders)
-    lines = [[split, u.name, u.label, u.attack, u.speaker, u.codec] for split in splits for u in splits[split]]
-    settings = [sample_rate, resample, round_samples, skip_bad, shard_utterances]
-    plan = hashlib.blake2b(json.dumps([settings, lines]).encode(), digest_size=16).hexdigest()
+    lines = json.dumps(
+        [[split, u.name, u.label, u.attack, u.speaker, u.codec] for split in splits for u in splits[split]]
+    )
+
+    def plan_of(lenient: tuple[bool, ...]) -> str:
+        settings = json.dumps([sample_rate, *lenient, shard_utterances])
+        return hashlib.blake2b(f"[{settings}, {lines}]".encode(), digest_size=16).hexdigest()
+
+    lenient = (resample, round_samples, skip_bad)
+    plan = plan_of(lenient)
+    kept = sum(map(len, splits.values()))
     out.mkdir(parents=True, exist_ok=True)
     with _exclusive(out):
-        begun = _begun(out, plan)
+        begun = _begun(out, lenient, plan_of)
         remove_leftovers(out)
-        if not begun:
-            write_text(out / _PLAN, json.dumps({"plan": plan}) + "\n")
         if not (out / INDEX).exists():
-            packer = _Packer(sample_rate, resample, round_samples, skip_bad)
-            content = _pack_shards(splits, folders, out, packer, shard_utterances, workers or _cores(), progress)
-            index = {"format": _FORMAT, "version": _VERSION, "sample_rate": sample_rate, "plan": plan, **content}
+            if begun != plan:
+                # Before the first shard that stricter settings would refuse.
+                write_text(out / _PLAN, json.dumps({"plan": plan}) + "\n")
+            packer = _Packer(sample_rate, *lenient)
+            found, kept = _pack_shards(splits, folders, out, packer, shard_utterances, workers or _cores(), progress)
+            index = {"format": _FORMAT, "version": _VERSION, "sample_rate": sample_rate, "plan": plan, "splits": found}
             write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
         (out / _PLAN).unlink(missing_ok=True)
-    return _result([_Shards(out, split) for split in splits])
+    return _result([_Shards(out, split) for split in splits], kept)
 
 
 def _folder_of(audio_dir: str | Path | Mapping[str, str | Path] | None, split: str) -> str | Path:
@@ -167,20 +186,32 @@ def _exclusive(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _begun(out: Path, plan: str) -> bool:
-    """Whether the folder was begun with this plan; DataError where it holds anything else."""
+def _begun(out: Path, lenient: tuple[bool, ...], plan_of: Callable[[tuple[bool, ...]], str]) -> str | None:
+    """The plan that the folder was begun with, by these `_LENIENT` settings or stricter ones; None for an empty folder.
+
+    DataError where it holds anything else.
+    """
     for name in (INDEX, _PLAN):
         if (out / name).exists():
-            if _read_json(out / name).get("plan") != plan:
+            plan = _read_json(out / name).get("plan")
+            candidates = (lenient, *product((False, True), repeat=len(_LENIENT)))
+            begun = next((settings for settings in candidates if plan_of(settings) == plan), None)
+            if begun is None:
                 raise DataError(
                     f"{out / name}: expected the same data and settings as now; found others (pack into another "
                     "folder, or remove this one)"
                 )
-            return True
+            looser = [text for text, then, now in zip(_LENIENT, begun, lenient, strict=True) if then and not now]
+            if looser:
+                raise DataError(
+                    f"{out / name}: expected settings no looser than now; found {', '.join(looser)} (give the same, "
+                    "pack into another folder, or remove this one)"
+                )
+            return plan_of(begun)
     others = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if others:
         raise DataError(f"{out}: expected a new or empty folder; found {others[0]!r} in it")
-    return False
+    return None
 
 
 def _pack_shards(
@@ -191,10 +222,12 @@ def _pack_shards(
     shard_utterances: int,
     workers: int,
     progress: bool,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int]:
+    """The index's entry for each split, and the utterances of shards that were finished before."""
     from tqdm import tqdm
 
     found: dict[str, Any] = {}
+    kept = 0
     pool = ThreadPoolExecutor(workers)
     bar = tqdm(total=sum(map(len, splits.values())), desc="pack", unit="file", disable=not progress, mininterval=0.5)
     try:
@@ -212,6 +245,7 @@ def _pack_shards(
                     samples = _write_shard(shard, part, decoded, bar)
                 else:
                     bar.update(len(part))
+                    kept += len(part)
                 checksum = _checksum(shard.with_suffix(".tsv").read_bytes())
                 shards.append({"file": shard.name, "samples": samples, "list_checksum": checksum})
             found[split] = {"utterances": len(utterances), "shards": shards}
@@ -219,7 +253,7 @@ def _pack_shards(
         # A failure or Ctrl-C waits for the files in hand only.
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return {"splits": found}
+    return found, kept
 
 
 class _Packer(NamedTuple):
@@ -321,7 +355,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{path}: expected {_FORMAT!r} of version {_VERSION}; found {index.get('format')!r} of version "
             f"{index.get('version')!r}"
         )
+    _field(path, index, "sample_rate", int)
+    _field(path, index, "splits", dict)
     return index
+
+
+def _field(path: Path, table: Any, name: str, kind: type[_T]) -> _T:
+    """A field of a table in an index; DataError where there is none, or one of another type."""
+    value = table.get(name) if isinstance(table, dict) else None
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: expected `{name}`, {kind.__name__}; found {value!r}")
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -343,19 +387,21 @@ class _Shards:
         index = _read_index(folder)
         if split not in index["splits"]:
             raise DataError(f"{folder / INDEX}: expected a split {split!r}; found {', '.join(index['splits'])}")
-        self.sample_rate = int(index["sample_rate"])
+        self.sample_rate: int = index["sample_rate"]
         self.utterances: list[Utterance] = []
         self.checksums: list[str] = []
         self.notes: list[str] = []
         self.paths: list[Path] = []
         self.sizes: list[int] = []
         places: list[tuple[int, int, int]] = []
-        for number, shard in enumerate(index["splits"][split]["shards"]):
-            path = folder / split / shard["file"]
+        for number, shard in enumerate(_field(folder / INDEX, index["splits"][split], "shards", list)):
+            path = folder / split / _field(folder / INDEX, shard, "file", str)
+            samples = _field(folder / INDEX, shard, "samples", int)
             self.paths.append(path)
-            self.sizes.append(shard["samples"])
-            self._check_size(path, shard["samples"])
-            for columns in self._rows(path.with_suffix(".tsv"), shard["list_checksum"]):
+            self.sizes.append(samples)
+            self._check_size(path, samples)
+            list_checksum = _field(folder / INDEX, shard, "list_checksum", str)
+            for columns in self._rows(path.with_suffix(".tsv"), list_checksum):
                 name, label, attack, speaker, codec, offset, length, checksum, note = columns
                 # One string for all utterances that share it: there are as many copies as processes.
                 attack, speaker, codec, note = map(sys.intern, (attack, speaker, codec, note))
@@ -419,12 +465,13 @@ class PackedDataset(SpeechDataset):
         random_crop: crop longer audio at a random place, not at its start.
         raw: examples hold the cropped samples as they are stored, int16 [length], for `DeviceLoader` to scale and
             repeat on its device: a quarter to a half of the bytes.
+        skip_bad: as of a `SpeechDataset`, for utterances that could not be read when they were packed.
 
     Raises:
         DataError: naming the file: no packed data set, no such split, a shard or list that is missing, truncated or
             changed. (Damage within a shard is found by `verify`.)
 
-    Indexing raises AudioError for an utterance that could not be read when it was packed.
+    Indexing raises AudioError for an utterance that could not be read when it was packed, unless ``skip_bad``.
     """
 
     def __init__(
@@ -436,6 +483,7 @@ class PackedDataset(SpeechDataset):
         seed: int = 0,
         random_crop: bool = False,
         raw: bool = False,
+        skip_bad: bool = False,
     ) -> None:
         folder = Path(folder)
         self._shards = _Shards(folder, split)
@@ -446,10 +494,11 @@ class PackedDataset(SpeechDataset):
             num_samples=num_samples,
             seed=seed,
             random_crop=random_crop,
+            skip_bad=skip_bad,
         )
         self.raw = raw
 
-    def __getitem__(self, index: int) -> Example:
+    def _example(self, index: int) -> Example:
         note = self._shards.notes[index]
         if note.startswith("bad: "):
             raise AudioError(note[len("bad: ") :])
@@ -494,9 +543,9 @@ def verify(folder: str | Path, progress: bool = False) -> PackResult:
     return _result(splits)
 
 
-def _result(shards: Sequence[_Shards]) -> PackResult:
+def _result(shards: Sequence[_Shards], kept: int = 0) -> PackResult:
     notes = [note for one in shards for note in one.notes]
     clipped = notes.count("clipped")
     bad = [note[len("bad: ") :] for note in notes if note.startswith("bad: ")]
     samples = sum(sum(one.sizes) for one in shards)
-    return PackResult(len(notes), samples, notes.count("rounded") + clipped, clipped, bad)
+    return PackResult(len(notes), samples, notes.count("rounded") + clipped, clipped, bad, kept)
