@@ -207,7 +207,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 data = PackedDataset(sys.argv[1], "train", num_samples=800, seed=3, random_crop=True, raw=True)
 sampler = RankSampler(len(data), 6, seed=3)
-loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate)
+loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1)
 views = DeviceLoader(loader, ga.RawBoost(algo=4), device="cpu")
 views.set_epoch(1)
 mine = [tuple(v) for v in views]
