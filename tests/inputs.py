@@ -34,6 +34,32 @@ def lengths(num_samples: int, device="cpu") -> torch.Tensor:
     return torch.tensor([num_samples, num_samples // 2, 0], dtype=torch.int64, device=device)
 
 
+def nearly_orthogonal(size: int, total: int, device="cpu") -> Iterator[tuple[list[torch.Tensor], float, float]]:
+    """Two paths of ``total`` elements in tensors of ``size``; their cosine is 1e-6, then -1e-6.
+
+    Half of the tensors agree, half disagree, with cosines near 0.45. Yields (gradients path after path, their inner
+    product, the product of their norms).
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
+    b -= (a @ b) / (a @ a) * a
+    pairs = total // (2 * size)
+    first = a.float()
+    for cosine in (1e-6, -1e-6):
+        second = [(b + (share + 1.2 * cosine) * a).float() for share in (0.5, -0.5)]
+        inner = pairs * sum(float(first.double() @ s.double()) for s in second)
+        norms = pairs * float(2 * first.double().square().sum() * sum(s.double().square().sum() for s in second)) ** 0.5
+        assert 0.5e-6 < inner / norms / (cosine / 1e-6) < 2e-6
+        grads = [first] * 2 * pairs + second * pairs
+        yield _on(grads, device), inner, norms
+
+
+def _on(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
+    """Copies on the device, one of each tensor."""
+    there = {id(t): t.to(device) for t in tensors}
+    return [there[id(t)] for t in tensors]
+
+
 def notches(device="cpu") -> tuple[torch.Tensor, ...]:
     return tuple(v.to(device) for v in reference.notch_draws(seeds(), *_ranges()))
 

@@ -85,18 +85,12 @@ def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
 
 
 def test_gram_sign_at_tiny_cosine():
-    # 2e7 parameters, cosine 1e-6 and -1e-6: the sign decides whether anything is projected.
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20_000_000, generator=generator)
-    b = torch.randn(20_000_000, generator=generator)
-    exact_aa, exact_ab = float(a.double() @ a.double()), float(a.double() @ b.double())
-    for cosine in (1e-6, -1e-6):
-        # Shift b along a so that the exact float64 cosine is the wanted one up to the rounding of c.
-        c = b + float(cosine * (exact_aa**0.5) * float(b.double().norm()) - exact_ab) / exact_aa * a
-        wanted = float(a.double() @ c.double())
-        found = float(ops.gram([a, c], 2, [0], 1)[0, 0, 1])
-        assert found == pytest.approx(wanted, rel=1e-6)
-        assert (found > 0) == (cosine > 0)
+    # 3e8 parameters, cosine 1e-6 and -1e-6: the sign decides whether anything is projected.
+    for grads, wanted, norms in inputs.nearly_orthogonal(2_000_000, 300_000_000):
+        num_params = len(grads) // 2
+        found = float(ops.gram(grads, 2, [0] * num_params, 1)[0, 0, 1])
+        assert (found > 0) == (wanted > 0)
+        assert found == pytest.approx(wanted, abs=1e-8 * norms)
 
 
 def test_bijection_is_a_permutation():
