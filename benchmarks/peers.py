@@ -182,8 +182,8 @@ class Bench:
             if self.device.type != "cuda":
                 self.skip("published gradvac: it names the device 'cuda' in its code")
         wrappers, missing = pcgrad_wrappers(o.pytorch_pcgrad)
-        for what in missing:
-            self.skip(what)
+        for name, what in missing.items():
+            self.skip(f"{name}: {what}")
         for name, wrap in wrappers.items():
             found[name] = functools.partial(wrapped, wrap=wrap)
         if importlib.util.find_spec("torchjd") is None:

@@ -56,17 +56,17 @@ def load_module(path: Path, name: str) -> ModuleType:
     return module
 
 
-def pcgrad_wrappers(pytorch_pcgrad: Path | None) -> tuple[dict[str, Wrap], list[str]]:
-    """The PCGrads that wrap an optimizer; and those that are not there, and why."""
+def pcgrad_wrappers(pytorch_pcgrad: Path | None) -> tuple[dict[str, Wrap], dict[str, str]]:
+    """The PCGrads that wrap an optimizer; and of those that are not there, what is missing."""
     found: dict[str, Wrap] = {}
-    missing = []
+    missing: dict[str, str] = {}
     if pytorch_pcgrad is None:
-        missing.append("Pytorch-PCGrad: give its file with --pytorch-pcgrad PATH/pcgrad.py")
+        missing[PYTORCH_PCGRAD] = "give its file with --pytorch-pcgrad PATH/pcgrad.py"
     else:
         other = load_module(pytorch_pcgrad, "pytorch_pcgrad")
         found[PYTORCH_PCGRAD] = lambda inner: other.PCGrad(inner).pc_backward
     if importlib.util.find_spec("pytorch_optimizer") is None:
-        missing.append("pytorch_optimizer: pip install pytorch_optimizer")
+        missing[PYTORCH_OPTIMIZER] = "pip install pytorch_optimizer"
     else:
         from pytorch_optimizer import PCGrad
 
@@ -256,14 +256,15 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     parts = {"frontend": {"name": options.frontend}} if options.frontend else {}
     model = ga.detectors.create(options.detector, **parts).to(device)
-    peers, skipped = pcgrad_wrappers(options.pytorch_pcgrad)
+    peers, missing = pcgrad_wrappers(options.pytorch_pcgrad)
     if options.published_pcgrad is None:
-        skipped.insert(0, "the published step: give its file with --published-pcgrad PATH/pcgrad.py")
+        missing[PUBLISHED] = "give its file with --published-pcgrad PATH/pcgrad.py"
     else:
         module = load_module(options.published_pcgrad, "published_pcgrad")
         peers[PUBLISHED] = lambda inner: module.PCGrad(inner).ga_backward
     if importlib.util.find_spec("torchjd") is None:
-        skipped.append("torchjd: pip install torchjd")
+        missing[TORCHJD] = "pip install torchjd"
+    skipped = [f"{name}: {what}" for name, what in missing.items() if name in options.ways]
     for what in skipped:
         print(f"skipped: {what}")
 

@@ -78,15 +78,11 @@ def check_apart(grads: Gradients, k: int, paths: Sequence[Any], name: Callable[[
     Raises:
         RuntimeError: if they have.
     """
-    if not paths:
-        return
-    dtensors = has_dtensors(grads)
-    for n, here in enumerate(grads):
-        if here is None or (dtensors and is_dtensor(here)):
+    for j, path in enumerate(paths):
+        if j == k:
             continue
-        for j, path in enumerate(paths):
-            there = path[n]
-            if j != k and there is not None and here.is_set_to(there):
+        for n, (here, there) in enumerate(zip(grads, path, strict=True)):
+            if here is not None and there is not None and here.is_set_to(there):
                 raise RuntimeError(
                     f"each path's gradients must have their own memory; found that path {k} has overwritten path {j} "
                     f"in {name(n)} (DDP: leave gradient_as_bucket_view=False, or pass `process_group`)"
@@ -97,9 +93,7 @@ def check_apart(grads: Gradients, k: int, paths: Sequence[Any], name: Callable[[
 
 
 def settled(grads: Gradients) -> Gradients:
-    """The gradients with partial sums added up over their ranks, as tensor parallelism leaves them of norms."""
-    if not has_dtensors(grads):
-        return grads
+    """The gradients, some of them DTensors: partial sums, as tensor parallelism leaves them of norms, are added up."""
     from torch.distributed.tensor import Replicate
 
     found: Gradients = []

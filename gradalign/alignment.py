@@ -16,6 +16,7 @@ tensor([1.0000, 0.6250], dtype=torch.float64)
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 from collections.abc import Callable
@@ -571,7 +572,7 @@ class Method:
     # What the op `weigh` calls it; empty where it has no kernel.
     name: str = ""
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names that ``weights`` takes beside the Gram matrix."""
         return tuple(inspect.signature(self.weights).parameters)[1:]

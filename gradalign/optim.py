@@ -428,9 +428,9 @@ class AlignedOptimizer(Optimizer):
             if grad is not None and not grad.is_floating_point():
                 dtype = str(grad.dtype).removeprefix("torch.")
                 raise TypeError(f"gradients must be real floating-point numbers; found {dtype} in {self._name(n)}")
-        devices = {str(grad.device) for grad in grads if grad is not None}
+        devices = {grad.device for grad in grads if grad is not None}
         if len(devices) > 1:
-            raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(devices))}")
+            raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(map(str, devices)))}")
         # One rank of several may have run out of batches.
         if self._averager is None and all(grad is None for grad in grads):
             raise RuntimeError(
@@ -448,7 +448,8 @@ class AlignedOptimizer(Optimizer):
     def _send(self, grads: Gradients, k: int, before: Gradients | Averaged | None) -> Gradients | Averaged:
         """What is kept of path k after a backward; ``before`` is what earlier ones have left of it."""
         if self._averager is None:
-            grads = _distributed.settled(grads)
+            if _distributed.has_dtensors(grads):
+                return _distributed.settled(grads)
             _distributed.check_apart(grads, k, self._paths, self._name)
             return grads
         sent = self._averager.start(self._params(), grads)
@@ -845,6 +846,8 @@ def _book_dtype(name: str) -> torch.dtype:
 
 def _by_subset(paths: list[Gradients]) -> dict[tuple[int, ...], list[int]]:
     """The parameters' indices by the paths that reach them; usually all by all."""
+    if all(grad is not None for path in paths for grad in path):
+        return {tuple(range(len(paths))): list(range(len(paths[0])))}
     subsets: dict[tuple[int, ...], list[int]] = {}
     for n, grads in enumerate(zip(*paths, strict=True)):
         if present := tuple(k for k, grad in enumerate(grads) if grad is not None):
