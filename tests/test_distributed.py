@@ -339,13 +339,18 @@ def tensor_parallelism():
                 for view in views:
                     with opt.path():
                         model(view).square().mean().backward()
+            elif mode == "index":
+                for part in (slice(0, 2), slice(2, 5)):
+                    for k, view in enumerate(views):
+                        with opt.path(k):
+                            (model(view[part]).square().mean() * len(view[part]) / 5).backward()
             else:
                 opt.backward([model(view).square().mean() for view in views])
             opt.step()
         return whole(model)
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for mode, sequence in itertools.product(("path", "backward"), (False, True)):
+    for mode, sequence in itertools.product(("path", "index", "backward"), (False, True)):
         alone = Block()
         expected = steps(alone, make_optimizer(alone, "gradvac", "parameter"), "path")
         model = Block()
