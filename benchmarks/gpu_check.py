@@ -107,7 +107,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
         Stage("RawBoost, the goal's workload", bench("run", "rawboost", *goal, "--algo", "4", *numpy_code), 45),
         Stage("alignment", bench("peers", "peers", "--parameters", "aasist", "xlsr-300m", *published), 55),
         Stage("merging parameter by parameter", bench("alignment_ops", "alignment-ops", *merging), 20),
-        Stage("training step, AASIST", bench("train_step", "train-step", *step, *others), 35),
+        Stage("training step, AASIST", bench("train_step", "train-step", *step, *others), 40),
         Stage("training step, XLS-R 300M", bench("train_step", "xlsr-step", *step, *xlsr), 75),
         # Worker processes have a core each: NumPy's threads would only get in each other's way.
         Stage(
@@ -120,7 +120,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
             # Every tensor an allocation of its own: within a larger one nothing is out of bounds.
             (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         ),
-        Stage("racecheck", (sanitizer("racecheck", "test_cuda.py"), sanitizer("racecheck", "test_triton.py")), 50),
+        Stage("racecheck", (sanitizer("racecheck", "test_cuda.py"), sanitizer("racecheck", "test_triton.py")), 45),
         Stage("every op", bench("run", "ops", *each, "--algo", "1", "2", "3", "5", "8"), 35),
     ]
 

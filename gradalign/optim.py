@@ -97,7 +97,8 @@ class AlignedOptimizer(Optimizer):
       aligns its own part of each path's gradients, and a rank that has run out of batches enters ``with opt.path():
       pass``.
     - FSDP2 (``fully_shard``), its hybrid form and tensor parallelism need nothing: gradients that are DTensors are
-      aligned where they lie, and one all-reduce per mesh dimension adds up the K x K matrices.
+      aligned where they lie, and one all-reduce per mesh dimension adds up the K x K matrices. Parameters that are no
+      DTensors must have the same gradients on all ranks.
 
     As in plain training the average is over ranks: with batches of different sizes, multiply each rank's mean loss by
     its own share of the samples times the number of ranks.

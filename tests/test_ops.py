@@ -86,11 +86,11 @@ def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
 
 def test_gram_sign_at_tiny_cosine():
     # 3e8 parameters, cosine 1e-6 and -1e-6: the sign decides whether anything is projected.
-    for grads, wanted, norms in inputs.nearly_orthogonal(2_000_000, 300_000_000):
+    for grads, wanted, _ in inputs.nearly_orthogonal(2_000_000, 300_000_000):
         num_params = len(grads) // 2
         found = float(ops.gram(grads, 2, [0] * num_params, 1)[0, 0, 1])
         assert (found > 0) == (wanted > 0)
-        assert found == pytest.approx(wanted, abs=1e-8 * norms)
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_bijection_is_a_permutation():

@@ -207,7 +207,7 @@ def _begun(out: Path, lenient: tuple[bool, ...], plan_of: Callable[[tuple[bool, 
                     f"{out / name}: expected settings no looser than now; found {', '.join(looser)} (give the same, "
                     "pack into another folder, or remove this one)"
                 )
-            return plan_of(begun)
+            return str(plan)
     others = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     if others:
         raise DataError(f"{out}: expected a new or empty folder; found {others[0]!r} in it")
