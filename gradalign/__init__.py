@@ -5,6 +5,8 @@ from gradalign._dispatch import use_backends
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import NotchDraws, RawBoost, RawBoostConfig, RawBoostDraws
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AlignedOptimizer",
     "NotchDraws",

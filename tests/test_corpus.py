@@ -280,13 +280,15 @@ def test_missing_tools_and_modules_are_named(monkeypatch):
     found = subprocess.run
 
     def run(command, **options):
-        if command[-1] == "import av":
-            return subprocess.CompletedProcess(command, 1)
+        if command[-1] in broken:
+            return subprocess.CompletedProcess(command, 1, stderr=f"Traceback\n{broken[command[-1]]}\n")
         return subprocess.CompletedProcess(command, 0) if command[1] == "-c" else found(command, **options)
 
+    broken = {"import av": "ModuleNotFoundError: No module named 'av'", "import torchaudio": "RuntimeError: other CUDA"}
     monkeypatch.setattr(sources.subprocess, "run", run)
     monkeypatch.setattr(sources.shutil, "which", lambda name: f"/usr/bin/{name}")
-    with pytest.raises(DataError, match=r"Python packages av; install them with `pip install 'gradalign\[corpus\]'`"):
+    named = r"av, torchaudio \(RuntimeError: other CUDA\); install them with `pip install 'gradalign\[corpus\]'`"
+    with pytest.raises(DataError, match=named):
         sources.check_tools()
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="`apt-get`, which is not on the PATH"):

@@ -313,8 +313,18 @@ def test_float64_model(wave):
 
 
 def test_torchaudio_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio.models", None)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
     with pytest.raises(ImportError, match="pip install torchaudio"):
+        create_frontend("tiny")
+
+
+def test_a_torchaudio_for_another_cuda_is_named(monkeypatch, tmp_path):
+    # As torchaudio 2.11 fails beside PyTorch 2.15, which PyPI has for CUDA 13.2.
+    (tmp_path / "torchaudio.py").write_text("raise RuntimeError('compiled with different CUDA versions')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"does not load with PyTorch .*\(compiled with .*pip install 'torch<2.15'"):
         create_frontend("tiny")
 
 

@@ -1,11 +1,14 @@
 """The build's explicit choices, and the package without its extension."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import gradalign
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,3 +66,7 @@ def test_import_needs_nothing_but_torch_and_numpy():
 def test_installed_layout():
     out = python("import gradalign.kernels, gradalign._C; print(gradalign.kernels.__file__)")
     assert Path(out.strip()).parent.name in ("kernels",)
+
+
+def test_version():
+    assert gradalign.__version__ == importlib.metadata.version("gradalign")

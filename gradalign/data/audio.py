@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradalign._errors import AudioError
+from gradalign._torchaudio import require_torchaudio
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -84,6 +85,7 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
                 f"{path}: expected a sample rate of {sample_rate} Hz; found {rate} Hz (--resample or `resample` "
                 "converts such files)"
             )
+        require_torchaudio()
         from torchaudio.functional import resample as convert
 
         result = convert(result, rate, sample_rate)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gradalign._torchaudio import require_torchaudio
 from gradalign.detectors._import import load_weights
 
 # Channels, taps and stride of each convolution of every published model: a frame sees 400 samples, and steps by 320.
@@ -74,12 +75,11 @@ class Architecture:
         """Build torchaudio's model of this architecture, random, on the default device.
 
         Raises:
-            ImportError: torchaudio is not installed.
+            ImportError: torchaudio is not installed, or does not load with this PyTorch.
         """
-        try:
-            from torchaudio.models import wav2vec2_model, wavlm_model
-        except ImportError as error:
-            raise ImportError("this front end needs the package torchaudio: pip install torchaudio") from error
+        require_torchaudio()
+        from torchaudio.models import wav2vec2_model, wavlm_model
+
         shared: dict[str, Any] = {
             "extractor_mode": self.extractor_norm,
             "extractor_conv_layer_config": list(self.conv_layers),
@@ -182,7 +182,7 @@ class Frontend(nn.Module):
 
     Raises:
         ValueError: ``tune`` is none of these.
-        ImportError: torchaudio is not installed.
+        ImportError: torchaudio is not installed, or does not load with this PyTorch.
     """
 
     def __init__(self, architecture: Architecture, tune: str | int = "all", checkpointing: bool = False) -> None:
@@ -307,7 +307,7 @@ def create_frontend(
     Raises:
         ValueError: an unknown name, or ``tune`` out of range.
         CheckpointError: the file is missing, unreadable or does not fit; the message names it and the keys.
-        ImportError: torchaudio, or for a ``.safetensors`` file safetensors, is not installed.
+        ImportError: torchaudio is not installed or does not load, or safetensors is not, for a file of its kind.
 
     >>> frontend = create_frontend("tiny", tune="none")
     >>> frontend(torch.zeros(2, 16000)).shape, frontend.width

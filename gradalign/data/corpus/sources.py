@@ -45,9 +45,10 @@ def check_tools() -> None:
     missing = []
     for module in ("av", "espeakng_loader", "onnxruntime", "py_nanotts", "pyworld", "scipy", "torchaudio"):
         # Imported for real: a package whose library does not load is as good as absent.
-        result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+        result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
         if result.returncode != 0:
-            missing.append(module)
+            reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            missing.append(module if reason.startswith("ModuleNotFoundError") else f"{module} ({reason})")
     if missing:
         raise DataError(
             f"building the corpus needs the Python packages {', '.join(missing)}; install them with "
