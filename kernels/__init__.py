@@ -52,15 +52,17 @@ def why_unsupported(tensors: Iterable[Tensor | None]) -> str:
     return ""
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+def launch(
+    kernel: Any, programs: int, device: torch.device, *args: Any, enable_fp_fusion: bool = True, **meta: Any
+) -> None:
     """Launch ``programs`` programs of ``kernel`` on ``device``'s current stream: the one door for every kernel.
 
-    The grid has one axis, because the others end at 65535.
+    The grid has one axis, because the others end at 65535. Fusing products into sums is Triton's own default up to 3.9.
     """
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **meta)
+        kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **meta)
 
 
 if _missing:

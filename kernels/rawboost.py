@@ -1035,22 +1035,23 @@ def rawboost_finish_kernel(
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     length = _length(lengths, b, num_samples)
     own = n < length
-    value = tl.load(source + b * source_stride + n, mask=own, other=0.0).to(WIDE)
+    mean = tl.full([], 0.0, WIDE)
     divisor = tl.full([], 1.0, WIDE)
     if sums is not None:
         mean, peak = _level(sums, largest, smallest, b, length, num_tiles, WIDE, TILE_BLOCK)
         divisor = tl.where(peak > 1, peak, 1.0)
-        value -= mean
     if peaks is not None:
         peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
         divisor = tl.where(peak > 1, peak, 1.0)
-    value /= divisor
+    scale = tl.full([], 0.0, WIDE)
     if colored is not None:
         signal = tl.sqrt(_sum_of(signal_squares + b * signal_tiles, signal_tiles, TILE_BLOCK)) / divisor.to(tl.float64)
         noise = tl.sqrt(_sum_of(noise_squares + b * noise_tiles, noise_tiles, TILE_BLOCK))
         level = _noise_level(seeds, snr_db, b, SNR_MIN, SNR_MAX)
-        scale = tl.where(noise > 0, signal / noise * level, 0.0)
-        value += tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale.to(WIDE)
+        scale = tl.where(noise > 0, signal / noise * level, 0.0).to(WIDE)
+    value = (tl.load(source + b * source_stride + n, mask=own, other=0.0).to(WIDE) - mean) / divisor
+    if colored is not None:
+        value += tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale
     value = tl.where(own, value, 0.0)
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 

@@ -98,7 +98,7 @@ def _compile(kernel, args, meta, arch):
     """One launch's kernel, with the text of every stage in `asm`."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    options = {**meta, "debug": False}
+    options = {"debug": False, "enable_fp_fusion": True, **meta}
     bound, specialization, more = create_function_from_signature(kernel.signature, kernel.params, backend)(
         *args, **options
     )
