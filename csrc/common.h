@@ -1,6 +1,9 @@
 // What every kernel file includes: PyTorch's stable ABI, checks and dtype dispatch.
 #pragma once
 
+#ifdef TORCH_FEATURE_VERSION
+#error "csrc/common.h must come before all of PyTorch's headers"
+#endif
 // Set by setup.py; the headers offer only what this PyTorch version and all later ones have.
 #define TORCH_TARGET_VERSION GRADALIGN_TORCH_ABI
 

@@ -1,6 +1,8 @@
 // What every CUDA file includes: one door to the device (guard, stream, launch, check) and reductions over a block in a fixed order.
 #pragma once
 
+#include "../common.h"
+
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -11,7 +13,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "../common.h"
 #include "../philox.h"
 
 namespace gradalign::cuda {
