@@ -35,7 +35,7 @@ demo: $(VENV)/.ready
 	@echo "Open runs/demo/report.html"
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
