@@ -93,6 +93,8 @@ def extension() -> CppExtension:
     return make(
         "gradalign._C",
         sources,
+        # A changed header is a reason to build again, and what is here goes into a source distribution.
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         include_dirs=[str(ROOT / "csrc")],

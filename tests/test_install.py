@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_typo_in_a_choice_is_an_error():
     result = setup(GRADALIGN_CUDA="yes")
     assert result.returncode != 0
     assert "GRADALIGN_CUDA must be 0 or 1; found 'yes'" in result.stderr
+
+
+def test_a_source_distribution_can_be_built_from(tmp_path):
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADALIGN_CUDA": "0"}, capture_output=True, check=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        found = {name.partition("/")[2] for name in file.getnames()}
+    for folder in ("csrc", "gradalign", "kernels", "configs", "examples"):
+        wanted = {
+            str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.suffix not in (".pyc", ".so")
+        }
+        assert wanted
+        assert wanted <= found, wanted - found
 
 
 def python(code):
