@@ -21,6 +21,6 @@ def require_torchaudio() -> None:
         # Its own message asks for a torchaudio that matches, which there may be none of.
         found = importlib.metadata.version("torchaudio")
         raise ImportError(
-            f"torchaudio {found} does not load with PyTorch {torch.__version__} ({error}); it needs a PyTorch for the "
-            "same CUDA, such as that of `pip install 'torch<2.15'` for torchaudio 2.11"
+            f"torchaudio {found} does not load with PyTorch {torch.__version__}. It says: {str(error).rstrip('.')}. "
+            "torchaudio 2.11 wants a PyTorch for CUDA 13.0: pip install 'torch<2.15'"
         ) from error
