@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tolerances import DRAWN, max_norm_error
 from torch import Tensor
 from torch.autograd import DeviceType
 
@@ -33,10 +34,6 @@ from gradalign._files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# The tests' tolerance table is the only one.
-sys.path.append(str(ROOT / "tests"))
-from tolerances import DRAWN, max_norm_error  # noqa: E402
-
 TOLERANCE = DRAWN[torch.float32]
 # Peers add up millions of float32 products in float32: they may be less exact, but must compute the same thing.
 PEER_TOLERANCE = 1e-2

@@ -1,17 +1,11 @@
 """The same workloads under pytest-benchmark: pytest benchmarks --benchmark-enable."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import shapes
 import torch
 
 import gradalign as ga
 from gradalign import _dispatch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import shapes
 
 CPU = torch.device("cpu")
 

@@ -8,28 +8,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import inputs
-import numpy as np
-import pytest
-import soundfile
-import torch
-
-import gradalign as ga
-from gradalign import _dispatch, ops
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import alignment_ops
 import alignment_study
 import batched
 import gpu_check
+import inputs
 import loading
 import measure
+import numpy as np
 import peers
+import pytest
 import report
 import run
 import shapes
+import soundfile
+import torch
 import train_step
+
+import gradalign as ga
+from gradalign import _dispatch, ops
 
 CPU = torch.device("cpu")
 TINY = ("--ops", "isd", "--samples", "300", "--rounds", "3")

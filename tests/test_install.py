@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -81,6 +82,18 @@ def test_import_needs_nothing_but_torch_and_numpy():
 def test_installed_layout():
     out = python("import gradalign.kernels, gradalign._C; print(gradalign.kernels.__file__)")
     assert Path(out.strip()).parent.name in ("kernels",)
+
+
+def test_the_benchmarks_need_nothing_that_is_not_installed(tmp_path):
+    # As they lie within the package; of the rest of a checkout nothing is there.
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "*.md"))
+    options = ["--ops", "gram", "--batch", "1", "--samples", "900", "--rounds", "1", "--seconds", "0.1"]
+    names = sorted(path.stem for path in (tmp_path / "benchmarks").glob("*.py"))
+    for command in (["-c", f"import {', '.join(names)}"], ["run.py", *options]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path / "benchmarks", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_version():

@@ -9,7 +9,6 @@ import inspect
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import inputs
 import numpy as np
@@ -22,7 +21,6 @@ from gradalign import ops, reference
 from gradalign._dispatch import ops as declared
 
 pytest.importorskip("triton", reason="Triton is not installed")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -1,4 +1,4 @@
-"""The one tolerance table: relative error in the maximum norm against the float64 reference."""
+"""The tolerance table of tests and benchmarks: relative error in the maximum norm against the float64 reference."""
 
 import torch
 
