@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
-import torch
+from gradalign import info
 
 
 def require_torchaudio() -> None:
@@ -18,9 +16,9 @@ def require_torchaudio() -> None:
     except ImportError as error:
         raise ImportError("this needs the package torchaudio: pip install torchaudio") from error
     except (OSError, RuntimeError) as error:
-        # Its own message asks for a torchaudio that matches, which there may be none of.
-        found = importlib.metadata.version("torchaudio")
+        # Its own message asks for a torchaudio that matches, which there may be none of; pyproject.toml knows a pair.
+        found = info.versions()
         raise ImportError(
-            f"torchaudio {found} does not load with PyTorch {torch.__version__}. It says: {str(error).rstrip('.')}. "
-            "torchaudio 2.11 wants a PyTorch for CUDA 13.0: pip install 'torch<2.15'"
+            f"torchaudio {found['torchaudio']} does not load with PyTorch {found['torch']}. It says: "
+            f"{str(error).rstrip('.')}. `pip install 'gradalign[train]'` takes two that go together"
         ) from error

@@ -16,7 +16,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-
 import filter_forms
 import triton
 from triton.backends.compiler import GPUTarget

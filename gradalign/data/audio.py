@@ -70,6 +70,7 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
     Raises:
         AudioError: naming the file, when it is missing, unreadable, truncated, empty, holds NaN or Inf, or has another
             sample rate.
+        ImportError: ``resample`` needs torchaudio, which is not installed or does not load with this PyTorch.
     """
     with _opened(path) as file:
         promised, rate = _promised_frames(Path(path), file), file.samplerate
