@@ -253,10 +253,11 @@ def test_gram_of_many_chunks_tensors_segments_dtypes_and_layouts():
 
 @pytest.mark.parametrize("num_paths", [1, 2, 3, 8])
 def test_align_of_many_chunks_tensors_dtypes_and_layouts(num_paths):
-    # Parameters of many items and of one, more of them than a launch takes, and layouts that differ between the paths.
+    # Parameters of many items and of one, of eight paths more of them than a launch takes, and layouts that differ
+    # between the paths.
     generator = torch.Generator().manual_seed(0)
-    shapes = [(300 * 4096 + 5,), (3, 7), (32768,), (40, 30), (0,), *[(17,)] * 100]
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *[torch.float32] * 101]
+    shapes = [(300 * 4096 + 5,), (3, 7), (32768,), (40, 30), (0,), *[(17,)] * 400]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *[torch.float32] * 401]
     paths = []
     for path in range(num_paths):
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
@@ -277,7 +278,7 @@ def test_align_of_many_chunks_tensors_dtypes_and_layouts(num_paths):
             with ga.use_backends("cuda"):
                 return [*ops.align_(merged, paths[count:], *options), *merged]
 
-        # The same bits, whichever block draws which item.
+        # The same bits, in whichever order threads and blocks come.
         gram, targets, *merged = _same_bits(run)
         before = inputs.widen(first_path())
         expected, moved = reference.align_(before, inputs.widen(paths[count:]), *options)
@@ -287,8 +288,7 @@ def test_align_of_many_chunks_tensors_dtypes_and_layouts(num_paths):
             assert max_norm_error(f, e) <= RELATIVE[torch.float32 if f.dtype == torch.float64 else f.dtype]
 
 
-# Of many parameters of a few items, each has a block that comes last and must see what the others have written; of a
-# single one, the next blocks must wait for its weights.
+# Of many parameters of a few items, each has a block that comes last, and all must see what it has written.
 @pytest.mark.parametrize("sizes", [[20 * 4096 + 5, *[20_011] * 8, *[17] * 20], [5000]], ids=["many", "one"])
 @pytest.mark.parametrize("num_paths", [2, 3])
 def test_align_whichever_block_comes_when(num_paths, sizes):
@@ -302,6 +302,30 @@ def test_align_whichever_block_comes_when(num_paths, sizes):
         return [gram, *merged]
 
     _same_bits(run, ["ascending", *range(1, 20)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_align_of_parameters_that_just_stay_on_the_chip_and_that_do_not(dtype):
+    # Items per block that stay until they are merged: csrc/cuda/align.cu, with the host's shared memory and an H100's.
+    blocks, held = (3, 10) if ON_HOST else (torch.cuda.get_device_properties(0).multi_processor_count, 19)
+    item = 480 * 16 // dtype.itemsize
+    around = ((held - 1, 7), (held, 0), (held, 1), (held + 1, 0), (2 * held + 1, 777))
+    sizes = [size for items, more in around for size in (items * blocks * item + more, 5, item, 0)]
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(n, generator=generator).to(dtype).to(DEVICE) for n in sizes] for _ in range(2))
+    expected = inputs.widen([g.clone() for g in first])
+    gram, _ = reference.align_(expected, inputs.widen(second), "pcgrad", None, None, 0.5, False, 0.5)
+
+    def run():
+        merged = [g.clone() for g in first]
+        with ga.use_backends("cuda"):
+            found, _ = ops.align_(merged, second, "pcgrad", None, None, 0.5, False, 0.5)
+        return [found, *merged]
+
+    found, *merged = _same_bits(run)
+    assert max_norm_error(found, gram) <= RELATIVE[torch.float32]
+    for f, e in zip(merged, expected, strict=True):
+        assert max_norm_error(f, e) <= RELATIVE[dtype]
 
 
 def test_align_of_a_nonfinite_parameter_leaves_the_others_alone():

@@ -32,7 +32,7 @@ def _run(kernel, right, order, blocks=4, num_bytes=0, size=4 * THREADS):
     return data, error.decode()
 
 
-@pytest.mark.parametrize("kernel", ["barrier", "barrier_after_reading", "warp_barrier", "blocks"])
+@pytest.mark.parametrize("kernel", ["barrier", "barrier_after_reading", "warp_barrier", "copies", "blocks"])
 def test_what_is_not_ordered_gives_other_bits_in_another_order(kernel):
     for right in (True, False):
         results, errors = zip(*(_run(kernel, right, order) for order in ORDERS), strict=True)
@@ -43,6 +43,7 @@ def test_what_is_not_ordered_gives_other_bits_in_another_order(kernel):
 
 NAMED = {
     "wait_for_block": r"block 0: waits for what no running block does: threads 0-95 in __nanosleep \(mistakes.cu:\d+\)",
+    "together": r"block 0: waits for what no running block does: threads 0-95 in __nanosleep \(mistakes.cu:\d+\)",
     "some_threads": r"never meet: threads 0-31 in __syncthreads \(mistakes.cu:\d+\); threads 32-95 ended",
     "two_barriers": r"never meet: threads 0-31 in __syncthreads \(mistakes.cu:\d+\); threads 32-95 in __syncthreads \(",
     "some_lanes": r"never meet: threads 0-6 in __shfl_down_sync \(mistakes.cu:\d+\); thread 7 ended; threads 8-38 in",
@@ -56,9 +57,9 @@ NAMED = {
 @pytest.mark.parametrize("kernel", NAMED)
 def test_mistakes_are_errors(kernel):
     # Kernels that wait for another block are wrong only where that one does not run beside them.
-    orders = ("ascending",) if kernel == "wait_for_block" else ORDERS
+    orders = ("ascending",) if kernel in ("wait_for_block", "together") else ORDERS
     for order in orders:
-        blocks = 5 if kernel == "beyond_tensor" else 4
+        blocks = {"beyond_tensor": 5, "together": 3}.get(kernel, 4)
         assert _run(kernel, True, order, blocks)[1] == ""
         error = _run(kernel, False, order, blocks)[1]
         assert error.startswith(f"mistakes::{kernel}_kernel<false>, block "), order
@@ -71,6 +72,10 @@ def test_what_is_not_written_is_nan():
     assert bool((_run("unwritten", True, "ascending")[0] == 1).all())
     assert bool(_run("unwritten", False, "ascending")[0].isnan().all())
     assert bool(torch.empty(3, 5).isnan().all())
+
+
+def test_no_more_blocks_together_than_multiprocessors():
+    assert "together_kernel<true> cannot be launched with 4 blocks" in _run("together", True, "ascending", blocks=4)[1]
 
 
 def test_more_shared_memory_only_on_demand():

@@ -24,9 +24,9 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 // and captured in a graph.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -38,11 +38,34 @@ class OnDevice {
   // With so many bytes of dynamic shared memory per block.
   template <typename... Parameters, typename... Arguments>
   void launch_with_memory(int bytes, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
+    launch_as({}, bytes, kernel, blocks, threads, std::forward<Arguments>(arguments)...);
+  }
+
+  // All blocks run at once, or none does: they may wait for each other. A launch of more than the device can run at once is an error.
+  template <typename... Parameters, typename... Arguments>
+  void launch_together(int bytes, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.attrs = &together;
+    config.numAttrs = 1;
+    launch_as(config, bytes, kernel, blocks, threads, std::forward<Arguments>(arguments)...);
+  }
+
+  int attribute(cudaDeviceAttr of) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, of, index_));
+    return value;
+  }
+
+ private:
+  template <typename... Parameters, typename... Arguments>
+  void launch_as(cudaLaunchConfig_t config, int bytes, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT_MAX, "a launch takes at most ", INT_MAX, " blocks; found ", blocks);
     // A block gets more than 48 KiB only on demand.
     if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(bytes);
@@ -51,7 +74,7 @@ class OnDevice {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
- private:
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -52,12 +52,24 @@ extern dim3 blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = struct CUstream_st*;
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 namespace cuda_on_host {
@@ -93,6 +105,8 @@ template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   return cuda_on_host::allow_dynamic_memory(reinterpret_cast<const void*>(kernel), value);
 }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -156,6 +170,7 @@ inline void __nanosleep(unsigned, const char* file = __builtin_FILE(), int line 
 
 // Fibers take turns only where they wait: nothing comes between, and everyone sees all that was written.
 inline void __threadfence() {}
+inline void __threadfence_block() {}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }

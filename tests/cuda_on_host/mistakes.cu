@@ -3,6 +3,7 @@
 #include <map>
 #include <string>
 
+#include "cuda_pipeline.h"
 #include "cuda_runtime.h"
 
 namespace mistakes {
@@ -41,6 +42,20 @@ __global__ void warp_barrier_kernel(float* data, int) {
   data[blockIdx.x * kThreads + threadIdx.x] = shared[threadIdx.x ^ 1];
 }
 
+// The second of two copies is still on its way when all but one group have come.
+template <bool kRight>
+__global__ void copies_kernel(float* data, int) {
+  __shared__ float shared[2][kThreads];
+  float* const own = data + blockIdx.x * kThreads + threadIdx.x;
+  *own = 1;
+  for (auto& copy : shared) {
+    __pipeline_memcpy_async(copy + threadIdx.x, own, sizeof(float));
+    __pipeline_commit();
+  }
+  __pipeline_wait_prior(kRight ? 0 : 1);
+  *own = shared[0][threadIdx.x] + shared[1][threadIdx.x];
+}
+
 // Blocks have no order, and no block sees what another one is about to write.
 template <bool kRight>
 __global__ void blocks_kernel(float* data, int) {
@@ -54,6 +69,14 @@ __global__ void wait_for_block_kernel(float* data, int) {
   if (blockIdx.x == gridDim.x - 1) data[0] = 1;
   if (!kRight && blockIdx.x == 0)
     while (*static_cast<volatile float*>(data) != 1) __nanosleep(100);
+}
+
+// Blocks that wait for each other, launched together where they are right: see below.
+template <bool kRight>
+__global__ void together_kernel(float* data, int) {
+  data[blockIdx.x] = 1;
+  for (unsigned block = 0; block < gridDim.x; ++block)
+    while (static_cast<volatile float*>(data)[block] != 1) __nanosleep(100);
 }
 
 template <bool kRight>
@@ -116,11 +139,14 @@ extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks
       KERNEL(barrier),        KERNEL(barrier_after_reading), KERNEL(warp_barrier),    KERNEL(blocks),
       KERNEL(wait_for_block), KERNEL(some_threads),          KERNEL(two_barriers),    KERNEL(some_lanes),
       KERNEL(outside_of_mask), KERNEL(beyond_tensor),        KERNEL(beyond_array),    KERNEL(beyond_dynamic_memory),
-      KERNEL(unwritten),
+      KERNEL(unwritten),      KERNEL(copies),                KERNEL(together),
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(mistakes::kThreads);
   config.dynamicSmemBytes = bytes != 0 ? size_t(bytes) : mistakes::kThreads * sizeof(float);
+  cudaLaunchAttribute together{cudaLaunchAttributeCooperative, {1}};
+  config.attrs = &together;
+  config.numAttrs = right && std::string(name) == "together";
   return cudaLaunchKernelEx(&config, kernels.at(name)[right], data, size) == cudaSuccess ? "" : cuda_on_host::last_error().c_str();
 }

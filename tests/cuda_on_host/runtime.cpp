@@ -4,13 +4,16 @@
 // wrong order in one order of the threads or its reverse.
 //
 // Schedules: 0 runs blocks and their threads in ascending order, one block after the other; -1 in descending order; any other number is the seed of a
-// random order, drawn anew at each barrier, with some blocks side by side that take turns between two threads of a block.
+// random order, drawn anew at each barrier, with some blocks side by side that take turns between two threads of a block. Blocks of a cooperative
+// launch are all side by side in every schedule. A copy that runs beside its thread is made at once in schedule 0, in -1 not before it is waited
+// for, and at random either way in the others.
 //
 // Errors end the launch: threads that wait for what never happens, an index beyond an array's bounds, an address that belongs to nobody.
 
 // Its longjmp takes a jump to another stack for a mistake.
 #undef _FORTIFY_SOURCE
 
+#include "cuda_pipeline.h"
 #include "cuda_runtime.h"
 
 #include <cxxabi.h>
@@ -40,6 +43,8 @@ namespace {
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
 // Blocks side by side in a random order.
 constexpr size_t kResident = 3;
+// Few, so that each has much to do.
+constexpr int kMultiprocessors = 3;
 // Dynamic shared memory that a block has without asking, and at most: the least of the architectures in setup.py, 8.6.
 constexpr size_t kDynamicBytes = 48 * 1024, kMaxDynamicBytes = 99 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
@@ -81,6 +86,13 @@ void pause(Fiber& fiber) {
 
 enum class Status { kReady, kAtBarrier, kAtWarp, kAsleep, kEnded };
 
+// A copy into shared memory that is not made yet, and how many groups had ended before it was ordered.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
+
 struct Thread {
   uint3 index;
   Status status = Status::kEnded;
@@ -89,6 +101,8 @@ struct Thread {
   // What it exchanges with its warp.
   unsigned mask, from;
   char given[8], taken[8];
+  std::vector<Copy> copies;
+  size_t groups;
 };
 
 // Fibers that have ended their work and wait for more.
@@ -233,6 +247,8 @@ void start(Block& block, uint64_t number) {
     Thread& thread = block.threads[t];
     thread.index = {unsigned(t % blockDim.x), unsigned(t / blockDim.x % blockDim.y), unsigned(t / blockDim.x / blockDim.y)};
     thread.place = {"nothing", "", 0};
+    thread.copies.clear();
+    thread.groups = 0;
     thread.fiber = block.fibers[t].get();
     if (!thread.fiber->started) {
       ucontext_t& context = thread.fiber->start;
@@ -292,14 +308,14 @@ Turn run(Block& block) {
   }
 }
 
-void run_grid(size_t num_threads, size_t dynamic_bytes) {
+void run_grid(size_t num_threads, size_t dynamic_bytes, bool together) {
   const uint64_t num_blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
   const Statics statics = find_statics();
   std::vector<size_t> numbers(num_blocks);
   arrange(numbers);
 
   std::vector<std::unique_ptr<Block>> running, idle;
-  for (size_t i = 0; i < std::min<uint64_t>(schedule > 0 ? kResident : 1, num_blocks); ++i)
+  for (size_t i = 0; i < (together ? num_blocks : std::min<uint64_t>(schedule > 0 ? kResident : 1, num_blocks)); ++i)
     idle.push_back(std::make_unique<Block>(num_threads, dynamic_bytes, statics.size));
   // The block whose __shared__ variables are in their place.
   Block* present = nullptr;
@@ -423,6 +439,23 @@ void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, Place place) 
   memcpy(bytes, self.taken, sizeof bytes);
 }
 
+void copy_later(void* to, const void* from, size_t bytes) {
+  if (schedule == 0 || (schedule > 0 && launch_->random() % 2 == 0))
+    memcpy(to, from, bytes);
+  else
+    thread_->copies.push_back({to, from, bytes, thread_->groups});
+}
+
+void end_group() { ++thread_->groups; }
+
+void wait_for_groups(size_t all_but) {
+  std::vector<Copy>& copies = thread_->copies;
+  const auto due = [&](const Copy& copy) { return copy.group + all_but < thread_->groups; };
+  for (const Copy& copy : copies)
+    if (due(copy)) memcpy(copy.to, copy.from, copy.bytes);
+  copies.erase(std::remove_if(copies.begin(), copies.end(), due), copies.end());
+}
+
 // ------------------------------------------------------------------------------------------------------------------------------------- launch
 
 const std::string& last_error() { return error_text; }
@@ -444,7 +477,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   const size_t allowed = found == allowed_bytes.end() ? kDynamicBytes : std::max(found->second, kDynamicBytes);
   const uint64_t num_threads = uint64_t(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
   const uint64_t num_blocks = uint64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z;
-  if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0 || config.dynamicSmemBytes > allowed) {
+  const bool together = config.numAttrs > 0 && config.attrs[0].val.cooperative != 0;
+  if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0 || config.dynamicSmemBytes > allowed ||
+      (together && num_blocks > kMultiprocessors)) {
     error_text = name + " cannot be launched with " + std::to_string(num_blocks) + " blocks of " + std::to_string(num_threads) + " threads and " +
                  std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, of which " + std::to_string(allowed) + " are allowed";
     return cudaErrorInvalidValue;
@@ -458,7 +493,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   cudaError_t result = cudaSuccess;
   failure.clear();
   try {
-    run_grid(num_threads, config.dynamicSmemBytes);
+    run_grid(num_threads, config.dynamicSmemBytes, together);
   } catch (const std::runtime_error& error) {
     error_text = name + ", block " + std::to_string(launch.block) + ": " + error.what();
     result = cudaErrorLaunchFailure;
@@ -470,6 +505,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 }
 
 }  // namespace cuda_on_host
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_host::kMultiprocessors : int(cuda_on_host::kMaxDynamicBytes);
+  return cudaSuccess;
+}
 
 // ----------------------------------------------------------------------------------------------------------------------- what others call
 
