@@ -175,14 +175,16 @@ GRADALIGN_HD double inner_product(const T* a, const T* b, int64_t count) {
   return total;
 }
 
+// The largest magnitude, and NaN where there is one.
 template <typename T>
 GRADALIGN_HD T peak(const T* v, int64_t count) {
+  const auto larger = [](T a, T b) { return b > a || b != b ? b : a; };
   T partial[kSums] = {}, largest = 0;
   int64_t t = 0;
   for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) partial[i] = std::abs(v[t + i]) > partial[i] ? std::abs(v[t + i]) : partial[i];
-  for (; t < count; ++t) largest = std::max(largest, std::abs(v[t]));
-  for (int i = 0; i < kSums; ++i) largest = std::max(largest, partial[i]);
+    for (int i = 0; i < kSums; ++i) partial[i] = larger(partial[i], std::abs(v[t + i]));
+  for (; t < count; ++t) largest = larger(largest, std::abs(v[t]));
+  for (int i = 0; i < kSums; ++i) largest = larger(largest, partial[i]);
   return largest;
 }
 

@@ -29,9 +29,11 @@ struct WeighOptions {
 };
 
 // The same numbers as in alignment.py.
-constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kNothing = 1e-7, kVanishing = 1e-12, kNashRidge = 1e-10, kEndless = 1e-24,
+constexpr double kTiny = 1e-300, kCancelled = 1e-6, kMaxTarget = 1.0 - 1e-6, kNothing = 1e-7, kVanishing = 1e-12, kNashRidge = 1e-6, kEndless = 1e-24,
                  kRounding = 2.220446049250313e-16;
-constexpr int kNashRounds = 16, kNashSearch = 4, kJacobiSweeps = 12, kRoundsPerPath = 3;
+constexpr int kNashRounds = 16, kNashSearch = 4, kRoundsPerPath = 3;
+// Of one pair after the other, where alignment.py turns disjoint pairs at once.
+constexpr int kJacobiSweeps = 12;
 
 GRADALIGN_HD double larger(double a, double b) { return a > b ? a : b; }
 GRADALIGN_HD double smaller(double a, double b) { return a < b ? a : b; }
@@ -462,6 +464,8 @@ GRADALIGN_HD void weigh_imtlg(int n, const Numbers& gram, const Numbers& weights
     double sum = 0;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) sum += vectors[i * n + e];
+    // Where the directions cancel, their sum has none of what is left.
+    if (fabs(sum) <= kVanishing) continue;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) weights[i] += vectors[i * n + e] * sum / matrix[e * n + e];
   }
@@ -504,7 +508,10 @@ GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weigh
   }
   GRADALIGN_LOOP
   for (int round = 0; round < kNashRounds; ++round) {
-    const double length = sqrt(n / quadratic(n, matrix, y, 0, product));
+    double size_of_y = 0;
+    GRADALIGN_LOOP
+    for (int i = 0; i < n; ++i) size_of_y += y[i] * y[i];
+    const double length = sqrt(n / larger(quadratic(n, matrix, y, 0, product), kNashRidge * size_of_y));
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) y[i] *= length;
     double square = 0, size = 0, room = INFINITY;

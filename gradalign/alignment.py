@@ -32,8 +32,8 @@ _TINY = 1e-300
 _CANCELLED = 1e-6
 # Of the largest eigenvalue or weight: what is smaller is zero to rounding.
 _VANISHING = 1e-12
-# Added to the cosines' diagonal by Nash-MTL.
-_NASH_RIDGE = 1e-10
+# Added to the cosines' diagonal by Nash-MTL: above what sums of float32 products leave below zero in a singular matrix.
+_NASH_RIDGE = 1e-6
 # After so many rounds, with so many steps of their line search, Nash-MTL's decrement is below 1e-7, and where gradients
 # cancel below 1e-4, the rounding of their sum; after so many sweeps nothing is left beside the diagonal: on thousands
 # of random and degenerate matrices, K <= 8.
@@ -172,14 +172,14 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
         float64 [..., K].
 
     Raises:
-        ValueError: for a negative c.
+        ValueError: for a c that is negative or above 1e100.
 
     >>> cagrad(torch.eye(2, dtype=torch.float64))
     tensor([0.6000, 0.6000], dtype=torch.float64)
     """
     _expect_number("c", c)
-    if not c >= 0:
-        raise ValueError(f"`c` must be at least 0; found {c}")
+    if not 0 <= c <= 1e100:
+        raise ValueError(f"`c` must be in [0, 1e100]; found {c}")
     num_paths = gram.shape[-1]
     k = c * gram.mean((-2, -1)).clamp_min(0.0).sqrt()
     eps = (_CANCELLED**2 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(_TINY)
@@ -261,7 +261,10 @@ def imtlg(gram: Tensor) -> Tensor:
     else:
         values, vectors = _eigh(cosines)
         inverse = torch.where(_nonzero(values), 1 / values, 0.0)
-        y = (vectors * (inverse * vectors.sum(-2))[..., None, :]).sum(-1)
+        # Where the directions cancel, their sum has none of what is left.
+        sums = vectors.sum(-2)
+        sums = torch.where(sums.abs() > _VANISHING, sums, 0.0)
+        y = (vectors * (inverse * sums)[..., None, :]).sum(-1)
     return _scale_to_sum_one(torch.where(present, y / norms, 0.0))
 
 
@@ -295,8 +298,8 @@ def alignedmtl(gram: Tensor) -> Tensor:
 def nashmtl(gram: Tensor) -> Tensor:
     """Nash-MTL (Navon et al., ICML 2022, claim 3.1): the Nash bargaining solution, the a > 0 with (G a)_i = 1 / a_i.
 
-    It is the minimum of the convex a^T G a / 2 - sum(log a), found by Newton's method on the cosines, to which 1e-10
-    is added on the diagonal (where opposed gradients cancel, nothing else bounds a). G fixes the length of sum_k a_k
+    It is the minimum of the convex a^T G a / 2 - sum(log a), found by Newton's method on the cosines, to which 1e-6 is
+    added on the diagonal (where opposed gradients cancel, nothing else bounds a). G fixes the length of sum_k a_k
     g_k to sqrt(K) whatever the gradients' size, and the published code clips it to 1; here a is scaled to sum 1, so
     that the merge is an average. A path whose gradient is zero is left out (weight 0).
 
@@ -317,7 +320,8 @@ def nashmtl(gram: Tensor) -> Tensor:
     for _ in range(0 if gram.shape[-1] == 2 else NASH_ROUNDS):
         product = (matrix @ y[..., None])[..., 0]
         # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
-        length = (gram.shape[-1] / (y * product).sum(-1, keepdim=True)).sqrt()
+        square = (y * product).sum(-1, keepdim=True)
+        length = (gram.shape[-1] / torch.maximum(square, _NASH_RIDGE * y.square().sum(-1, keepdim=True))).sqrt()
         y, product = y * length, product * length
         inner = matrix * y[..., :, None] * y[..., None, :]
         residual = 1 - y * product

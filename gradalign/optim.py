@@ -59,6 +59,14 @@ class Stats:
         """Share of the aligned steps with a conflict; 0 before the first."""
         return self.conflicts / self.steps if self.steps else 0.0
 
+    def __str__(self) -> str:
+        """One line: of the cosines, the mean over all pairs of paths in the last step. ``repr`` shows everything."""
+        shown = f"steps={self.steps}, skipped={self.skipped}, conflict_rate={self.conflict_rate:.3g}"
+        if self.cosine is not None:
+            first, second = torch.triu_indices(len(self.cosine), len(self.cosine), 1)
+            shown += f", last_mean_cosine={float(self.cosine[first, second].mean()):.3g}"
+        return f"Stats({shown})"
+
 
 class AlignedOptimizer(Optimizer):
     """Wrap an optimizer so that each step takes the aligned gradient of K >= 2 paths.
@@ -201,6 +209,12 @@ class AlignedOptimizer(Optimizer):
             raise ValueError(f"`on_nonfinite` must be 'skip' or 'raise'; found {on_nonfinite!r}")
         resolved = alignment.resolve(method)
         alignment.check_options(method, method_options, resolved.options)
+        seed = method_options.pop("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seed` must be an integer of 64 bits; found {seed!r}")
+        for name, value in (("scope", scope), ("exclude", exclude)):
+            if not isinstance(value, Iterable):
+                raise TypeError(f"`{name}` must hold parameters; found {value!r}")
         self.__setstate__(
             {
                 "optimizer": optimizer,
@@ -208,7 +222,7 @@ class AlignedOptimizer(Optimizer):
                 "scope": scope if isinstance(scope, str) else "groups",
                 "on_nonfinite": on_nonfinite,
                 "process_group": process_group,
-                "_seed": method_options.pop("seed", 0),
+                "_seed": seed,
                 "_options": method_options,
                 "_groups": {} if isinstance(scope, str) else _named_groups(scope),
                 "_exclude": list(exclude),
@@ -289,6 +303,13 @@ class AlignedOptimizer(Optimizer):
                 f"parameters can be added before the first path or after step(); found {len(self._paths)} paths"
             )
         self.optimizer.add_param_group(param_group)
+        if self._books:
+            segments, num_segments = self._segments()
+            missing = len(segments) - len(self._books["parameter_conflicts"])
+            like = self._books["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
+            self._allocate(like, num_segments)
+            if self._gram is not None:
+                self._gram = torch.cat([self._gram, self._gram.new_zeros(missing, *self._gram.shape[1:])])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any)."""
@@ -319,8 +340,11 @@ class AlignedOptimizer(Optimizer):
                 ``.grad``, or if nothing in the block called ``backward`` (with ``process_group``: on no rank, and then
                 in `step`).
             ValueError: for an ``index`` that leaves out a path.
+            TypeError: for an ``index`` that is no integer.
         """
         self._begin("path()")
+        if index is not None and not isinstance(index, int):
+            raise TypeError(f"`index` must be an integer, or None for a new path; found {index!r}")
         if self._joint:
             raise RuntimeError(
                 "a step takes either backward(losses) or path() blocks; found a path() after backward(losses)"
@@ -604,6 +628,11 @@ class AlignedOptimizer(Optimizer):
             weights, rho = alignment.weigh(
                 self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
             )
+            # A method of the user's may find no weights for finite gradients.
+            healthy = weights.isfinite().all()
+            if self.on_nonfinite == "raise" and not healthy.item():
+                raise FloatingPointError(f"weights must be finite; found {weights.tolist()} from {self._label}")
+            finite &= healthy
 
             for present, members in subsets.items():
                 own = weights if present == complete else self._weigh.partial_weights(weights, present)
@@ -785,15 +814,23 @@ class AlignedOptimizer(Optimizer):
         Raises:
             ValueError: if it was saved by a plain optimizer, with another method or scope, for other parameters, or
                 has missing or unknown entries.
+            RuntimeError: inside a path.
         """
-        groups = [dict(group) for group in state_dict["param_groups"]]
+        if self._inside:
+            raise RuntimeError(f"load_state_dict() comes between steps; found an open path {len(self._paths)}")
+        groups = [dict(group) for group in state_dict.get("param_groups", ())]
         saved = groups[0].get("alignment") if groups else None
         if not saved or not isinstance(saved, str):
             raise ValueError(
                 "the state's first parameter group must hold an 'alignment' entry; found none (plain states load into "
                 "`opt.optimizer`)"
             )
-        own = json.loads(saved)
+        try:
+            own = json.loads(saved)
+        except json.JSONDecodeError:
+            own = None
+        if not isinstance(own, dict):
+            raise ValueError(f"the state's 'alignment' must be what state_dict() wrote; found {saved[:100]!r}")
         for name, expected in (("method", self._label), ("scope", self._scope_label)):
             if name in own and own[name] != expected:
                 raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")

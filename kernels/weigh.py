@@ -405,13 +405,13 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
     mine = own < NUM_PATHS
     diagonal = (own[:, None] == own[None, :]).to(tl.float64)
     # A choice of two constants would be float32.
-    ridge = tl.where(mine, (norms == 0).to(tl.float64) + 1e-10, 0.0)
+    ridge = tl.where(mine, (norms == 0).to(tl.float64) + 1e-6, 0.0)
     matrix = cosines + diagonal * ridge[:, None]
     y = tl.where(mine, norms * 0.0 + 1.0, 0.0)
     for _ in range(ROUNDS):
         product = _times(matrix, y)
         # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
-        length = tl.sqrt(NUM_PATHS / tl.sum(y * product, 0))
+        length = tl.sqrt(NUM_PATHS / tl.maximum(tl.sum(y * product, 0), 1e-6 * tl.sum(y * y, 0)))
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
         residual = tl.where(mine, 1 - y * product * length, 0.0)
@@ -538,7 +538,9 @@ def weigh_many_kernel(
         values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, P)
         kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
         inverse = tl.where(kept, 1 / tl.where(kept, values, 1.0), 0.0)
-        y = _times(vectors, inverse * tl.sum(vectors, 0))
+        # Where the directions cancel, their sum has none of what is left.
+        sums = tl.sum(vectors, 0)
+        y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12, sums, 0.0))
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
     elif METHOD == "alignedmtl":
         values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, P)

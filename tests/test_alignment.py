@@ -436,13 +436,40 @@ def test_alignedmtl_merges_orthogonal_gradients_of_equal_length(num_paths):
 
 @pytest.mark.parametrize("num_paths", range(2, 9))
 def test_nashmtl_is_the_bargaining_solution(num_paths):
-    """(G a)_i a_i is the same for all paths: each gains the same relative utility."""
+    """(G a)_i a_i is the same for all paths, with 1e-6 of each square added: each gains the same relative utility."""
     gram = random_grams(140, num_paths, np.random.default_rng(num_paths))
     gram = gram[[t for t in range(140) if t % 7 not in (2, 6)]]
     weights = alignment.nashmtl(gram)
+    gram = gram + 1e-6 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
     gains = weights * (gram @ weights[..., None])[..., 0]
     assert (weights > 0).all()
     torch.testing.assert_close(gains / gains.mean(-1, keepdim=True), torch.ones_like(gains), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("num_paths", range(3, 9))
+def test_nashmtl_of_a_gram_matrix_that_rounding_made_indefinite(num_paths, backend):
+    # Gradients of two numbers, whose products are rounded to float32: the smallest eigenvalue is below zero.
+    rows = torch.randn(500, num_paths, 2, generator=torch.Generator().manual_seed(num_paths))
+    gram = (rows @ rows.mT).double()
+    gram = (gram + gram.mT) / 2
+    assert (torch.linalg.eigvalsh(gram)[:, 0] < -1e-10).any()
+    with ga.use_backends(backend):
+        weights = alignment.weigh(gram, alignment.METHODS["nashmtl"])[0]
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(500, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("num_paths", range(3, 9))
+def test_imtlg_of_directions_that_cancel_is_the_mean(num_paths, backend):
+    generator = torch.Generator().manual_seed(num_paths)
+    lengths = torch.rand(200, num_paths, generator=generator, dtype=torch.float64) + 0.1
+    signs = torch.tensor([1.0, -1.0] * (num_paths // 2) + [0.0] * (num_paths % 2), dtype=torch.float64)
+    rows = (lengths * signs)[..., None] * torch.randn(200, 1, 3, generator=generator, dtype=torch.float64)
+    with ga.use_backends(backend):
+        weights = alignment.weigh(rows @ rows.mT, alignment.METHODS["imtlg"])[0]
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / num_paths))
 
 
 @pytest.mark.parametrize("method", ["imtlg", "nashmtl"])
@@ -711,7 +738,7 @@ def test_random_order_is_a_uniform_pure_function():
         ((torch.eye(2), "mean"), {"c": 1}, TypeError, r"\(none\); found c"),
         ((torch.eye(2), "gradvac"), {"variant": "x"}, ValueError, "'dual_path' or 'paper'; found 'x'"),
         ((torch.eye(2), "gradvac"), {"beta": 1.5}, ValueError, r"in \[0, 1\]; found 1.5"),
-        ((torch.eye(2), "cagrad"), {"c": -1.0}, ValueError, "at least 0; found -1.0"),
+        ((torch.eye(2), "cagrad"), {"c": -1.0}, ValueError, r"in \[0, 1e100\]; found -1.0"),
     ],
 )
 def test_misuse_names_expected_and_found(args, options, error, message):

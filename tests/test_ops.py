@@ -84,6 +84,14 @@ def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
     assert not bool(torch.isfinite(dirty[1]).all())
 
 
+def test_a_nan_leaves_an_utterance_without_a_peak_on_every_backend():
+    x = torch.tensor([[4.0, 2.0, float("nan"), 1.0] + [0.5] * 30])
+    for backend in ("reference", "cpp"):
+        with ga.use_backends(backend):
+            found = ga.RawBoost(2, p=0)(x, seeds=torch.tensor([1]))
+        assert torch.equal(found.nan_to_num(-1), x.nan_to_num(-1)), backend
+
+
 def test_gram_sign_at_tiny_cosine():
     # 3e8 parameters, cosine 1e-6 and -1e-6: the sign decides whether anything is projected.
     for grads, wanted, _ in inputs.nearly_orthogonal(2_000_000, 300_000_000):

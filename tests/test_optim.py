@@ -483,6 +483,7 @@ def test_stats_count_conflicts_and_report_cosines():
     opt = AlignedOptimizer(torch.optim.SGD(params, lr=0.1), scope=scope)
     assert opt.stats.conflict_rate == 0
     assert opt.stats.cosine is None
+    assert str(opt.stats) == "Stats(steps=0, skipped=0, conflict_rate=0)"
     assert opt.cosine is None
     one = torch.ones(1)
     for second in (
@@ -501,6 +502,8 @@ def test_stats_count_conflicts_and_report_cosines():
     assert stats.cosine[0, 1].item() == pytest.approx(-1 / 5)
     assert stats.parameter_cosine[:, 0, 1].tolist() == stats.group_cosine[:, 0, 1].tolist() == [0.0, -1.0]
     assert torch.equal(opt.cosine, stats.cosine)
+    assert str(stats) == "Stats(steps=3, skipped=0, conflict_rate=0.667, last_mean_cosine=-0.2)"
+    assert "parameter_cosine=tensor(" in repr(stats)
     opt.zero_grad()
     set_paths(opt, params, [[torch.ones(2), one], [-torch.ones(2), one]])
     opt.step()
@@ -747,6 +750,48 @@ def test_add_param_group_grows_the_state():
         assert opt.stats.parameter_conflicts.shape == (6,)
 
 
+@pytest.mark.parametrize("what", ["model", "scope", "exclude"])
+def test_statistics_and_checkpoints_right_after_add_param_group(what):
+    def build():
+        model = make_model()
+        front = list(model[0].parameters())
+        options = {"model": {}, "scope": {"scope": {"front": front}}, "exclude": {"exclude": front}}[what]
+        return model, AlignedOptimizer(torch.optim.SGD(model[:3].parameters(), lr=0.1), "gradvac", **options)
+
+    model, opt = build()
+    train(model, opt, 2)
+    cosine = opt.cosine
+    opt.add_param_group({"params": list(model[4].parameters())})
+    assert opt.stats.steps == 2
+    assert torch.equal(opt.stats.cosine, cosine)
+    assert opt.stats.parameter_cosine.shape == (6, 2, 2)
+    assert (opt.stats.parameter_cosine[4:] == 0).all()
+    other, fresh = build()
+    fresh.add_param_group({"params": list(other[4].parameters())})
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(opt.state_dict())
+    for trained, its in ((model, opt), (other, fresh)):
+        trained.zero_grad()
+        train(trained, its, 2)
+    assert_same(list(other.parameters()), list(model.parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_weights_that_are_not_finite_are_not_applied(on_nonfinite):
+    model = make_model()
+    before = [p.clone() for p in model.parameters()]
+    opt = AlignedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), lambda gram: gram[0] * float("nan"), on_nonfinite=on_nonfinite
+    )
+    if on_nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match=r"weights must be finite; found \[\[nan, nan\]\] from <lambda>"):
+            train(model, opt, 1)
+    else:
+        train(model, opt, 1)
+        assert (opt.stats.steps, opt.stats.skipped) == (0, 1)
+    assert_same(list(model.parameters()), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_state_dict_resumes_bit_for_bit(method, count, tmp_path):
@@ -764,7 +809,7 @@ def test_state_dict_resumes_bit_for_bit(method, count, tmp_path):
     resumed.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["opt"])
     assert_same(train(resumed, fresh, 4, "path", count), expected)
-    assert str(fresh.stats) == str(opt.stats)
+    assert repr(fresh.stats) == repr(opt.stats)
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
@@ -798,7 +843,7 @@ def test_distributed_checkpoint_resumes_bit_for_bit(method, inner, flatten, tmp_
         resumed, fresh, model_state_dict=target["model"], optim_state_dict=target["optimizer"], options=options
     )
     assert_same(train(resumed, fresh, 4), expected)
-    assert str(fresh.stats) == str(opt.stats)
+    assert repr(fresh.stats) == repr(opt.stats)
 
 
 def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
@@ -823,6 +868,9 @@ def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
         (change(rho="left out"), "must hold .* rho, .*found"),
         (change() | {"param_groups": [{**change()["param_groups"][0], "params": [0]}]}, "doesn't match the size"),
         ({**good, "param_groups": []}, "found none"),
+        ({}, "found none"),
+        ({**good, "param_groups": [{**first, "alignment": "[1]"}]}, r"what state_dict\(\) wrote; found '\[1\]'"),
+        ({**good, "param_groups": [{**first, "alignment": "no json"}]}, "what state_dict.* wrote; found 'no json'"),
     ):
         with pytest.raises(ValueError, match=message):
             opt.load_state_dict(bad)
@@ -831,6 +879,18 @@ def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
     fresh = AlignedOptimizer(torch.optim.AdamW(make_model().parameters()), method="gradvac")
     opt.load_state_dict(fresh.state_dict())
     assert opt.stats.steps == 0
+
+
+def test_load_state_dict_comes_between_steps(setup):
+    _, opt, _ = setup
+    with pytest.raises(RuntimeError, match="found an open path 0"), opt.path():
+        opt.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("index", ["0", 0.0])
+def test_a_path_is_named_by_an_integer(setup, index):
+    with pytest.raises(TypeError, match=f"`index` must be an integer, or None for a new path; found {index!r}"):
+        setup[1].path(index).__enter__()
 
 
 def test_load_state_dict_forgets_the_unfinished_step():
@@ -1173,6 +1233,11 @@ def setup():
         ({"method": "gradvac", "variant": "v2"}, ValueError, "found 'v2'"),
         ({"method": "gradvac", "rho": 1}, TypeError, "found rho"),
         ({"exclude": ["0.weight"]}, TypeError, "`exclude` must hold parameters; found str"),
+        ({"exclude": None}, TypeError, "`exclude` must hold parameters; found None"),
+        ({"scope": 5}, TypeError, "`scope` must hold parameters; found 5"),
+        ({"method": "pcgrad", "seed": 1.5}, ValueError, "`seed` must be an integer of 64 bits; found 1.5"),
+        ({"method": "pcgrad", "seed": 2**70}, ValueError, "`seed` must be an integer of 64 bits; found 1180"),
+        ({"method": "cagrad", "c": float("inf")}, ValueError, r"`c` must be in \[0, 1e100\]; found inf"),
         (
             {"exclude": [nn.Parameter(torch.ones(1))]},
             ValueError,
