@@ -182,7 +182,9 @@ def _describe(name: str, cosines: np.ndarray, layers: dict[str, float], top: int
         f"mean cosine {np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan:+.3f}"
     ]
     ranked = sorted(((share, layer) for layer, share in layers.items() if share == share), reverse=True)
-    if ranked:
+    if ranked and not ranked[0][0]:
+        lines.append("  no step in conflict in any of its layers")
+    elif ranked:
         lines.append("  most in conflict:  " + ", ".join(f"{layer} {share:.1%}" for share, layer in ranked[:top]))
         lines.append("  least in conflict: " + ", ".join(f"{layer} {share:.1%}" for share, layer in ranked[-top:]))
     return lines

@@ -92,6 +92,27 @@ def mean_and_range(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return stacked.mean(axis=0), stacked.min(axis=0), stacked.max(axis=0)
 
 
+def percent_from_zero(axes: Axes) -> None:
+    """Let a vertical axis in percent run from 0 to at least 1: with nothing but zeros it would end at 0.055."""
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+
+
+def _list_beside(axes: Axes, texts: Sequence[str], colors: Sequence[str]) -> None:
+    """Texts one below the other, each in its colour, right of the axes, where nothing is drawn."""
+    for i, (text, text_color) in enumerate(zip(texts, colors, strict=True)):
+        axes.annotate(
+            text,
+            (1.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(5, -15 * i),
+            textcoords="offset points",
+            va="top",
+            color=text_color,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
 def _label_lines(axes: Axes, ends: Mapping[str, float], texts: Mapping[str, str] | None = None) -> None:
     """Write each method's name at the right edge beside its line's end, moved apart where they collide."""
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -197,37 +218,32 @@ def draw_det(
     axes.set_xlabel("spoofed speech accepted [%]")
     axes.set_ylabel("bona fide speech rejected [%]")
     axes.set_box_aspect(1)
-    for i, method in enumerate(reversed(list(scores))):
-        # The lower left corner is free: the limits lie well below the equal error rate.
-        axes.text(
-            0.04,
-            0.04 + 0.07 * i,
-            (texts or {}).get(method, method),
-            transform=axes.transAxes,
-            color=colors[method],
-            va="bottom",
-            fontweight="bold",
-        )
+    _list_beside(axes, [(texts or {}).get(m, m) for m in scores], [colors[m] for m in scores])
 
 
 def draw_seeds(axes: Axes, values: Mapping[str, Mapping[str, float]]) -> None:
-    """One column per method with a dot per seed, its mean as a bar; the same seed's dots are joined across methods."""
-    methods = list(values)
+    """One column per method with a dot per seed, its mean as a bar; the same seed's dots are joined across methods.
+
+    The mean in figures stands below the method's name, and the axis is as long as it takes to tell the seeds apart.
+    """
+    methods, means = list(values), {}
     for seed in dict.fromkeys(seed for by_seed in values.values() for seed in by_seed):
         points = [(i, values[m][seed]) for i, m in enumerate(methods) if seed in values[m]]
         axes.plot(*zip(*points, strict=True), color="#cccccc", linewidth=1.0, zorder=1)
     for i, method in enumerate(methods):
         heights = list(values[method].values())
-        axes.plot([i] * len(heights), heights, "o", color=color(method), markersize=6.5, alpha=0.85, zorder=3)
-        mean = float(np.mean(heights)) if heights else np.nan
-        axes.plot([i - 0.2, i + 0.2], [mean, mean], color=color(method), linewidth=2.6, zorder=2)
-        axes.annotate(f"{mean:.1f}", (i + 0.24, mean), color=color(method), fontweight="bold", va="center")
-    axes.set_xticks(range(len(methods)), methods)
+        dots = axes.plot([i] * len(heights), heights, "o", color=color(method), markersize=6.5, alpha=0.85, zorder=3)
+        dots[0].set_clip_on(False)
+        means[method] = float(np.mean(heights)) if heights else np.nan
+        axes.plot([i - 0.2, i + 0.2], [means[method]] * 2, color=color(method), linewidth=2.6, zorder=2)
+    axes.set_xticks(range(len(methods)), [f"{m}\n{means[m]:.1f}" for m in methods])
     for text, method in zip(axes.get_xticklabels(), methods, strict=True):
         text.set_color(color(method))
         text.set_fontweight("bold")
-    axes.set_xlim(-0.5, len(methods) - 0.3)
-    axes.set_ylim(0, 1.08 * max((max(v.values()) for v in values.values() if v), default=1.0) or 1.0)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+    every = [v for by_seed in values.values() for v in by_seed.values()] or [0.0]
+    margin = max(0.5, 0.2 * (max(every) - min(every)))
+    axes.set_ylim(max(0.0, min(every) - margin), max(every) + margin)
     axes.grid(axis="x", visible=False)
 
 
@@ -246,23 +262,15 @@ def draw_attacks(axes: Axes, values: Mapping[str, Mapping[str, Mapping[str, floa
             points = list(values[method].get(attack, {}).values())
             if points:
                 axes.plot([min(points), max(points)], [row + offset] * 2, color=color(method), linewidth=1.6, alpha=0.5)
-                axes.plot([np.mean(points)], [row + offset], "o", color=color(method), markersize=5.5)
-                if row == 0:
-                    axes.annotate(
-                        method,
-                        (max(points), row + offset),
-                        xytext=(7, 0),
-                        textcoords="offset points",
-                        color=color(method),
-                        fontsize=8.5,
-                        va="center",
-                    )
+                mean = float(np.mean(points))
+                axes.plot([mean], [row + offset], "o", color=color(method), markersize=5.5, clip_on=False)
     axes.set_yticks(range(len(attacks)), [f"{a} (seen)" if a in seen else a for a in attacks])
     for text, attack in zip(axes.get_yticklabels(), attacks, strict=True):
         text.set_color("#999999" if attack in seen else "#222222")
     axes.set_ylim(len(attacks) - 0.4, -0.6)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))
     axes.set_xlabel("EER [%]")
+    _list_beside(axes, methods, [color(m) for m in methods])
 
 
 def draw_cosines(axes: Axes, cosines: Sequence[np.ndarray], method: str, bins: int = 40) -> None:
@@ -291,6 +299,7 @@ def draw_cosines(axes: Axes, cosines: Sequence[np.ndarray], method: str, bins: i
             axes.plot(steps[~below], curve[~below], ".", color=color(method), markersize=3, alpha=0.5)
             axes.plot(steps[below], curve[below], ".", color="#D55E00", markersize=5)
     axes.set_xlabel("step")
+    axes.locator_params("x", integer=True)
     axes.set_xlim(0, max(length, 1))
     axes.set_ylim(-1, 1)
 
@@ -312,6 +321,7 @@ def draw_layers(axes: Axes, names: Sequence[str], cosines: np.ndarray) -> None:
     )
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7 if len(names) > 30 else 9)
     axes.set_xlabel("step")
+    axes.locator_params("x", integer=True)
     axes.grid(visible=False)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label("cosine, clean against augmented")
@@ -338,18 +348,7 @@ def draw_parameters(axes: Axes, names: Sequence[str], shares: Curves) -> None:
             break
     axes.set_xticks(list(blocks.values()), list(blocks), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_xlim(-1, len(names))
-    axes.set_ylim(bottom=0)
+    percent_from_zero(axes)
     axes.set_ylabel("steps in conflict [%]")
     axes.set_xlabel("parameter tensors from input to output, named where a block begins")
-    for i, method in enumerate(shares):
-        axes.annotate(
-            method,
-            (1.0, 1.0 - 0.08 * i),
-            xycoords="axes fraction",
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="top",
-            color=color(method),
-            fontweight="bold",
-            annotation_clip=False,
-        )
+    _list_beside(axes, list(shares), [color(m) for m in shares])

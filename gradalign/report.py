@@ -23,7 +23,6 @@ import numpy as np
 from gradalign import figures, metrics
 from gradalign._errors import DataError
 from gradalign._files import atomic_path
-from gradalign.data.protocol import read_protocol
 from gradalign.evaluation import Scores, read_scores
 
 if TYPE_CHECKING:
@@ -55,7 +54,8 @@ class Run:
     """One training run as recorded in its folder.
 
     ``status`` is ``finished``, ``unfinished`` or ``unreadable``, ``reason`` says why. ``epochs`` holds the rows of
-    ``metrics.jsonl``, ``cosines`` float64 [steps] the cosine between the views' gradients (NaN where undefined).
+    ``metrics.jsonl``, ``cosines`` float64 [steps] the cosine between the views' gradients (NaN where undefined),
+    ``train_attacks`` the attacks of the training set (None where an older version did not record them).
     """
 
     name: str
@@ -70,6 +70,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     dev: Scores | None = None
     test: Scores | None = None
+    train_attacks: list[str] | None = None
 
     def curve(self, key: str) -> np.ndarray:
         """One column of ``metrics.jsonl``, float64 [epochs]; NaN where a row lacks it."""
@@ -142,6 +143,7 @@ def read_run(folder: str | Path) -> Run:
             status, reason = "unreadable", "results.json without epochs in metrics.jsonl"
         else:
             status, reason = "finished", ""
+            parts["train_attacks"] = _read_json(folder / "results.json").get("train_attacks")
     except (ValueError, OSError) as error:
         status, reason = "unreadable", str(error)
     return Run(folder.name, folder, method, seed, status, reason, **parts)
@@ -182,15 +184,15 @@ def spread(values: dict[int, float]) -> dict[str, Any] | None:
     >>> spread({0: 1.0, 1: 3.0})
     {'mean': 2.0, 'sd': 1.4142135623730951, 'min': 1.0, 'max': 3.0, 'values': {'0': 1.0, '1': 3.0}}
     """
-    known = {str(seed): float(value) for seed, value in values.items() if math.isfinite(value)}
+    known = {str(seed): value for seed, value in values.items() if math.isfinite(value)}
     if not known:
         return None
     array = np.array(list(known.values()))
     return {
         "mean": float(array.mean()),
         "sd": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "min": float(array.min()),
-        "max": float(array.max()),
+        "min": min(known.values()),
+        "max": max(known.values()),
         "values": known,
     }
 
@@ -222,14 +224,14 @@ def compare(baseline: dict[int, float], other: dict[int, float], resolution: flo
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": seeds, "verdict": verdict}
 
 
-def _seen_attacks(runs: Sequence[Run]) -> set[str]:
-    """The attacks of training: from the data's own protocol if it is still there, else those of the dev scores."""
+def _seen_attacks(runs: Sequence[Run]) -> set[str] | None:
+    """The attacks that some run was trained on; None where a run did not record them."""
+    found: set[str] = set()
     for run in runs:
-        data, protocol = run.config.get("data"), run.config.get("train_protocol")
-        path = Path(protocol) if protocol else Path(str(data)) / "protocols" / "train.txt"
-        if (protocol or data) and path.is_file():
-            return {utterance.attack for utterance in read_protocol(path) if utterance.label == 0}
-    return {attack for run in runs if run.dev is not None for attack in run.dev.attack_names()}
+        if run.train_attacks is None:
+            return None
+        found |= set(run.train_attacks)
+    return found
 
 
 def _eer(scores: Scores | None, attacks: set[str] | None = None) -> float:
@@ -271,19 +273,20 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     finished = [run for run in runs if run.status == "finished"]
     seen = _seen_attacks(finished)
     tested = {attack for run in finished if run.test is not None for attack in run.test.attack_names()}
-    unseen = tested - seen
-    # A test set without a new attack is still a test set: then the headline is over all of it, and says so.
+    unseen = tested - seen if seen is not None else set()
+    # A test set of which no attack is known to be new is still a test set: then the headline is over all of it, and
+    # says so.
     headline = unseen or tested
     methods: dict[str, Any] = {}
     values: dict[str, dict[str, dict[int, float]]] = {}
     for method, group in group_by_method(finished).items():
-        measured = {
+        measured: dict[str, dict[int, float]] = {
             "conflict_share": {run.seed: run.conflict_share() for run in group},
             "test_eer": {run.seed: _eer(run.test, headline) for run in group},
             "test_eer_all": {run.seed: _eer(run.test) for run in group},
             "dev_eer": {run.seed: _eer(run.dev) for run in group},
             "test_min_dcf": {run.seed: _min_dcf(run.test, headline) for run in group},
-            "best_epoch": {run.seed: float(run.best_epoch()) for run in group},
+            "best_epoch": {run.seed: run.best_epoch() for run in group},
             "best_dev_loss": {run.seed: float(np.nanmin(run.curve("dev_loss"))) for run in group},
             "seconds": {run.seed: float(np.nansum(run.curve("seconds"))) for run in group},
         }
@@ -313,7 +316,7 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "methods": methods,
         "comparisons": comparisons,
-        "attacks": {attack: "seen" if attack in seen else "unseen" for attack in sorted(tested)},
+        "attacks": {a: "unknown" if seen is None else "seen" if a in seen else "unseen" for a in sorted(tested)},
         "unseen_attacks_only": bool(unseen),
         "runs": [
             {
@@ -337,20 +340,37 @@ def _signed(value: float, digits: int) -> str:
     return ("+" + text[1:] if float(text) == 0 else text).replace("-", "−")
 
 
+def _value(value: float, factor: float, digits: int) -> str:
+    """The value of one seed; a count has no digits behind the point."""
+    return str(value) if isinstance(value, int) else f"{factor * value:.{digits}f}"
+
+
+def _values(stat: dict[str, Any], factor: float, digits: int) -> str:
+    return ", ".join(_value(value, factor, digits) for value in stat["values"].values())
+
+
 def _format(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
     if stat is None:
         return "–"
-    mean = f"{factor * stat['mean']:.{digits}f}"
     if stat["sd"] is None:
-        return f"{mean} (one seed)"
-    return f"{mean} ({factor * stat['min']:.{digits}f}–{factor * stat['max']:.{digits}f})"
+        return f"{_values(stat, factor, digits)} (one seed)"
+    low, high = (_value(stat[key], factor, digits) for key in ("min", "max"))
+    return f"{factor * stat['mean']:.{digits}f} ({low}–{high})"
 
 
-def _comparison_sentence(item: dict[str, Any]) -> str:
-    _, heading, factor, digits, unit = next(m for m in _MEASURES if m[0] == item["measure"])
+def _same(item: dict[str, Any]) -> bool:
+    """Whether no seed differs at all, so that there is no interval to speak of."""
+    return bool(item["low"] == item["high"] == 0)
+
+
+def _comparison_sentence(item: dict[str, Any], measures: Sequence[tuple[str, str, float, int, str]]) -> str:
+    _, heading, factor, digits, unit = next(m for m in measures if m[0] == item["measure"])
     unit = " points" if unit == "%" else (" epochs" if item["measure"] == "best_epoch" else "")
-    text = f"{item['method']} against {item['baseline']}, {heading}: {_signed(factor * item['mean'], digits)}{unit}"
+    title = f"{item['method']} against {item['baseline']}, {heading}:"
     count = len(item["seeds"])
+    if _same(item):
+        return f"{title} the same in each of {count} paired seeds."
+    text = f"{title} {_signed(factor * item['mean'], digits)}{unit}"
     if item["low"] is None:
         return f"{text} on one common seed: no spread to judge it by."
     interval = f"95% interval {_signed(factor * item['low'], digits)} to {_signed(factor * item['high'], digits)}"
@@ -366,6 +386,17 @@ def _headings(summary: dict[str, Any]) -> list[tuple[str, str, float, int, str]]
     if summary["unseen_attacks_only"]:
         return list(_MEASURES)
     return [(k, h.replace("unseen-attack test", "test"), f, d, u) for k, h, f, d, u in _MEASURES]
+
+
+def _attacks_unknown(summary: dict[str, Any]) -> list[str]:
+    """A sentence for runs of which it is not known what attacks they were trained on; none for others."""
+    if "unknown" not in summary["attacks"].values():
+        return []
+    return [
+        "Which attacks are unseen is not known: some run, of an older version, did not record those of its training. "
+        "Test errors are over all attacks. Remove results.json from the runs and give the same `gradalign train` "
+        "again: it scores anew, without training."
+    ]
 
 
 def text_summary(runs_dir: str | Path) -> str:
@@ -384,7 +415,9 @@ def text_summary(runs_dir: str | Path) -> str:
                 lines += [f"  {line[0].ljust(width)}  {line[i]}" for line in table[1:]]
         seeds = ", ".join(f"{method} {row['runs']}" for method, row in summary["methods"].items())
         lines.insert(0, f"mean (lowest–highest) over seeds: {seeds}")
-    lines += [_comparison_sentence(item) for item in summary["comparisons"] if item["measure"] != "conflict_share"]
+    compared = [item for item in summary["comparisons"] if item["measure"] != "conflict_share"]
+    lines += [_comparison_sentence(item, measures) for item in compared]
+    lines += _attacks_unknown(summary)
     lines += [f"{r['name']}: {r['status']}: {r['reason']}" for r in summary["runs"] if r["status"] != "finished"]
     return "\n".join(lines)
 
@@ -401,7 +434,7 @@ def _drawn(runs: list[Run]) -> dict[str, list[Run]]:
 def _draw_conflict_share(axes: Axes, groups: dict[str, list[Run]]) -> None:
     curves = {m: [100 * run.curve("conflict_rate") for run in g] for m, g in groups.items()}
     ends = figures.draw_epochs(axes, curves)
-    axes.set_ylim(bottom=0)
+    figures.percent_from_zero(axes)
     axes.set_ylabel("steps in conflict [%]")
     figures.label(axes, ends)
 
@@ -417,7 +450,7 @@ def _draw_loss(axes: Axes, groups: dict[str, list[Run]]) -> None:
 
 def _draw_dev_eer(axes: Axes, groups: dict[str, list[Run]]) -> None:
     ends = figures.draw_epochs(axes, {m: [100 * run.curve("dev_eer") for run in g] for m, g in groups.items()})
-    axes.set_ylim(bottom=0)
+    figures.percent_from_zero(axes)
     axes.set_ylabel("EER on dev [%]")
     figures.label(axes, ends)
 
@@ -506,7 +539,9 @@ def _short_comparisons(summary: dict[str, Any]) -> list[str]:
             ("test_eer", "test EER", 100, " points"),
             ("best_epoch", "epochs to best", 1, ""),
         ):
-            if key in items:
+            if key in items and _same(items[key]):
+                texts.append(f"{name} the same in every seed")
+            elif key in items:
                 item = items[key]
                 within = "beyond" if item["verdict"] == "difference" else "no difference beyond"
                 interval = f"95% interval {_signed(factor * item['low'], 1)} to {_signed(factor * item['high'], 1)}"
@@ -522,8 +557,9 @@ def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
     with figures.styled():
         figure = figures.new_figure(16, 10)
         figure.suptitle(_overview_title(runs, summary), x=0.012, ha="left", fontsize=14, fontweight="bold")
-        grid = figure.add_gridspec(3, 3, height_ratios=[1, 1.12, 0.12 + 0.22 * max(2, len(summary["methods"]))])
-        panels = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
+        # The table in a part of its own: the layout would make all gaps below it as wide as the widest.
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.12, 0.12 + 0.22 * max(2, len(summary["methods"]))])
+        panels = top.subplots(2, 3, height_ratios=[1, 1.12]).ravel()
         panels[0].set_title("Conflict: the two views' gradients disagree")
         _draw_conflict_share(panels[0], groups)
         panels[1].set_title("Loss: dev solid (ring: best), training dashed")
@@ -543,7 +579,7 @@ def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
         else:
             panels[4].set_axis_off()
             panels[5].set_axis_off()
-        _draw_table(figure.add_subplot(grid[2, :]), summary)
+        _draw_table(bottom.add_subplot(), summary)
     return figure
 
 
@@ -624,8 +660,7 @@ def _method_cell(method: str) -> str:
 def _stat_cell(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
     if stat is None:
         return "–"
-    values = ", ".join(f"{factor * v:.{digits}f}" for v in stat["values"].values())
-    return f"{_text(_format(stat, factor, digits))}<small>{values}</small>"
+    return f"{_text(_format(stat, factor, digits))}<small>{_values(stat, factor, digits)}</small>"
 
 
 def _comparison_table(summary: dict[str, Any]) -> str:
@@ -640,6 +675,10 @@ def _comparison_table(summary: dict[str, Any]) -> str:
             item = items.get((key, method))
             if item is None:
                 cells.append("–")
+                continue
+            if _same(item):
+                values = _values(summary["methods"][method][key], factor, digits)
+                cells.append(f"the same in every seed<small>{values}</small>")
                 continue
             value = f"{_signed(factor * item['mean'], digits)}{' points' if unit == '%' else ''}"
             if item["low"] is None:
@@ -665,8 +704,8 @@ def _explanation(runs: list[Run], summary: dict[str, Any]) -> str:
         data = (
             f" The dev set has {int(sample.dev.bonafide.sum())} bona fide and {int((~sample.dev.bonafide).sum())} "
             f"spoofed utterances; the test set has {int(sample.test.bonafide.sum())} and "
-            f"{int((~sample.test.bonafide).sum())}, from {len(kinds)} attacks of which {kinds.count('unseen')} "
-            "do not occur in training."
+            f"{int((~sample.test.bonafide).sum())}, from {len(kinds)} attacks"
+            + (f" of which {kinds.count('unseen')} do not occur in training." if "unknown" not in kinds else ".")
         )
     seeds = max((row["runs"] for row in methods.values()), default=0)
     names = ", ".join(f"<b>{_text(m)}</b>" for m in (methods or group_by_method(runs)))
@@ -713,11 +752,13 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
         rows = [["attack", "in training", *[_method_cell(m) for m in methods]]]
         for attack, kind in sorted(summary["attacks"].items(), key=lambda item: (item[1] == "seen", item[0])):
             cells = [_stat_cell(row["attacks"][attack], 100, 2) for row in methods.values()]
-            rows.append([_text(attack), "yes" if kind == "seen" else "no (unseen)", *cells])
+            known = {"seen": "yes", "unseen": "no (unseen)", "unknown": "not known"}
+            rows.append([_text(attack), known[kind], *cells])
         everything = [_stat_cell(row["test_eer_all"], 100, 2) for row in methods.values()]
         rows.append(["<b>all attacks pooled</b>", "", *everything])
         parts.append(_table(rows))
-        parts.append("<p class='key'>Each attack against all bona fide utterances of the test set.</p>")
+        notes = ["Each attack against all bona fide utterances of the test set.", *_attacks_unknown(summary)]
+        parts.append(f"<p class='key'>{_text(' '.join(notes))}</p>")
 
     unfinished = [r for r in summary["runs"] if r["status"] != "finished"]
     if unfinished:
@@ -755,7 +796,8 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
             parts.append(
                 _picture(
                     _small(lambda axes: figures.draw_seeds(axes, _test_eers(summary, "test_eer"))),
-                    f"EER [%] on the {_test_name(summary)} set. One dot per seed, joined across methods; bar: mean.",
+                    f"EER [%] on the {_test_name(summary)} set. One dot per seed, joined across methods; bar: mean. "
+                    "The axis need not begin at 0.",
                     "test EER per seed",
                 )
             )

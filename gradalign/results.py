@@ -6,7 +6,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +91,15 @@ def read_item(item: str | Path) -> list[Result]:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One detector and method on one data set, over seeds."""
+    """One detector and method on one data set, over seeds; ``low`` and ``high`` are as `caption` says."""
 
     eers: np.ndarray
     low: float
     high: float
 
     def text(self) -> str:
-        return f"{100 * self.eers.mean():.2f} ({100 * self.low:.2f}–{100 * self.high:.2f})"
+        limits = f"{100 * self.low:.2f}–{100 * self.high:.2f}"
+        return f"{100 * self.eers.mean():.2f} " + (f"({limits})" if len(self.eers) > 1 else f"[{limits}]")
 
 
 def _cells(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, _Cell]]:
@@ -153,11 +154,15 @@ def _grid(results: Sequence[Result]) -> tuple[list[str], list[list[str]], set[tu
     return heads, rows, best
 
 
-def caption(results: Iterable[Result]) -> str:
+def caption(results: Sequence[Result]) -> str:
     """What the numbers in the table are."""
-    several = len({r.seed for r in results}) > 1
-    spread = "mean (lowest–highest) over seeds" if several else "with its 95% bootstrap interval over utterances"
-    return f"Equal error rate in percent, {spread}. Bold: the lowest of a detector on a data set."
+    several = {len(cell.eers) > 1 for row in _cells(results).values() for cell in row.values()}
+    spread = ["mean (lowest–highest) over seeds"] * (True in several)
+    spread += ["one run [95% bootstrap interval over utterances]"] * (False in several)
+    return (
+        f"Equal error rate in percent: {', or '.join(spread)}. Over all attacks of a data set, those seen in training "
+        "too, which the first number of a report leaves out. Bold: the lowest of a detector on a data set."
+    )
 
 
 def format_markdown(results: Sequence[Result]) -> str:

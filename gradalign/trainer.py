@@ -611,8 +611,9 @@ class _Training:
             "skipped_steps": sum(row["skipped_steps"] for row in at.history),
             "seconds": round(sum(row["seconds"] for row in at.history), 3),
             "data_digest": self.data_digest,
+            "train_attacks": sorted({u.attack for u in self.train_data.utterances if not u.label}),
         }
-        seen = {u.attack for u in self.train_data.utterances}
+        seen = set(results["train_attacks"])
         for split, data in (("dev", self.dev_data), ("test", self.test_data)):
             if data is not None:
                 logits, bad = self._predict(data, f"{self.run.name} {split}")

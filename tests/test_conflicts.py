@@ -82,6 +82,17 @@ def test_unused_and_frozen_layers(model):
     assert np.isfinite(found.whole).all()
 
 
+def test_no_conflict_is_said_to_be_none():
+    def found(*shares):
+        cosines = np.where(np.arange(10)[:, None] < 10 * np.array(shares), -0.5, 0.5)
+        return conflicts.LayerCosines(["in", "out"], [1, 1], cosines, np.full(10, 0.5))
+
+    calm = conflicts.summary(conflicts.Analysis([], {"calm": found(0.0, 0.0)}))
+    assert calm.splitlines()[1:] == ["  no step in conflict in any of its layers"]
+    some = conflicts.summary(conflicts.Analysis([], {"some": found(0.0, 0.1)}))
+    assert some.splitlines()[1] == "  most in conflict:  out 10.0%, in 0.0%"
+
+
 def test_no_step_is_an_error(model):
     with pytest.raises(ValueError, match="expected at least one step"):
         conflicts.layer_cosines(model, [], nn.functional.cross_entropy)

@@ -64,3 +64,61 @@ def test_curves_with_gaps_and_without_steps_are_drawn():
     figures.draw_cosines(axes, [np.array([np.nan, 0.5, -0.5]), np.zeros(0)], "none")
     figures.draw_cosines(axes, [np.full(4, np.nan)], "none")
     figures.draw_epochs(axes, {"none": [np.zeros(0)]})
+
+
+def extents(figure, axes):
+    figure.draw_without_rendering()
+    return [text.get_window_extent() for text in axes.texts]
+
+
+def draw_easy_det(axes):
+    miss = np.linspace(0, 1, 1001)
+    figures.draw_det(axes, {"none": [((1 - miss) ** 40, miss)], "pcgrad": [((1 - miss) ** 60, miss)]})
+
+
+def draw_close_attacks(axes):
+    figures.draw_attacks(
+        axes, {m: {"new": {"0": 50.0, "1": 51.0}, "old": {"0": 9.0}} for m in ("none", "pcgrad")}, set()
+    )
+
+
+@pytest.mark.parametrize("draw", [draw_easy_det, draw_close_attacks])
+def test_names_stand_beside_the_axes_and_apart(draw):
+    figure = figures.new_figure(5, 4)
+    axes = figure.add_subplot()
+    draw(axes)
+    first, second = extents(figure, axes)
+    assert min(first.x0, second.x0) > axes.get_window_extent().x1
+    assert max(first.x1, second.x1) < figure.bbox.x1
+    assert first.y0 > second.y1
+
+
+def test_seeds_close_together_are_told_apart_and_nothing_lies_on_their_lines():
+    figure = figures.new_figure(6.4, 4)
+    axes = figure.add_subplot()
+    figures.draw_seeds(axes, {m: {"0": 41.0, "1": 41.5, "2": 41.9} for m in ("none", "pcgrad")})
+    assert extents(figure, axes) == []
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["none\n41.5", "pcgrad\n41.5"]
+    heights = axes.transData.transform([(0, v) for v in (41.0, 41.5, 41.9)])[:, 1]
+    dots = next(line for line in axes.lines if line.get_marker() == "o")
+    assert np.diff(heights).min() > 2 * dots.get_markersize() * figure.dpi / 72
+
+
+def test_axes_of_nothing_but_zeros_have_a_sensible_length():
+    parameters, seeds, attacks = figures.new_figure(9, 3).subplots(1, 3)
+    figures.draw_parameters(parameters, ["a.weight", "b.weight"], {"none": [np.zeros(2)]})
+    figures.draw_seeds(seeds, {"none": {"0": 0.0}})
+    figures.draw_attacks(attacks, {"none": {"new": {"0": 0.0}}}, set())
+    assert parameters.get_ylim() == attacks.get_xlim() == (0, 1)
+    assert seeds.get_ylim() == (0, 0.5)
+
+
+def test_steps_are_counted_in_whole_numbers():
+    figure = figures.new_figure(6, 3)
+    bands, layers = figure.subplots(1, 2)
+    figures.draw_cosines(bands, [np.full(10, 0.5)], "none")
+    figures.draw_layers(layers, ["a"], np.full((10, 1), 0.5))
+    figure.draw_without_rendering()
+    for axes in (bands, layers):
+        assert len(axes.get_xticks()) > 2
+        assert (axes.get_xticks() % 1 == 0).all()

@@ -7,8 +7,14 @@ import struct
 import numpy as np
 import pytest
 
-from gradalign import metrics, report
+from gradalign import figures, metrics, report
 from gradalign._errors import DataError
+
+
+def trained_on(folder, *attacks):
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"train_attacks": attacks}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +22,7 @@ def runs(write_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for method, gain in (("none", 0.0), ("pcgrad", 0.5)):
         for seed in range(3):
-            write_run(folder, method, seed, epochs=6 + seed, gain=gain)
+            trained_on(write_run(folder, method, seed, epochs=6 + seed, gain=gain), "espeak", "world")
     write_run(folder, "gradvac", 0, epochs=2, finished=False)
     broken = write_run(folder, "cagrad", 0, epochs=2)
     (broken / "metrics.jsonl").write_text('{"epoch": 1, "dev_l')
@@ -91,6 +97,35 @@ def test_numbers_are_those_of_the_run_files(runs):
     }
 
 
+def test_unseen_are_the_attacks_that_no_run_was_trained_on(tmp_path, write_run, monkeypatch):
+    for seed, attacks in enumerate((("espeak", "world"), ("espeak", "world", "kokoro"))):
+        trained_on(write_run(tmp_path / "runs", "none", seed), *attacks)
+    # Neither the dev set's attacks nor files that happen to lie in the current folder count.
+    (tmp_path / "corpus" / "protocols").mkdir(parents=True)
+    (tmp_path / "corpus" / "protocols" / "train.txt").write_text("s u - hifigan spoof\n")
+    monkeypatch.chdir(tmp_path)
+    found = report.summarize("runs")["attacks"]
+    assert found == {"hifigan": "unseen", "kokoro": "seen", "vits": "unseen", "world": "seen"}
+
+
+def test_runs_that_did_not_record_their_attacks_have_them_pooled(tmp_path, write_run):
+    for method in ("none", "pcgrad"):
+        for seed in range(2):
+            write_run(tmp_path, method, seed)
+    trained_on(tmp_path / "none-seed0", "espeak", "world")
+    summary = report.summarize(tmp_path)
+    assert set(summary["attacks"].values()) == {"unknown"}
+    assert summary["methods"]["none"]["test_eer"] == summary["methods"]["none"]["test_eer_all"]
+    text = report.text_summary(tmp_path)
+    assert "Which attacks are unseen is not known" in text
+    assert "pcgrad against none, EER, test: " in text
+    assert "unseen-attack" not in text
+    page = report.write_report(tmp_path).read_text()
+    assert page.count("<td>not known</td>") == 4
+    assert "Which attacks are unseen is not known" in page
+    assert "do not occur in training" not in page
+
+
 def test_settings_that_differ_are_said_to(runs):
     settings = report.summarize(runs)["settings"]
     assert settings["algo"] == 4
@@ -144,6 +179,31 @@ def test_wording_of_a_difference_follows_the_interval(tmp_path, write_run):
     assert "−3.0 epochs on average over 3 paired seeds (95% interval −4.0 to −2.0): a difference beyond" in line
     dev = next(line for line in text.splitlines() if line.startswith("pcgrad against none, EER, dev"))
     assert "no difference beyond the seed spread" in dev
+    # Whole epochs of each seed, but for their mean.
+    assert "none    6.0 (6–6)" in text
+    assert "3.0 (3–3)<small>3, 3, 3</small>" in report.write_report(tmp_path).read_text()
+
+
+def test_what_is_the_same_in_every_seed_has_no_interval(tmp_path, write_run):
+    for seed in range(2):
+        folders = [write_run(tmp_path, method, seed) for method in ("none", "pcgrad")]
+        for name in ("scores_dev.txt", "scores_test.txt"):
+            (folders[1] / name).write_text((folders[0] / name).read_text())
+        for folder in folders:
+            (folder / "steps.csv").write_text("step,cosine\n1,0.5\n2,0.25\n")
+    assert "pcgrad against none, EER, dev: the same in each of 2 paired seeds.\n" in report.text_summary(tmp_path)
+    assert "seed: test EER the same in every seed; epochs" in report._short_comparisons(report.summarize(tmp_path))[0]
+    assert "steps in conflict</td><td>the same in every seed<small>0.0, 0.0</small>" in (
+        report.write_report(tmp_path).read_text()
+    )
+
+
+def test_no_conflict_has_an_axis_of_a_sensible_length(tmp_path):
+    run = report.Run("none-seed0", tmp_path, "none", 0, "finished", epochs=[{"conflict_rate": 0.0, "dev_eer": 0.0}] * 3)
+    for draw in (report._draw_conflict_share, report._draw_dev_eer):
+        axes = figures.new_figure(4, 3).add_subplot()
+        draw(axes, {"none": [run]})
+        assert axes.get_ylim() == (0, 1)
 
 
 def test_runs_in_progress_alone_make_a_report(tmp_path, write_run):

@@ -52,7 +52,7 @@ def test_a_cell_is_the_mean_and_range_over_seeds(runs):
             others = [np.mean([expected_eer(runs, m, seed, name) for seed in (0, 1)]) for m in ("none", "pcgrad")]
             assert bold == (np.isclose(eers.mean() / 100, min(others)))
         assert cells == ["light", method, "2", *cells[3:5], f"{np.mean(means):.2f}"]
-    assert "mean (lowest–highest) over seeds" in lines[-1]
+    assert lines[-1].startswith("Equal error rate in percent: mean (lowest–highest) over seeds. Over all attacks of a ")
 
 
 def test_one_seed_has_a_bootstrap_interval_and_other_peoples_scores_a_row(runs, tmp_path):
@@ -62,12 +62,16 @@ def test_one_seed_has_a_bootstrap_interval_and_other_peoples_scores_a_row(runs, 
     low, high = metrics.eer_interval(*evaluation.read_scores(scores).split(), 0.95, results.RESAMPLES)
     assert (found[0].low, found[0].high) == (low, high)
     text = results.format_markdown(found)
-    assert f"| AASIST | published | 1 | {100 * found[0].eer:.2f} ({100 * low:.2f}–{100 * high:.2f}) |" in text
-    assert "bootstrap" in text
+    assert f"| AASIST | published | 1 | {100 * found[0].eer:.2f} [{100 * low:.2f}–{100 * high:.2f}] |" in text
+    assert results.caption(found).startswith(
+        "Equal error rate in percent: one run [95% bootstrap interval over utterances]. Over all attacks of a data set"
+    )
     assert "mean" not in text.splitlines()[0]
     mixed = results.format_markdown([*results.read_item(runs), *found])
     assert "| AASIST | published | 1 |" in mixed
     assert mixed.splitlines()[4].endswith("|  |  |")
+    assert mixed.splitlines()[2].count("(") == 2
+    assert "over seeds, or one run [95% bootstrap interval over utterances]." in mixed.splitlines()[-1]
 
 
 def test_csv_and_html_hold_the_same_numbers(runs, tmp_path):

@@ -278,6 +278,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     assert results["best_dev_loss"] == min(losses)
     assert results["epochs_to_best"] == 1 + losses.index(min(losses))
     assert results["conflict_rate"] == (cosines < 0).mean()
+    assert results["train_attacks"] == ["tts"]
     assert set(results["test_eer_by_attack"]) == {"tts", "vc"}
     assert 0 <= results["test_eer"] <= 1
     assert results["test_eer_unseen"] == results["test_eer_by_attack"]["vc"]
