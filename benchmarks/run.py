@@ -1,4 +1,5 @@
-"""Time every op and the whole of RawBoost, backend against backend, on one device.
+"""Time the ops and the whole of RawBoost, backend against backend, on one device; alignment_ops.py times the others,
+`weigh` and `align_`.
 
 Nothing is timed before it agrees with the float64 reference. Beside the backends run a batched PyTorch RawBoost
 (batched.py), within LnL and SSI also the convolutions of torchaudio and torch-audiomentations (where installed), and
@@ -7,7 +8,7 @@ the published NumPy code (where its file is given). Losses are printed beside wi
     gradalign bench                                            # quick: under two minutes; the same as
     python benchmarks/run.py
     python benchmarks/run.py --threads 1 --algo 1 2 3 4 5 6 7 8 --published RawBoost.py --name cpu-one-core
-    python benchmarks/run.py --device cuda --batch 1 16 64 256 --samples 16000 64600 400000 --published RawBoost.py \
+    python benchmarks/run.py --device cuda --batch 1 16 64 256 --samples 16000 64600 400000 --published RawBoost.py \\
         --published-processes 16 --name h100
 """
 
@@ -36,12 +37,16 @@ from torch import Tensor
 
 import gradalign as ga
 from gradalign import _dispatch, reference
+from gradalign.cli import Parser
 
 BASELINE, PUBLISHED = "batched torch", "published"
 # The published code takes one utterance at a time; more of them would only lengthen a repetition.
 _PUBLISHED_UTTERANCES = 4
 # Float32 values alive per sample and filter in a PyTorch version; larger workloads are left out on the CPU.
 _LARGEST_CPU_SAMPLES = 64 * 64600
+# What is printed: one line for each contender.
+_LINE = "{:<14} {:<32} {:<21} {:>10} {:>22} {:>10} {:>10} {:>8} {:>8} {:>8}"
+_HEADINGS = ("op", "workload", "backend", "median ms", "20% to 80%", "cpu ms", "x fastest", "GB/s", "TFLOP/s", "MiB")
 
 
 # ---- the published code ----
@@ -270,14 +275,15 @@ class Bench:
         best = newest[0]["wall_ms"]["median"]
         for row in newest:
             wall = row["wall_ms"]
-            cpu = f"cpu {row['cpu_ms']['median']:9.3f}" if row["cpu_ms"] else ""
-            memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:8.1f} MiB"
+            middle = f"{wall['p20']:.3f} to {wall['p80']:.3f}"
+            cpu = f"{row['cpu_ms']['median']:.3f}" if row["cpu_ms"] else ""
+            memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+            rates = f"{row['gb_per_s']:.2f}", f"{row['direct_form_tflop_per_s']:.3f}"
+            slower = f"{wall['median'] / best:.2f}"
             print(
-                f"{what:<14} {size:<28} {row['contender']:<21} {wall['median']:10.3f} ms "
-                f"[{wall['p20']:.3f}, {wall['p80']:.3f}] {cpu} {wall['median'] / best:7.2f}x "
-                f"{row['gb_per_s']:8.2f} GB/s {row['direct_form_tflop_per_s']:7.3f} TFLOP/s {memory}",
-                flush=True,
+                _LINE.format(what, size, row["contender"], f"{wall['median']:.3f}", middle, cpu, slower, *rates, memory)
             )
+        sys.stdout.flush()
 
     # ---- the three kinds of workload ----
 
@@ -451,7 +457,7 @@ def workloads(options: argparse.Namespace) -> Iterator[tuple[str, tuple]]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every_op = ["rawboost", *shapes.WAVE_OPS, *shapes.GRADIENT_OPS]
     parser.add_argument("--ops", nargs="+", choices=every_op, default=every_op, help="default: all")
     parser.add_argument("--backends", nargs="+", choices=_dispatch.BACKENDS, default=list(_dispatch.BACKENDS))
@@ -473,9 +479,10 @@ def main(arguments: list[str] | None = None) -> int:
     np.random.seed(0)  # noqa: NPY002 -- the published code draws from NumPy's global generator
     environment = measure.environment(options.device)
     bench = Bench(options)
+    copy, product = (bench.ceilings[key] for key in ("copy_gb_per_s", "fp32_tflop_per_s"))
     print(
-        f"{environment['device']}, {environment['threads']} threads, "
-        f"load {environment['load_average']}, {bench.ceilings}"
+        f"{environment['device']}, {environment['threads']} threads, load {environment['load_average'][0]}; "
+        f"a copy {copy:g} GB/s, a float32 product {product:g} TFLOP/s\n\n{_LINE.format(*_HEADINGS)}"
     )
 
     def save() -> None:

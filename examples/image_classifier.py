@@ -4,7 +4,8 @@
     python examples/image_classifier.py
 
 The 1,797 digits that come with scikit-learn, 8 x 8 pixels. The second view is shifted, covered in part and noisy. It
-prints, for plain training and for PCGrad, the share of steps whose gradients disagreed and the errors on unseen digits.
+prints, for plain training and for PCGrad, the share of steps whose gradients disagreed and the errors on unseen digits;
+a few seconds for each.
 """
 
 import torch
@@ -40,7 +41,7 @@ def network():
     )
 
 
-def train(method, images, labels, epochs=10, batch_size=32):
+def train(method, images, labels, epochs=6, batch_size=32):
     """Train on the clean and the distorted view; returns the network and what alignment saw."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +65,7 @@ def main() -> dict[str, tuple[float, float, float]]:
     known, unseen = slice(0, 1200), slice(1200, None)
     found = {}
     for method in ("mean", "pcgrad"):
+        print(f"training with {method} on 1,200 digits, each seen clean and distorted", flush=True)
         model, stats = train(method, images[known], labels[known])
         views = (images[unseen], distorted(images[unseen], torch.Generator().manual_seed(1)))
         with torch.no_grad():
@@ -73,5 +75,7 @@ def main() -> dict[str, tuple[float, float, float]]:
 
 
 if __name__ == "__main__":
+    # Images this small are less work than handing them to a second thread, which on a busy machine is waited for.
+    torch.set_num_threads(1)
     for method, (conflicts, clean, hard) in main().items():
         print(f"{method:7} conflicts {conflicts:6.1%}   error on clean {clean:6.2%}, on distorted digits {hard:6.2%}")

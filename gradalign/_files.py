@@ -1,12 +1,19 @@
-"""Files that are whole or not there: written to a temporary name beside the target, then renamed."""
+"""Files that are whole or not there: written to a temporary name beside the target, then renamed.
+
+Whether a target can be written is asked before hours of work, not after.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Of atomic_path: the target's stem, the writer's process and the target's suffix.
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
 
 
 @contextmanager
@@ -54,3 +61,39 @@ def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporary files of killed writers from a folder that nobody else is writing to."""
     for path in Path(folder).glob(".*.tmp*"):
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers_of(targets: Iterable[Path]) -> None:
+    """Remove the temporary files that killed writers of these files left; those of running processes stay."""
+    names: dict[Path, set[str]] = {}
+    for target in targets:
+        names.setdefault(target.parent, set()).add(target.name)
+    for folder, wanted in names.items():
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            found = _TEMPORARY.fullmatch(name)
+            if found and found[1] + (found[3] or "") in wanted and not Path("/proc", found[2]).exists():
+                (folder / name).unlink(missing_ok=True)
+
+
+def expect_folder(path: str | Path) -> None:
+    """Raise FileNotFoundError where ``path`` has no folder to lie in, PermissionError where that cannot be written."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder to write it into; found none")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: expected a folder that can be written; found one that cannot")
+
+
+def expect_file_or_nothing(path: str | Path) -> None:
+    """Raise what `expect_folder` raises, and IsADirectoryError where ``path`` itself is a folder."""
+    expect_folder(path)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write; found a folder")
+
+
+def expect_folder_or_nothing(path: str | Path) -> None:
+    """Raise NotADirectoryError where ``path`` is a file, or below one: no folder can be made there."""
+    file = next((p for p in (Path(path), *Path(path).parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        found = "a file" if file == Path(path) else f"the file {file}"
+        raise NotADirectoryError(f"{path}: expected a folder; found {found}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradalign._errors import AudioError
+from gradalign._files import expect_folder_or_nothing, remove_leftovers_of
 
 SUFFIXES = (".flac", ".wav")
 """Audio files that are augmented; the output keeps the input's format."""
@@ -39,9 +40,11 @@ def plan(source: Path, target: Path) -> list[tuple[str, Path, Path]]:
     """The ``(relative name, input, output)`` of every audio file under ``source``, sorted by name.
 
     ``source`` is a file or a folder; for a file, ``target`` is the output file, or an existing folder to write it into.
-    Files below ``target`` are no inputs. Raises FileNotFoundError when there is no audio, ValueError for an output
-    of another format.
+    Hidden files, and those below ``target``, are no inputs. Raises FileNotFoundError when there is no audio,
+    ValueError for an output of another format, NotADirectoryError where a folder's output would be a file.
     """
+    from gradalign.data.audio import list_audio
+
     if source.is_file():
         if source.suffix.lower() not in SUFFIXES:
             raise AudioError(f"{source}: expected a file ending in {' or '.join(SUFFIXES)}; found {source.suffix!r}")
@@ -53,16 +56,10 @@ def plan(source: Path, target: Path) -> list[tuple[str, Path, Path]]:
         return [(source.name, source, output)]
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: expected an audio file or a folder; found nothing there")
+    expect_folder_or_nothing(target)
     inside = target.resolve()
     same = inside == source.resolve()
-    files = sorted(
-        path
-        for path in source.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-        and (same or inside not in path.resolve().parents)
-    )
+    files = [path for path in list_audio(source, SUFFIXES) if same or inside not in path.resolve().parents]
     if not files:
         raise FileNotFoundError(f"{source}: expected files ending in {' or '.join(SUFFIXES)}; found none")
     names = [path.relative_to(source) for path in files]
@@ -82,17 +79,11 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
     import torch
 
     from gradalign._files import atomic_path
+    from gradalign.data.audio import opened, read_channels
     from gradalign.rawboost import RawBoost, RawBoostConfig
 
-    try:
-        info = soundfile.info(str(source))
-        wave, rate = soundfile.read(str(source), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(f"{source}: expected a readable audio file; found: {error}") from None
-    if len(wave) < info.frames:
-        raise AudioError(f"{source}: expected {info.frames} samples by its header; found {len(wave)} (truncated?)")
-    if wave.shape[0] == 0:
-        raise AudioError(f"{source}: expected at least one sample; found none")
+    with opened(source) as file:
+        wave, rate, form, subtype = read_channels(source, file), file.samplerate, file.format, file.subtype
     if not np.isfinite(wave).all():
         raise AudioError(f"{source}: expected finite samples; found NaN or Inf")
     least = 2 * RawBoostConfig.min_f
@@ -105,13 +96,13 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
     if not np.isfinite(peak):
         loudest = float(np.abs(wave).max())
         raise AudioError(f"{source}: expected a finite result; found NaN or Inf (samples up to {loudest:.3g} going in)")
-    scaled = peak > 1 and info.subtype not in ("FLOAT", "DOUBLE")
+    scaled = peak > 1 and subtype not in ("FLOAT", "DOUBLE")
     if scaled:
         # The noise of algorithms 3, 4, 6 and 7 is added after the last normalisation: integer formats would clip it.
         boosted = boosted / peak
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
-        soundfile.write(str(temporary), boosted, rate, format=info.format, subtype=info.subtype)
+        soundfile.write(str(temporary), boosted, rate, format=form, subtype=subtype)
     return scaled
 
 
@@ -126,11 +117,18 @@ def augment_files(
 ) -> AugmentResult:
     """Augment every ``(name, input, output)`` of `plan`; the seed of each follows from its name.
 
-    Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``. With
-    ``skip_bad``, files that cannot be augmented are listed in the result instead of raising AudioError.
+    Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``; an
+    output that would replace its own input is a ValueError always. With ``skip_bad``, files that cannot be augmented
+    are listed in the result instead of raising AudioError. What killed runs left of the same outputs is removed.
     """
     planned = list(files)
-    existing = [output for _, _, output in planned if output.exists()]
+    there = [(source, output) for _, source, output in planned if output.exists()]
+    for source, output in there:
+        if output.name == source.name and output.parent.samefile(source.parent):
+            raise ValueError(
+                f"{output}: expected another file than the input; found the input itself, which it would replace"
+            )
+    existing = [output for _, output in there]
     if existing and not (overwrite or skip_existing):
         raise FileExistsError(
             f"{existing[0]}: already there ({len(existing)} of {len(planned)} outputs); "
@@ -138,6 +136,7 @@ def augment_files(
         )
     from tqdm import tqdm
 
+    remove_leftovers_of(output for _, _, output in planned)
     result = AugmentResult()
     for name, source, target in tqdm(planned, unit="file", desc="augment", disable=None, mininterval=0.5):
         if skip_existing and target.exists():

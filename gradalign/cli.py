@@ -17,16 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradalign._files import expect_file_or_nothing, expect_folder, expect_folder_or_nothing
+
 if TYPE_CHECKING:
     from gradalign.data.packed import PackedDataset
     from gradalign.data.protocol import Utterance
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names what to read next."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gradalign: error: {message} (see `{self.prog} --help`)\n")
+        """Print the line and exit with code 2."""
+        self.exit(2, f"{self.prog.split()[0]}: error: {message} (see `{self.prog} --help`)\n")
 
 
 class _Resumable(KeyboardInterrupt):
@@ -60,7 +63,12 @@ def _train(args: argparse.Namespace) -> int:
     if config.data is None and config.train_protocol is None:
         raise ValueError("expected DATA, or --train-protocol and the like; found neither")
     try:
-        sweep(config, args.align or plan.methods, args.seeds or plan.seeds, args.jobs or plan.jobs)
+        sweep(
+            config,
+            args.align or plan.methods,
+            args.seeds or plan.seeds,
+            plan.jobs if args.jobs is None else args.jobs,
+        )
     except KeyboardInterrupt:
         raise _Resumable("the same command goes on from the last checkpoint of each run") from None
     except GradalignError:
@@ -86,9 +94,6 @@ def _score(args: argparse.Namespace) -> int:
     from gradalign._files import write_text
     from gradalign.evaluation import Scores, write_scores
 
-    # Before hours of scoring, not after.
-    if not args.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{args.output}: expected a folder to write it into; found none")
     data, folder, labelled = _to_score(args)
     values, bad = scoring.score(
         args.model,
@@ -119,7 +124,7 @@ def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset
 
     Single files, and every audio file below folders, are utterances named by their path.
     """
-    from gradalign.data.audio import SUFFIXES
+    from gradalign.data.audio import SUFFIXES, list_audio
     from gradalign.data.datasets import read_dataset
     from gradalign.data.packed import PackedDataset, is_packed
     from gradalign.data.protocol import Utterance, read_protocol
@@ -138,7 +143,7 @@ def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset
         return PackedDataset(first, args.subset), first, True
     utterances = []
     for path in args.audio:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        found = list_audio(path) if path.is_dir() else [path]
         if not found:
             raise FileNotFoundError(f"{path}: expected audio files ({', '.join(SUFFIXES)}) or protocols/; found none")
         utterances += [Utterance(str(file), "-", "-", 0, path=file) for file in found]
@@ -199,7 +204,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             rates = f"p_fa {asv.p_fa:.4f}, p_miss {asv.p_miss:.4f}, p_fa_spoof {asv.p_fa_spoof:.4f}"
             print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
         if args.interval:
-            print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of speakers where known.")
+            drawn = evaluation.drawn(scores, args.by)
+            print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of {drawn}.")
         if args.det is not None:
             print(f"DET curve: {args.det}")
     return 0
@@ -221,7 +227,7 @@ def _fuse(args: argparse.Namespace) -> int:
     write_scores(args.output, fusion(systems), args.format)
     for path, weight in zip(args.scores, fusion.weights, strict=True):
         print(f"{weight:+.6g} x {path}")
-    print(f"{fusion.offset:+.6g}\nscores: {args.output}")
+    print(f"{fusion.offset:+.6g} as the offset\nscores: {args.output}")
     return 0
 
 
@@ -253,11 +259,12 @@ def _augment(args: argparse.Namespace) -> int:
         raise AudioError(f"{error}. --skip-bad lists such files and goes on") from None
     except KeyboardInterrupt:
         raise _Resumable("files written so far are complete; --skip-existing goes on from here") from None
-    print(f"{result.written} files written to {args.target} (RawBoost algorithm {args.algo}, seed {args.seed})")
+    files = "1 file" if result.written == 1 else f"{result.written} files"
+    print(f"{files} written to {args.target} (RawBoost algorithm {args.algo}, seed {args.seed})")
     if result.kept:
-        print(f"{result.kept} were there already and kept")
+        print(f"{result.kept} kept: there already")
     if result.scaled:
-        print(f"{result.scaled} were scaled down to full scale, which their sample format cannot exceed")
+        print(f"{result.scaled} scaled down to full scale, which the sample format cannot exceed")
     if result.skipped:
         print(f"{len(result.skipped)} skipped:")
         for _, reason in result.skipped:
@@ -292,6 +299,9 @@ def _data_check(args: argparse.Namespace) -> int:
 
     folder: Path = args.root if args.root.is_dir() else args.root.parent
     manifest = folder / f"{args.name}.sha256" if args.hash == "" else args.hash
+    # One that is there may need no more lines, and lie where nothing can be written.
+    if manifest is not None and not Path(manifest).is_file():
+        expect_file_or_nothing(manifest)
     report = check(
         args.name, args.root, args.subset, decode=args.decode, manifest=manifest, workers=args.jobs, progress=True
     )
@@ -311,7 +321,8 @@ def _pack(args: argparse.Namespace) -> int:
         there = [name for name in ("train", "dev", "test") if name in subsets(args.dataset, args.data)]
         names = args.splits or there
         if not names:
-            raise ValueError(f"{args.data}: expected a {args.dataset} data set; found no list of one in it")
+            missing = "no list of one in it" if args.data.exists() else "nothing there"
+            raise ValueError(f"{args.data}: expected a {args.dataset} data set; found {missing}")
         try:
             found = packed.pack(
                 {name: read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad) for name in names},
@@ -387,6 +398,48 @@ def _names(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected different names joined by commas; found {text!r}")
     return names
+
+
+def _methods(text: str) -> list[str]:
+    from gradalign.config import METHODS
+
+    names = _names(text)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected methods among {', '.join(METHODS)}; found {unknown[0]!r}")
+    return names
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}; found {text!r}")
+        return value
+
+    return read
+
+
+_count_or_0, _count, _samples = _whole(0), _whole(1), _whole(2)
+
+
+def _target(expect: Callable[[str], None]) -> Callable[[str], str]:
+    """A path to write, looked at before the command begins: what fails at its end has cost hours."""
+
+    def read(text: str) -> str:
+        try:
+            expect(text)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return read
+
+
+_file, _name, _folder = map(_target, (expect_file_or_nothing, expect_folder, expect_folder_or_nothing))
 
 
 def _seeds(text: str) -> list[int]:
@@ -511,13 +564,14 @@ def _command(
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    # The parser too: what is left over is an error of the command's own.
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line as one argparse parser."""
-    parser = _Parser(
+    parser = Parser(
         prog="gradalign",
         description="Gradient alignment and RawBoost augmentation for speech-deepfake detectors.",
         epilog="Each command's --help shows an example. GRADALIGN_DEBUG=1 shows tracebacks.",
@@ -534,6 +588,9 @@ def build_parser() -> argparse.ArgumentParser:
         "    detector_options.frontend.weights=/data/xlsr2_300m.pt\n"
         "  torchrun --nproc_per_node=4 -m gradalign train configs/paper/xlsr_aasist.yaml data.root=/data/LA \\\n"
         "    detector_options.frontend.weights=/data/xlsr2_300m.pt\n\n"
+        "The default, AASIST and 24 utterances of 4 s in a step, takes more than 22 GB of memory on a CPU, and over\n"
+        "a minute a step. On a small machine: --detector light; a smaller --batch-size; or --accumulate 8, which\n"
+        "takes a step's batch in 8 parts, one after the other.\n\n"
         "Run the same command again to go on where it was stopped; finished runs are kept.",
     )
     train.add_argument(
@@ -542,14 +599,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DATA | CONFIG [KEY=VALUE ...]",
         help="folder of the data set; or settings in YAML or JSON by the names of TrainConfig, with changes to them",
     )
-    train.add_argument("--out", metavar="RUNS", help="folder of the runs and their report (default: runs)")
     train.add_argument(
-        "--align", type=_names, metavar="METHOD,...", help="none, pcgrad, gradvac, cagrad, ... (default: pcgrad)"
+        "--out", type=_folder, metavar="RUNS", help="folder of the runs and their report (default: runs)"
+    )
+    train.add_argument(
+        "--align", type=_methods, metavar="METHOD,...", help="none, pcgrad, gradvac, cagrad, ... (default: pcgrad)"
     )
     train.add_argument(
         "--seeds", type=_seeds, metavar="SEED,...", help="one run for each, with every method (default: 0)"
     )
-    train.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default: 1)")
+    train.add_argument("--jobs", type=_count, metavar="N", help="runs at the same time (default: 1)")
     train.add_argument("--config", type=Path, metavar="FILE", help="the same as CONFIG, beside DATA")
     _add_settings(train)
 
@@ -570,15 +629,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="a folder in corpus layout, of --dataset or packed, or audio files and folders of them",
     )
-    score.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
+    score.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="the score file to write")
     which = score.add_mutually_exclusive_group()
     which.add_argument("--protocol", type=Path, metavar="FILE", help="utterances to score; DATA is then their folder")
     which.add_argument("--dataset", metavar="NAME", help=f"what DATA is: {_DATA_SETS}")
     score.add_argument("--subset", default="test", metavar="S", help="of the data set (default: test)")
     _add_format(score)
     score.add_argument("--device", default="auto", help="as PyTorch names it (default: a GPU where there is one)")
-    score.add_argument("--batch-size", type=int, default=24, metavar="N", help="utterances at once (default: 24)")
-    score.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read audio ahead")
+    score.add_argument("--batch-size", type=_count, default=24, metavar="N", help="utterances at once (default: 24)")
+    score.add_argument(
+        "--num-workers", type=_count_or_0, default=0, metavar="N", help="processes that read audio ahead"
+    )
     score.add_argument("--resample", action="store_true", help="convert audio of another sample rate")
     score.add_argument("--skip-bad", action="store_true", help="list unreadable files at the end and go on")
 
@@ -610,13 +671,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--by", choices=["attack", "codec", "speaker"], help="one more row for each of them")
     evaluate.add_argument(
         "--interval",
-        type=int,
+        type=_samples,
         nargs="?",
         const=1000,
         metavar="N",
         help="the EER's 95%% interval from N bootstrap samples, over speakers where they are known (default: 1000)",
     )
-    evaluate.add_argument("--det", type=Path, metavar="PNG", help="draw the DET curve, one for each row")
+    evaluate.add_argument("--det", type=_file, metavar="PNG", help="draw the DET curve, one for each row")
     form = evaluate.add_mutually_exclusive_group()
     form.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON, every digit")
     form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV, every digit")
@@ -638,7 +699,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="each detector's labelled scores to train on; the result is then a log-likelihood ratio",
     )
     fuse.add_argument("--protocol", type=Path, metavar="FILE", help="labels for score files without any")
-    fuse.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the score file to write")
+    fuse.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="the score file to write")
     _add_format(fuse)
 
     table = _command(
@@ -655,7 +716,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUNS | DETECTOR/METHOD:SET=SCORES",
         help="folders given to `gradalign train --out`, and score files of other detectors",
     )
-    table.add_argument("-o", "--output", default="results", metavar="NAME", help="NAME.md, NAME.csv, NAME.html")
+    table.add_argument(
+        "-o", "--output", type=_name, default="results", metavar="NAME", help="NAME.md, NAME.csv, NAME.html"
+    )
 
     conflicts = _command(
         commands,
@@ -672,9 +735,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="training runs (or folders of them) to read; or folders in corpus layout, on which a short plain training "
         "is measured layer by layer",
     )
-    conflicts.add_argument("--out", type=Path, default=Path("conflicts"), help="folder to write (default: conflicts)")
-    conflicts.add_argument("--steps", type=int, default=100, metavar="N", help="steps measured on DATA (default: 100)")
-    conflicts.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation, for DATA")
+    conflicts.add_argument("--out", type=_folder, default="conflicts", help="folder to write (default: conflicts)")
+    conflicts.add_argument(
+        "--steps", type=_count, default=100, metavar="N", help="steps measured on DATA (default: 100)"
+    )
+    conflicts.add_argument("--seed", type=_count_or_0, metavar="N", help="of weights, order and augmentation, for DATA")
     for name, kind, values, about in _SETTINGS:
         if name in ("detector", "algo", "batch_size", "lr", "num_samples", "device"):
             _add_setting(conflicts, name, kind, values, f"{about}, for DATA")
@@ -689,7 +754,7 @@ def build_parser() -> argparse.ArgumentParser:
     augment.add_argument("source", type=Path, metavar="IN", help="a file or a folder")
     augment.add_argument("target", type=Path, metavar="OUT", help="a file or a folder; relative paths are kept")
     augment.add_argument("--algo", type=int, choices=range(9), default=4, help="RawBoost algorithm (default: 4)")
-    augment.add_argument("--seed", type=int, default=0, help="each file's draws follow from this and its path")
+    augment.add_argument("--seed", type=_count_or_0, default=0, help="each file's draws follow from this and its path")
     existing = augment.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
     existing.add_argument("--skip-existing", action="store_true", help="keep outputs that are there, write the rest")
@@ -706,7 +771,7 @@ def build_parser() -> argparse.ArgumentParser:
         "download packages of real and synthetic speech and make a small corpus of them",
         "  gradalign corpus build data --profile default",
     )
-    build.add_argument("directory", type=Path, metavar="DIR", help="made if it is not there; resumed if it is")
+    build.add_argument("directory", type=_folder, metavar="DIR", help="made if it is not there; resumed if it is")
     build.add_argument("--profile", choices=["default", "full"], default="default", help="how much (default: default)")
 
     check = _command(
@@ -750,7 +815,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare every file with its SHA-256 in FILE, and add those not yet in it (default: ROOT/NAME.sha256)",
     )
     check.add_argument(
-        "--jobs", type=int, metavar="N", help="files read at the same time (default: CPUs and four more)"
+        "--jobs", type=_count, metavar="N", help="files read at the same time (default: CPUs and four more)"
     )
     check.add_argument("--all", action="store_true", help="list everything that is wrong, not ten of each kind")
 
@@ -768,16 +833,16 @@ def build_parser() -> argparse.ArgumentParser:
         "packed anew; remove OUT for that.",
     )
     pack.add_argument("data", type=Path, nargs="?", metavar="DATA", help="the data set's folder")
-    pack.add_argument("out", type=Path, metavar="OUT", help="the folder to write: new, or begun by the same command")
+    pack.add_argument("out", type=_folder, metavar="OUT", help="the folder to write: new, or begun by the same command")
     pack.add_argument("--verify", action="store_true", help="check every sample of OUT by its checksum instead")
     pack.add_argument("--dataset", default="corpus", metavar="NAME", help="what DATA is (default: corpus)")
     pack.add_argument("--splits", type=_names, metavar="S,...", help="default: those of train, dev and test there are")
-    pack.add_argument("--sample-rate", type=int, default=16000, metavar="HZ", help="of all files (default: 16000)")
+    pack.add_argument("--sample-rate", type=_count, default=16000, metavar="HZ", help="of all files (default: 16000)")
     pack.add_argument("--resample", action="store_true", help="convert files of another rate, rounding them to 16 bits")
     pack.add_argument("--round", action="store_true", help="round files of more than 16 bits instead of stopping")
     pack.add_argument("--skip-bad", action="store_true", help="keep unreadable files as bad utterances and go on")
     pack.add_argument(
-        "--jobs", type=int, metavar="N", help="files decoded at the same time (default: one for each core)"
+        "--jobs", type=_count, metavar="N", help="files decoded at the same time (default: one for each core)"
     )
 
     report = _command(
@@ -790,13 +855,17 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, metavar="RUNS", help="the folder given to `gradalign train --out`")
 
     # Its options, --help too, are those of benchmarks/run.py.
-    bench = commands.add_parser("bench", help="time every op and RawBoost, backend against backend", add_help=False)
+    bench = commands.add_parser("bench", help="time the ops and RawBoost, backend against backend", add_help=False)
     bench.set_defaults(run=_bench, options=[])
     _command(commands, "info", _info, "versions, build facts and the backend that serves each op", "  gradalign info")
     return parser
 
 
 # ---- entry ---------------------------------------------------------------------------------------------------------
+
+
+# Of the errors of the file system, those that the user's own paths are to blame for.
+_WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def _fail(message: str, code: int) -> int:
@@ -820,7 +889,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "bench":
             args.options = rest
         elif rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -840,7 +909,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"{error}. Optional packages come with `pip install 'gradalign[train]'`", 1)
     except OSError as error:
-        return _fail(_os_error(error), 2 if isinstance(error, (FileNotFoundError, FileExistsError)) else 1)
+        return _fail(_os_error(error), 2 if isinstance(error, _WRONG_PATH) else 1)
     except (ValueError, TypeError) as error:
         return _fail(str(error), 2)
     except Exception as error:

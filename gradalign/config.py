@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from gradalign import alignment
 from gradalign._errors import ConfigError
+from gradalign.data.protocol import read_text
 
 METHODS = tuple(alignment.METHODS)
 """What ``align`` can be; ``none`` and ``mean`` are plain training on the mean of both views' losses."""
@@ -241,7 +243,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises:
         ConfigError: naming the file and the setting, with what was expected and found.
-        FileNotFoundError: when the file is not there.
+        DataError: when the file is not there, or no text.
         ImportError: without PyYAML.
     """
     try:
@@ -262,7 +264,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         except yaml.YAMLError as error:
             raise ConfigError(f"{source}: expected YAML; found: {' '.join(str(error).split())}") from None
 
-    values = parse(Path(path).read_text(encoding="utf-8"), str(path))
+    values = parse(read_text(Path(path), "configuration file"), str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected settings by name; found {type(values).__name__}")
     if isinstance(values.get("data"), str):
@@ -279,6 +281,8 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
                 raise ConfigError(f"{override}: expected `{section}` to be a section; found {target!r}")
         target[name] = parse(text, override)
     source = values.pop("data", {})
+    if not isinstance(source, dict):
+        raise ConfigError(f"{path}: `data` must be a folder, or a section with name and root; found {source!r}")
     if set(source) - {"name", "root"}:
         raise ConfigError(f"{path}: `data` must hold name and root; found {', '.join(map(str, source))}")
     values |= {ours: source[name] for name, ours in (("name", "dataset"), ("root", "data")) if name in source}
@@ -288,8 +292,9 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(
             f"{path}: `align` and `seed` must name at least one each, `jobs` a number; found {methods}, {seeds}, {jobs}"
         )
-    config = TrainConfig.from_dict({**values, "align": methods[0], "seed": seeds[0]}, str(path))
-    return Sweep(config, methods, seeds, jobs)
+    # Each of them: what is wrong with the last is said with the file's name too.
+    configs = [TrainConfig.from_dict({**values, "align": m, "seed": s}, str(path)) for m, s in product(methods, seeds)]
+    return Sweep(configs[0], methods, seeds, jobs)
 
 
 def _is_number(value: Any) -> bool:

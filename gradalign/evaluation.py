@@ -15,7 +15,7 @@ import numpy as np
 from gradalign import metrics
 from gradalign._errors import DataError
 from gradalign._files import atomic_path, write_text
-from gradalign.data.protocol import LABELS, Utterance, read_protocol
+from gradalign.data.protocol import LABELS, Utterance, read_protocol, read_text
 from gradalign.metrics import AsvRates
 
 
@@ -67,11 +67,7 @@ class Scores:
 
 
 def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "score file").splitlines(), start=1):
         fields = line.split()
         if fields and not fields[0].startswith("#"):
             yield number, fields
@@ -92,8 +88,7 @@ def read_scores(
         known: utterances of a data set (`gradalign.data.read_dataset`), with their codecs and speakers.
 
     Raises:
-        DataError: naming file, line, expected and found.
-        FileNotFoundError: when the file is not there.
+        DataError: naming file, line, expected and found; or a file that is not there.
     """
     path = Path(path)
     labels = None
@@ -238,7 +233,6 @@ def evaluate(
         ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
     """
     conditions = _conditions(scores, by)
-    speakers = np.array(scores.speakers)
     rows: list[dict[str, object]] = []
     for condition, chosen in conditions:
         bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))
@@ -251,9 +245,9 @@ def evaluate(
             continue
         row["eer"] = float(metrics.eer(bonafide, spoof))
         if resamples:
-            own = tuple(speakers[chosen & kind].tolist() for kind in (scores.bonafide, ~scores.bonafide))
-            clusters = own if len(set(own[0] + own[1]) - {"-"}) > 1 else None
-            row["eer_low"], row["eer_high"] = metrics.eer_interval(bonafide, spoof, 0.95, resamples, clusters=clusters)
+            row["eer_low"], row["eer_high"] = metrics.eer_interval(
+                bonafide, spoof, 0.95, resamples, clusters=_clusters(scores, chosen)
+            )
         row |= {
             "min_dcf": float(metrics.min_dcf(bonafide, spoof)),
             "act_dcf": float(metrics.act_dcf(bonafide, spoof)),
@@ -263,6 +257,22 @@ def evaluate(
             row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=asv, version=tdcf_version))
         rows.append(row)
     return rows
+
+
+def _clusters(scores: Scores, chosen: np.ndarray) -> tuple[list[str], list[str]] | None:
+    """The speakers of the bona fide and of the spoofed scores, which the bootstrap draws; None: utterances instead."""
+    speakers = np.array(scores.speakers)
+    bonafide, spoof = (speakers[chosen & kind].tolist() for kind in (scores.bonafide, ~scores.bonafide))
+    return (bonafide, spoof) if len(set(bonafide + spoof) - {"-"}) > 1 else None
+
+
+def drawn(scores: Scores, by: str | None = None) -> str:
+    """What the intervals of `evaluate` are drawn over: speakers, utterances, or each in some of the rows."""
+    rows = [chosen for _, chosen in _conditions(scores, by) if 0 < (chosen & scores.bonafide).sum() < chosen.sum()]
+    by_speaker = [_clusters(scores, chosen) is not None for chosen in rows]
+    if any(by_speaker) and not all(by_speaker):
+        return "speakers, and of utterances in rows with fewer than two of them"
+    return "speakers" if any(by_speaker) else "utterances"
 
 
 def write_det(scores: Scores, path: str | Path, by: str | None = None) -> None:

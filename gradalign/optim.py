@@ -303,13 +303,13 @@ class AlignedOptimizer(Optimizer):
                 f"parameters can be added before the first path or after step(); found {len(self._paths)} paths"
             )
         self.optimizer.add_param_group(param_group)
-        if self._books:
+        if self._num_paths and self._books:
             segments, num_segments = self._segments()
-            missing = len(segments) - len(self._books["parameter_conflicts"])
+            added = len(segments) - len(self._books["parameter_conflicts"])
             like = self._books["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
             self._allocate(like, num_segments)
             if self._gram is not None:
-                self._gram = torch.cat([self._gram, self._gram.new_zeros(missing, *self._gram.shape[1:])])
+                self._gram = torch.cat([self._gram, self._gram.new_zeros(added, *self._gram.shape[1:])])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any)."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from gradalign._errors import ConfigError, GradalignError
 from gradalign.config import METHODS, TrainConfig
+from gradalign.data.datasets import expect_files
+from gradalign.data.packed import PackedDataset
 from gradalign.trainer import finished, open_split, train
 
 
@@ -39,6 +41,7 @@ def sweep(
 
     Raises:
         ConfigError: for an unknown method, or options of one method given to several.
+        AudioError: for audio files that are not there, unless ``skip_bad``.
         GradalignError: naming the runs that failed and why; the others are finished first. With one job, the run's own
             error.
     """
@@ -56,13 +59,16 @@ def sweep(
         raise ConfigError(f"`align_options` belong to one method; found {len(methods)} methods")
     runs = [replace(config, align=method, seed=seed) for seed in seeds for method in methods]
     jobs = min(jobs, len(runs))
+    if any(not (run.run_dir / "results.json").exists() for run in runs):
+        # Errors that every run would meet are found once, here, and a missing file before the step that reads it.
+        for split in ("train", "dev", "test"):
+            data = open_split(config, split)
+            if data is not None and not isinstance(data, PackedDataset) and not config.skip_bad:
+                expect_files(data.utterances, data.audio_dir, config.dataset, config.data)
     if jobs == 1:
         for run in runs:
             train(run, progress)
     else:
-        # Errors that every run would meet are found once, here.
-        for split in ("train", "dev", "test"):
-            open_split(config, split)
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // jobs)
         _Sweep([replace(run, threads=threads) for run in runs if not finished(run)], jobs, progress).finish()
     return [replace(config, align=method, seed=seed).run_dir for method in methods for seed in seeds]

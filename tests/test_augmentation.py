@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import soundfile
@@ -114,6 +116,28 @@ def test_files_that_cannot_be_augmented_are_named_or_skipped(folder, tmp_path, k
 def test_outputs_inside_the_input_folder_are_no_inputs(folder):
     run(folder, folder / "out")
     assert [name for name, _, _ in augmentation.plan(folder, folder / "out")] == ["a.wav", "sub/b.flac"]
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"skip_existing": True}])
+def test_an_input_is_never_replaced(folder, tmp_path, options):
+    before = (folder / "a.wav").read_bytes()
+    (tmp_path / "link").symlink_to(folder)
+    for source, target in ((folder, folder), (folder, tmp_path / "link"), (folder / "a.wav", folder)):
+        with pytest.raises(ValueError, match=r"a\.wav: expected another file than the input; found the input itself"):
+            run(source, target, **options)
+    assert (folder / "a.wav").read_bytes() == before
+
+
+def test_what_killed_runs_left_is_removed(folder, tmp_path):
+    out = tmp_path / "out" / "sub"
+    out.mkdir(parents=True)
+    # No process has the number of the first; the others are a running one's, another file's, and none of ours.
+    left = [".b.4194305-0123abcd.tmp.flac", f".b.{os.getpid()}-0123abcd.tmp.flac"]
+    left += [".other.4194305-0123abcd.tmp.flac", ".b.tmp.flac"]
+    for name in left:
+        (out / name).touch()
+    run(folder, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*left[1:], "b.flac"])
 
 
 def test_impossible_plans(folder, tmp_path):

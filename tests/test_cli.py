@@ -74,6 +74,8 @@ def test_help_shows_the_defaults(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for setting in ("lr", "batch_size", "detector", "path"):
         assert f"(default: {getattr(TrainConfig(), setting)})" in shown
+    assert "takes more than 22 GB of memory on a CPU" in shown
+    assert "On a small machine: --detector light; a smaller --batch-size; or --accumulate 8" in shown
 
 
 def test_every_setting_has_a_flag():
@@ -195,6 +197,7 @@ def test_official_score_files_need_a_data_set_and_tell_codecs(runs, corpus, tmp_
     table = capsys.readouterr().out
     assert re.search(r"condition +bona fide +spoof +EER % +from +to ", table)
     assert re.search(r"^mp3 +2 +2 .*\nogg +2 +2 ", table, re.MULTILINE)
+    assert "50 bootstrap samples, of speakers.\n" in table
     assert det.stat().st_size > 1000
     assert "expected --dataset and --root together" in fails(capsys, ["evaluate", out, "--dataset", "csv"])
     assert "found no labels" in fails(capsys, ["evaluate", out])
@@ -208,7 +211,9 @@ def test_scores_are_fused(runs, tmp_path, capsys):
     folders = [runs / f"pcgrad-seed{seed}" for seed in (0, 1)]
     test, dev = ([str(folder / f"scores_{split}.txt") for folder in folders] for split in ("test", "dev"))
     assert cli.main(["fuse", *test, "-o", str(out)]) == 0
-    assert "+0.5 x" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "+0.5 x" in printed
+    assert "\n+0 as the offset\n" in printed
     mean = np.mean([evaluation.read_scores(path).values for path in test], axis=0)
     assert evaluation.read_scores(out).values == pytest.approx(mean, rel=1e-8)
     assert cli.main(["fuse", *test, "--dev", *dev, "-o", str(out)]) == 0
@@ -231,14 +236,29 @@ def test_results_are_tabulated(runs, tmp_path, capsys):
 def test_bench_is_the_microbenchmark(capsys):
     small = ["--batch", "1", "--samples", "1000", "--rounds", "2", "--seconds", "0.1", "--threads", "1"]
     assert cli.main(["bench", "--ops", "isd", *small]) == 0
-    assert re.search(r"^isd +batch=1 samples=1000 +reference +[\d.]+ ms", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main(["bench", "--ops", "gram", "--parameters", "xlsr-300m/4", *small]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if line.startswith("op ")]
+    rows = [line for line in lines if line.startswith(("isd ", "gram "))]
+    assert re.match(r"isd +batch=1 samples=1000 +\w+ +[\d.]+ +[\d.]+ to [\d.]+ ", rows[0])
+    assert re.match(r"gram +parameters=xlsr-300m/4 paths=2 +\w+ +[\d.]+ ", rows[-1])
+    # Everything stands below its heading.
+    assert {len(line) for line in rows} == {len(heads[0])}
+    assert (
+        len({line.index(name) for line, name in ((heads[0], "backend"), *((r, "reference") for r in rows[1::2]))}) == 1
+    )
+    assert not any("{" in line for line in lines)
     assert cli.main(["bench", "--help"]) == 0
-    assert "--published" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--published RawBoost.py \\\n        --published-processes 16" in shown
     assert cli.main(["bench", "--ops", "nothing"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gradalign: error: argument --ops: invalid choice: 'nothing'")
+    assert error.count("\n") == 1
 
 
 def test_unknown_arguments_are_an_error(capsys):
-    assert "unrecognized arguments: --nothing" in fails(capsys, ["info", "--nothing"])
+    assert "unrecognized arguments: --nothing (see `gradalign info --help`)" in fails(capsys, ["info", "--nothing"])
 
 
 def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):
@@ -268,7 +288,7 @@ def test_augment_reports_what_it_did(corpus, tmp_path, capsys):
     (tmp_path / "bad.flac").write_bytes(b"fLaC")
     message = fails(capsys, ["augment", tmp_path / "bad.flac", tmp_path / "worse.flac"])
     assert "bad.flac: expected a readable audio file" in message
-    assert "--skip-bad" in message
+    assert re.search(r"\w\. --skip-bad lists", message)
 
 
 def test_report_again(runs, capsys):
@@ -287,14 +307,14 @@ def test_info_and_corpus_check(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "absent.txt"], "absent.txt: No such file"),
+        (["evaluate", "absent.txt"], "absent.txt: expected a score file; found nothing there"),
         (["score", "absent.pt", "x.wav", "-o", "s.txt"], "absent.pt: expected a checkpoint; found nothing there"),
         (["report", "absent"], "absent: expected a folder of training runs"),
         (["conflicts", "absent"], "absent: expected a training run, a folder of runs, or a data folder"),
         (["augment", "absent", "out"], "absent: expected an audio file or a folder"),
         (["train", "absent"], "absent: expected a folder with protocols/"),
         (["train"], "expected DATA, or --train-protocol"),
-        (["train", ".", "--config", "absent.json"], "absent.json: No such file"),
+        (["train", ".", "--config", "absent.json"], "absent.json: expected a configuration file; found nothing there"),
         (["train", ".", "--align", "none,none"], "argument --align: expected different names"),
         (["train", ".", "--align", "pcgard"], "found 'pcgard'"),
         (["train", ".", "--seeds", "0,x"], "argument --seeds: expected different whole numbers"),
@@ -304,6 +324,18 @@ def test_info_and_corpus_check(capsys, tmp_path):
         (["train", ".", "--epochs", "0"], "`epochs` must be at least 1; found 0"),
         (["augment", "a", "b", "--algo", "9"], "argument --algo: invalid choice: 9"),
         (["evaluate", "s", "--asv-rates", "1,2"], "expected p_fa,p_miss,p_fa_spoof in [0, 1]; found '1,2'"),
+        (["evaluate", "s", "--interval", "-3"], "--interval: expected a whole number of at least 2; found '-3'"),
+        (["train", ".", "--align", "pcgrad,foo"], "--align: expected methods among mean, none, "),
+        (["train", ".", "--jobs", "0"], "--jobs: expected a whole number of at least 1; found '0'"),
+        (["pack", "a", "b", "--jobs", "0"], "--jobs: expected a whole number of at least 1; found '0'"),
+        (["data", "check", "csv", ".", "--jobs", "x"], "--jobs: expected a whole number of at least 1; found 'x'"),
+        (["score", "m", ".", "-o", "s", "--batch-size", "0"], "--batch-size: expected a whole number of at least 1"),
+        (["augment", "a", "b", "--seed", "-1"], "--seed: expected a whole number of at least 0; found '-1'"),
+        (["pack", "absent", "out"], "absent: expected a corpus data set; found nothing there"),
+        (["evaluate", "."], ".: expected a score file; found a folder"),
+        (["fuse", "absent", "-o", "fused"], "absent: expected a score file; found nothing there"),
+        (["train", "--bogus"], "unrecognized arguments: --bogus (see `gradalign train --help`)"),
+        (["corpus", "check", "a", "b"], "unrecognized arguments: b (see `gradalign corpus check --help`)"),
         (["bake"], "invalid choice: 'bake'"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -311,6 +343,79 @@ def test_info_and_corpus_check(capsys, tmp_path):
 def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, arguments)
+
+
+@pytest.mark.parametrize("command", ["score m x -o {}", "fuse a b -o {}", "evaluate s --det {}", "table r -o {}/t"])
+def test_files_that_cannot_be_written_are_found_before_work(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    line = fails(capsys, command.format("absent/there").split())
+    assert "absent/there" in line
+    assert "expected a folder to write it into; found none (see `gradalign " in line
+    if not command.startswith("table"):
+        line = fails(capsys, command.format("folder").split())
+        assert "folder: expected a file to write; found a folder" in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["corpus build {}", "pack absent {}", "train absent --out {}", "conflicts absent --out {}", "augment . {}"],
+)
+def test_folders_that_cannot_be_made_are_found_before_work(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file: expected a folder; found a file" in fails(capsys, command.format("file").split())
+    assert "file/x: expected a folder; found the file file" in fails(capsys, command.format("file/x").split())
+
+
+def test_a_manifest_that_cannot_be_written_is_found_before_work(corpus, capsys, tmp_path):
+    line = fails(capsys, ["data", "check", "corpus", corpus, "--hash", tmp_path / "absent" / "sums"])
+    assert "sums: expected a folder to write it into; found none" in line
+
+
+def test_a_file_whose_writer_was_killed_is_skipped_and_named(runs, corpus, tmp_path, capsys):
+    whole = (corpus / "flac" / "test0.flac").read_bytes()
+    cut = tmp_path / "in" / "cut.flac"
+    cut.parent.mkdir()
+    (tmp_path / "in" / "good.flac").write_bytes(whole)
+    # A FLAC header holds the number of samples in 36 bits from the low half of its byte 21; 0 until it is finished.
+    cut.write_bytes(whole[:21] + bytes([whole[21] & 0xF0, 0, 0, 0, 0]) + whole[26:600])
+    # What nobody asked for: a killed writer's temporary file, and a hidden folder's.
+    (tmp_path / "in" / ".good.1-00000000.tmp.flac").write_bytes(b"fLaC")
+    (tmp_path / "in" / ".trash").mkdir()
+    (tmp_path / "in" / ".trash" / "old.flac").write_bytes(b"fLaC")
+    out = tmp_path / "scores.txt"
+    score = ["score", str(runs / "pcgrad-seed0"), str(cut.parent), "-o", str(out), "--device", "cpu"]
+    assert "cut.flac: expected the number of samples in its header; found none" in fails(capsys, score)
+    assert cli.main([*score, "--skip-bad"]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 skipped:\n  {cut}: expected the number of samples" in printed
+    assert [line.split()[0] for line in out.read_text().splitlines()] == [str(cut.with_name("good.flac"))]
+    augment = ["augment", str(cut.parent), str(tmp_path / "out")]
+    assert "cut.flac: expected the number of samples in its header; found none" in fails(capsys, augment)
+    assert cli.main([*augment, "--skip-bad"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 file written")
+    assert "1 skipped:" in printed
+
+
+def test_a_missing_clip_is_found_before_training(corpus, tmp_path, capsys):
+    copy, out = tmp_path / "copy", tmp_path / "runs"
+    shutil.copytree(corpus, copy)
+    (copy / "flac" / "test3.flac").unlink()
+    hint = f"(`gradalign data check corpus {copy}` lists them)"
+    line = fails(capsys, ["train", copy, "--out", out, *SMALL])
+    assert "expected an audio file for each of 8 utterances; found none for 1, such as" in line
+    assert f"{copy}/flac/test3.flac {hint}" in line
+    named = [x for s in ("train", "dev", "test") for x in (f"--{s}-protocol", copy / f"protocols/{s}.txt")]
+    named += [x for s in ("train", "dev", "test") for x in (f"--{s}-audio", copy / "flac")]
+    line = fails(capsys, ["train", *named, "--out", out, *SMALL])
+    assert line.endswith(f"such as {copy}/flac/test3.flac")
+    assert not out.exists()
+    assert cli.main([str(a) for a in ["train", copy, "--out", out, "--skip-bad", *SMALL, "--epochs", "1"]]) == 0
+    # A finished run is kept, whatever became of its audio.
+    assert cli.main([str(a) for a in ["train", copy, "--out", out, "--skip-bad", *SMALL, "--epochs", "1"]]) == 0
 
 
 def test_broken_inputs_are_named(runs, corpus, tmp_path, capsys):

@@ -16,7 +16,7 @@ from gradalign.data import (
     read_protocol,
     utterance_draws,
 )
-from gradalign.data.audio import read_header
+from gradalign.data.audio import list_audio, read_header
 
 
 def write(path, samples, rate=16000, subtype="PCM_16"):
@@ -81,6 +81,28 @@ def test_truncated_audio_is_named(tmp_path, suffix, share):
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(AudioError, match=rf"a\.{suffix}: expected"):
         read_audio(path, 16000)
+
+
+@pytest.mark.parametrize("promised", [0, 2**36 - 1])
+def test_a_header_without_the_number_of_samples_or_with_too_many_is_named(tmp_path, promised):
+    path = write(tmp_path / "a.flac", noise(5000))
+    content = bytearray(path.read_bytes())
+    # STREAMINFO: 36 bits, from the low half of byte 21.
+    content[21:26] = ((content[21] >> 4 << 36) | promised).to_bytes(5, "big")
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=r"a\.flac: expected "):
+        read_audio(path, 16000)
+    if promised == 0:
+        with pytest.raises(AudioError, match=r"a\.flac: expected the number of samples in its header; found none"):
+            read_header(path)
+
+
+def test_hidden_files_and_folders_are_not_listed(tmp_path):
+    for name in ("b.wav", "sub/a.FLAC", ".b.wav", "sub/._a.flac", ".git/c.wav", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_audio(tmp_path) == [tmp_path / "b.wav", tmp_path / "sub" / "a.FLAC"]
+    assert list_audio(tmp_path, (".flac",)) == [tmp_path / "sub" / "a.FLAC"]
 
 
 def test_wav_with_trailing_and_odd_chunks_is_not_taken_for_truncated(tmp_path):

@@ -262,6 +262,7 @@ def test_in_the_wild(tmp_path):
 
 def test_fake_or_real_is_read_one_version_at_a_time(tmp_path):
     fake_or_real(tmp_path)
+    audio(tmp_path / "for-norm/validation/real/._hidden.wav")
     found = read_dataset("for", tmp_path, "dev")
     name = "file10002.wav_16k.wav_norm.wav_mono.wav_silence.wav"
     assert facts(found) == [(f"fake/{name}", "-", "unknown", 0, "-"), (f"real/{name}", "-", "-", 1, "-")]

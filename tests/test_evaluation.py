@@ -115,6 +115,12 @@ def test_intervals_are_over_speakers_where_they_are_known(many):
     narrow = evaluation.evaluate(alone, resamples=500)[0]
     assert (narrow["eer_low"], narrow["eer_high"]) == metrics.eer_interval(bonafide, spoof, 0.95, 500)
     assert row["eer_high"] - row["eer_low"] > 1.5 * (narrow["eer_high"] - narrow["eer_low"])
+    assert evaluation.drawn(scores) == evaluation.drawn(scores, "speaker") == "speakers"
+    assert evaluation.drawn(alone) == "utterances"
+    for i in range(len(scores)):
+        # Each speaker with both classes, alone in its row.
+        scores.speakers[i] = f"s{i % 3}"
+    assert evaluation.drawn(scores, "speaker") == "speakers, and of utterances in rows with fewer than two of them"
 
 
 def test_what_the_scores_do_not_say_is_an_error(files):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 """Suffixes that `find_audio` tries, in this order."""
 
+# libsndfile's count where a FLAC header gives none; no file holds a part of it.
+_UNKNOWN_FRAMES = 2**62
+
 
 def find_audio(folder: str | Path, utterance: str) -> Path:
     """Find an utterance's audio file: ``folder/<utterance>`` as it stands, or with the first of `SUFFIXES` there is.
@@ -32,6 +36,17 @@ def find_audio(folder: str | Path, utterance: str) -> Path:
         if path.is_file():
             return path
     raise AudioError(f"{folder / utterance}: expected a file ending in {', '.join(SUFFIXES)}; found none")
+
+
+def list_audio(folder: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """All audio files below a folder, sorted. Hidden files and folders are left out: no part of one that a killed
+    writer left, and nothing a system keeps for itself, is anybody's data.
+    """
+    found = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(path, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith(".")]
+    return sorted(found)
 
 
 class AudioHeader(NamedTuple):
@@ -49,7 +64,7 @@ def read_header(path: str | Path) -> AudioHeader:
         AudioError: naming the file, when it is missing, no audio, empty, or a WAV file shorter than its header says (a
             truncated file of another format is only found by decoding it: `read_audio`).
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         header = AudioHeader(file.frames, file.samplerate, file.channels)
         promised = _promised_frames(Path(path), file)
     _expect_samples(path, header.frames, promised)
@@ -72,10 +87,8 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
             sample rate.
         ImportError: ``resample`` needs torchaudio, which is not installed or does not load with this PyTorch.
     """
-    with _opened(path) as file:
-        promised, rate = _promised_frames(Path(path), file), file.samplerate
-        wave = file.read(dtype="float32", always_2d=True)
-    _expect_samples(path, len(wave), promised)
+    with opened(path) as file:
+        wave, rate = read_channels(path, file), file.samplerate
     mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError(f"{path}: expected finite samples; found NaN or Inf")
@@ -93,23 +106,38 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
     return result
 
 
+def read_channels(path: str | Path, file: SoundFile) -> np.ndarray:
+    """All samples float32 [T, channels] of an `opened` file; AudioError where it is truncated or empty."""
+    promised = _promised_frames(Path(path), file)
+    wave = file.read(dtype="float32", always_2d=True)
+    _expect_samples(path, len(wave), promised)
+    return wave
+
+
 @contextmanager
-def _opened(path: str | Path) -> Iterator[SoundFile]:
-    """An open sound file; whatever libsndfile says against it in the block becomes an AudioError that names it."""
+def opened(path: str | Path) -> Iterator[SoundFile]:
+    """An open sound file; whatever soundfile says against it in the block becomes an AudioError that names it."""
     import soundfile
 
     if not Path(path).is_file():
         raise AudioError(f"{path}: expected an audio file; found nothing there")
     try:
         with soundfile.SoundFile(str(path)) as file:
+            if file.frames > _UNKNOWN_FRAMES:
+                raise AudioError(
+                    f"{path}: expected the number of samples in its header; found none (a truncated file?)"
+                )
             yield file
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+    except AudioError:
+        raise
+    # NumPy's errors, too, for a header that promises more samples than memory holds.
+    except (soundfile.LibsndfileError, RuntimeError, OSError, ValueError, MemoryError) as error:
         if Path(path).suffix.lower() == ".mp3" and "MP3" not in soundfile.available_formats():
             raise AudioError(
                 f"{path}: expected libsndfile 1.1 or newer, to read MP3; found {soundfile.__libsndfile_version__} "
                 "(`pip install -U soundfile` brings a newer one)"
             ) from None
-        raise AudioError(f"{path}: expected a readable audio file; found: {error}") from None
+        raise AudioError(f"{path}: expected a readable audio file; found: {str(error).rstrip('.')}") from None
 
 
 def _expect_samples(path: str | Path, found: int, promised: int) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradalign._errors import AudioError, DataError
-from gradalign.data.audio import SUFFIXES
+from gradalign.data.audio import SUFFIXES, list_audio
 from gradalign.data.protocol import Utterance, gather, label_of, read_columns, read_text
 
 SPLITS = ("train", "dev", "test")
@@ -125,13 +125,31 @@ def read_dataset(name: str, root: str | Path, subset: str, *, allow_missing: boo
         AudioError: a DataError too: audio files that are not there, unless they may be missing.
     """
     index = index_dataset(name, root, subset)
-    if index.missing and not allow_missing:
+    if not allow_missing:
+        _expect_files(index, name, root)
+    return index.utterances
+
+
+def expect_files(utterances: Sequence[Utterance], audio_dir: Path, name: str, root: str | Path | None) -> None:
+    """See that every utterance without a path of its own has its audio file in a folder, which is listed once.
+
+    ``name`` and ``root`` are the data set's; the root is None for utterances of none. Raises AudioError as
+    `read_dataset` does, naming the folder.
+    """
+    files = _Files([audio_dir], (*SUFFIXES, ""))
+    for utterance in utterances:
+        if utterance.path is None:
+            files.find(utterance.name)
+    _expect_files(Index(audio_dir, list(utterances), files.missing), name, root)
+
+
+def _expect_files(index: Index, name: str, root: str | Path | None) -> None:
+    if index.missing:
+        hint = "" if root is None else f" (`gradalign data check {name} {root}` lists them)"
         raise AudioError(
             f"{index.source}: expected an audio file for each of {len(index.utterances)} utterances; "
-            f"found none for {len(index.missing)}, such as {index.missing[0]} "
-            f"(`gradalign data check {name} {root}` lists them)"
+            f"found none for {len(index.missing)}, such as {index.missing[0]}{hint}"
         )
-    return index.utterances
 
 
 def _reader(name: str) -> _Reader:
@@ -497,10 +515,9 @@ def _read_for(root: Path, subset: str, folder: Path) -> Index:
     def rows() -> Iterator[Utterance]:
         for label, name in ((0, "fake"), (1, "real")):
             inside = _first(folder, [name], "audio files")
-            for file in sorted(os.listdir(inside)):
-                if file.lower().endswith(SUFFIXES):
-                    attack = "-" if label else "unknown"
-                    yield Utterance(f"{name}/{_word(file)}", "-", attack, label, "-", inside / file)
+            for file in list_audio(inside):
+                inner = _word(file.relative_to(inside).as_posix())
+                yield Utterance(f"{name}/{inner}", "-", "-" if label else "unknown", label, "-", file)
 
     return Index(folder, gather(folder, "{fake,real}/<audio file>", enumerate(rows(), start=1)), [])
 

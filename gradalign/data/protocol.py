@@ -35,11 +35,13 @@ class Utterance:
 
 
 def read_text(path: Path, kind: str = "protocol file") -> str:
-    """The text of a UTF-8 file; DataError naming it where there is none, or none that is text."""
+    """The text of a UTF-8 file, a ``kind``; DataError naming it where there is none, or none that is text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: expected a {kind}; found nothing there") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected a {kind}; found a folder") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
 
