@@ -169,6 +169,17 @@ def test_same_seeds_same_augmentation_and_gradient(algo):
                 assert max_norm_error(f, e) <= DRAWN[torch.float32], backend
 
 
+@pytest.mark.parametrize("algo", range(1, 9))
+def test_float16_as_loud_as_it_can_be(algo):
+    # Of 16-bit integers, say: with its impulses up to three times as much.
+    x, seeds = (1e6 * inputs.wave(700, torch.float64)).clamp(-32_768, 32_767).half(), inputs.seeds()
+    boost = ga.RawBoost(algo, p=100)
+    expected = boost(x.double(), seeds=seeds)
+    with ga.use_backends("cuda"):
+        found = boost(x.to(DEVICE), seeds=seeds.to(DEVICE))
+    assert max_norm_error(found.cpu(), expected) <= RELATIVE[torch.float16]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("algo", [1, 2, 3, 4])
 def test_nonfinite_samples_stay_in_their_utterance(bad, algo):

@@ -622,9 +622,14 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
     const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
     const Tensor squares = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
     const Tiles<const T> of_peaks{static_cast<const T*>(peaks.const_data_ptr()), kBlock, batch.num_blocks};
-    const auto pass = [&](Wave source, const PowerTiles<T>& powers, const Impulses& impulses, Wave addend) {
-      device.launch(isd_kernel<S>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks, out,
-                    static_cast<T*>(peaks.mutable_data_ptr()), steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
+    const auto pass = [&](Wave source, const PowerTiles<T>& powers, const Impulses& impulses, Wave addend, const Tensor& to) {
+      const auto run = [&](auto type) {
+        using Y = decltype(type);
+        device.launch(isd_kernel<Y>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks,
+                      static_cast<Y*>(to.mutable_data_ptr()), static_cast<T*>(peaks.mutable_data_ptr()),
+                      steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
+      };
+      to.scalar_type() == x.scalar_type() ? run(S{}) : run(T{});
     };
     const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<const double> signal,
                             Tiles<const double> of_noise) {
@@ -634,13 +639,17 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
 
     Impulses impulses = marked ? marked->impulses() : Impulses{};
     Wave source = wave_of(x), addend{};
-    if (steps.parallel) {
-      pass(source, {}, impulses, {});
-      finish(wave_of(batch.out), {}, true, {}, {}, {});
-      addend = wave_of(batch.out), impulses = {};
+    // Impulses on x itself may be more than half precision holds until their norm is found.
+    const bool is_loud = steps.isd && !steps.lnl && !is_wide(x);
+    if (steps.parallel || is_loud) {
+      const Tensor boosted = batch.scratch();
+      pass(source, {}, impulses, {}, boosted);
+      finish(wave_of(boosted), {}, true, {}, {}, {});
+      (steps.parallel ? addend : source) = wave_of(batch.out), impulses = {};
+      if (is_loud && !steps.ssi) return;
     }
     // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
-    const bool passes = steps.isd || (steps.lnl && steps.ssi);
+    const bool passes = (steps.isd && !is_loud) || (steps.lnl && steps.ssi);
     // Where z and the noise's samples lie: in the result while that is free, and else beside it. In half precision both lie beside it, one after
     // the other in the same place.
     std::optional<Tensor> z, samples;
@@ -659,10 +668,10 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
     }
     if (powers) source = wave_of(*z), level = powers->parts<T>();
     if (passes) {
-      pass(source, level, impulses, addend);
+      pass(source, level, impulses, addend, batch.out);
       source = wave_of(batch.out), level = {};
     }
-    if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, *samples, !passes);
+    if (steps.ssi && !colored) colored = color_noise(device, is_loud ? batch.out : x, *bank, batch, *drawn, *samples, !passes);
     if (!colored) return finish(source, level, passes, {}, {}, {});
     const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
     finish(source, level, passes, wave_of(*samples), signal, colored->noise());
