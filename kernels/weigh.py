@@ -539,8 +539,9 @@ def weigh_many_kernel(
         kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
         inverse = tl.where(kept, 1 / tl.where(kept, values, 1.0), 0.0)
         # Where the directions cancel, their sum has none of what is left.
+        # A constant that is compared would be float32.
         sums = tl.sum(vectors, 0)
-        y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12, sums, 0.0))
+        y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12 * tl.sum(vectors * vectors, 0), sums, 0.0))
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
     elif METHOD == "alignedmtl":
         values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, P)

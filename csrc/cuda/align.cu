@@ -1,18 +1,18 @@
 // align_ on CUDA: each parameter merged with weights of its own. Equivalent to `reference.align_`.
 //
 // Nothing of a parameter can be merged before all of it is read, and gram, weigh and combine_ in turn read it twice: 5 values per parameter of two
-// paths. Here it is read once, 3 values, and kept on the chip until its weights are there. One block per multiprocessor stays to the end. Of all
-// items, 16 KiB each, it takes every gridDim.x-th, one after the other, and each into the place of the one that it read `num_held` items before: a ring of
-// places in shared memory and, for the threads' registers are as large, in registers. What a thread has read it merges itself, so that its part of
-// a place is its own, and no barrier is needed. On an H100 the ring holds 21 items of two paths, 45 MB on all multiprocessors; XLS-R's
-// largest parameters have 34 MB. What does not fit is read a second time.
+// paths. Here it is read once, 3 values, and kept on the chip until its weights are there. One block per multiprocessor stays to the end. It takes
+// every gridDim.x-th item, 12 to 15 KiB, of all there are. An item comes into shared memory, moves on into registers when its place there is needed,
+// and is merged when its place in the registers is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors, where
+// XLS-R's largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does not fit is
+// read a second time.
 //
-// Four items are on their way (cp.async) while an older one is multiplied. A parameter's inner products are added up per block, and each block,
-// when it sees that all have delivered theirs, finds the weights for itself, all in one and the same order: nobody waits for another's weights. A
-// warp of its own does so, while the others move data.
+// Four items are on their way (cp.async) while an older one is multiplied. A parameter's inner products are added up per block, and each block that
+// sees that all have delivered theirs adds those up and finds the weights for itself, in the same order as all: nobody waits for another's
+// weights. A warp of its own does so, while the others move data.
 //
-// Blocks wait for each other, so all must run: a cooperative launch. Nobody locks up, for all a parameter's products come before its first merge
-// in every block's order, and what is held of one parameter is never the whole ring.
+// Blocks wait for each other, so all must run: a cooperative launch. Nobody locks up: in every block all of a parameter's products come before its
+// first merge, since what is held of one parameter is never the whole queue.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
@@ -34,8 +34,8 @@ template <typename S, int K>
 constexpr int kItem = kMovers<K> * kVector<S>;
 // Items on their way.
 constexpr int kAhead = 4;
-// Places in shared memory at most, and in registers: as many as leave enough of them to work with. The latter are rows, and in a row each item
-// moves on by one when another one comes.
+// Places in shared memory at most, and in registers: as many as leave enough of them to work with. Those are rows, which take the items in turn; in a
+// row each item moves on by one when another one comes, so that only rows, and not places, need code of their own.
 constexpr int kMaxPlaces = 20;
 template <int K>
 constexpr int kRows = K == 8 ? 2 : 4;
@@ -84,8 +84,8 @@ struct Board {
   static constexpr int kSums = 4;
   double sums[kSums][pairs_of(K)][kWarps];
   int come[kSums], emptied[kSums];
-  // The weights of tensor n in place n % kWeights, for n < weighed. A tensor's weights are found after all warps have multiplied the last of its items that
-  // is held, so fewer older tensors than there are places in the ring have anything left to be merged.
+  // The weights of tensor n in place n % kWeights, for n < weighed. When a tensor's weights are found, all warps have multiplied its last item, so that
+  // fewer tensors before it than there are places in the queue have anything left to be merged.
   static constexpr int kWeights = 32;
   static_assert(kWeights >= kMaxPlaces + kRegisterPlaces<S, K>);
   Wide<S> weights[kWeights][K];

@@ -42,16 +42,21 @@ __device__ bool aligned(const TensorList<K>& list, int tensor, int num_paths) {
 
 // ----------------------------------------------------------------------------------------------------------------------------------- gram
 
-// The inner products of K paths' pieces -> partials[pair * stride]. A thread adds its share of the products in float32 (float64 for float64
-// gradients); from there on everything is float64, added in a fixed order. Paths above num_paths repeat path 0, which the cache serves, and
-// their sums are left out.
+// One block per chunk: the inner products of its K paths' pieces -> partials [pairs, slots]. A thread adds its share of the products in float32
+// (float64 for float64 gradients); from there on everything is float64, added in a fixed order. Paths above num_paths repeat path 0, which the
+// cache serves, and their sums are left out.
 template <typename S, int K>
-__device__ void multiply(const S* const (&data)[K], int count, bool is_aligned, int num_paths, double* partials, int64_t stride) {
+__global__ __launch_bounds__(kThreads) void gram_kernel(const __grid_constant__ TensorList<K> list, int num_paths, int64_t num_slots,
+                                                        double* partials) {
   using T = Wide<S>;
   constexpr int kPairs = pairs_of(K), kWarps = kThreads / kWarp;
   __shared__ double of_warp[kPairs][kWarps];
+  const Piece piece = piece_of(list, blockIdx.x);
+  const S* data[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) data[k] = static_cast<const S*>(list.data[k][piece.tensor]) + piece.begin;
   T sums[kPairs] = {};
-  walk<S, K>(count, is_aligned, [&](int i, auto width, auto times) {
+  walk<S, K>(piece.count, aligned(list, piece.tensor, num_paths), [&](int i, auto width, auto times) {
     constexpr int V = decltype(width)::value, U = decltype(times)::value;
     Vector<S, V> g[U][K];
 #pragma unroll
@@ -77,19 +82,8 @@ __device__ void multiply(const S* const (&data)[K], int count, bool is_aligned, 
   if (int(threadIdx.x) < pairs_of(num_paths)) {
     double total = 0;
     for (int w = 0; w < kWarps; ++w) total += of_warp[threadIdx.x][w];
-    partials[threadIdx.x * stride] = total;
+    partials[threadIdx.x * num_slots + piece.slot] = total;
   }
-}
-
-// One block per chunk -> partials [pairs, slots].
-template <typename S, int K>
-__global__ __launch_bounds__(kThreads) void gram_kernel(const __grid_constant__ TensorList<K> list, int num_paths, int64_t num_slots,
-                                                        double* partials) {
-  const Piece piece = piece_of(list, blockIdx.x);
-  const S* data[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) data[k] = static_cast<const S*>(list.data[k][piece.tensor]) + piece.begin;
-  multiply<S, K>(data, piece.count, aligned(list, piece.tensor, num_paths), num_paths, partials + piece.slot, num_slots);
 }
 
 // Segments per launch of gram_sum_kernel, whose bounds are a kernel argument.
@@ -144,14 +138,20 @@ __global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const
 
 // --------------------------------------------------------------------------------------------------------------------------------- combine_
 
-// Path 0's piece becomes the weighted sum of all paths' pieces; weights [num_paths] are read here, past the first-level cache.
+// One block per chunk: out = w[s, 0] * out + sum over k > 0 of w[s, k] * g_k in place; weights [S, num_paths]. Equivalent to
+// `reference.combine_`.
 template <typename S, int K>
-__device__ void combine(S* const (&data)[K], int count, bool is_aligned, int num_paths, const double* weights) {
+__global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ TensorList<K> list, int num_paths, const double* weights) {
   using T = Wide<S>;
+  const Piece piece = piece_of(list, blockIdx.x);
+  S* data[K];
   T w[K];
 #pragma unroll
-  for (int k = 0; k < K; ++k) w[k] = k < num_paths ? T(__ldcg(weights + k)) : T(0);
-  walk<S, K>(count, is_aligned, [&](int i, auto width, auto times) {
+  for (int k = 0; k < K; ++k) {
+    data[k] = static_cast<S*>(list.data[k][piece.tensor]) + piece.begin;
+    w[k] = k < num_paths ? T(weights[int64_t(list.segment[piece.tensor]) * num_paths + k]) : T(0);
+  }
+  walk<S, K>(piece.count, aligned(list, piece.tensor, num_paths), [&](int i, auto width, auto times) {
     constexpr int V = decltype(width)::value, U = decltype(times)::value;
     Vector<S, V> g[U][K];
 #pragma unroll
@@ -172,17 +172,6 @@ __device__ void combine(S* const (&data)[K], int count, bool is_aligned, int num
       *reinterpret_cast<Vector<S, V>*>(data[0] + i + u * kThreads * V) = g[u][0];
     }
   });
-}
-
-// One block per chunk: out = w[s, 0] * out + sum over k > 0 of w[s, k] * g_k in place; weights [S, num_paths]. Equivalent to
-// `reference.combine_`.
-template <typename S, int K>
-__global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ TensorList<K> list, int num_paths, const double* weights) {
-  const Piece piece = piece_of(list, blockIdx.x);
-  S* data[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) data[k] = static_cast<S*>(list.data[k][piece.tensor]) + piece.begin;
-  combine<S, K>(data, piece.count, aligned(list, piece.tensor, num_paths), num_paths, weights + int64_t(list.segment[piece.tensor]) * num_paths);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------- launchers
