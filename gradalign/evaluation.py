@@ -292,7 +292,7 @@ def write_det(scores: Scores, path: str | Path, by: str | None = None) -> None:
             curves[condition] = [(p_fa, p_miss)]
             texts[condition] = f"{condition}: EER {100 * float(metrics.eer(bonafide, spoof)):.1f}%"
     with figures.styled():
-        figure = figures.new_figure(7, 7)
+        figure = figures.new_figure(9.6, 7)
         colors = dict(zip(curves, itertools.cycle(figures.CATEGORY_COLORS)))
         figures.draw_det(figure.add_subplot(), curves, texts, colors)
     with atomic_path(path) as temporary:
