@@ -445,12 +445,14 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
     using S = decltype(type);
     constexpr int K = decltype(built)::value;
     using List = AlignList<K>;
-    const int num_places = std::min(kMaxPlaces, (most_bytes - int(sizeof(Board<S, K>))) / kItemBytes<K>);
-    STD_TORCH_CHECK(num_places > kAhead, "align_ needs ", (kAhead + 1) * kItemBytes<K> + sizeof(Board<S, K>), " bytes of shared memory per block; found ", most_bytes);
+    constexpr int kBytes = kItemBytes<K>, kElements = kItem<S, K>, kThreads = kMovers<K> + kWarp, kBoard = int(sizeof(Board<S, K>));
+    const int num_places = std::min(kMaxPlaces, (most_bytes - kBoard) / kBytes);
+    STD_TORCH_CHECK(num_places > kAhead, "align_ needs ", (kAhead + 1) * kBytes + kBoard, " bytes of shared memory per block; found ", most_bytes);
     List list;
     auto flush = [&] {
-      if (list.num_tensors == 0) return;
-      Tensor delivered = torch::stable::new_zeros(gram, {list.num_tensors}, ScalarType::Int);
+      const int64_t num_tensors = list.num_tensors;
+      if (num_tensors == 0) return;
+      Tensor delivered = torch::stable::new_zeros(gram, {num_tensors}, ScalarType::Int);
       Tensor partials = torch::stable::new_empty(gram, {pairs_of(int(num_paths)), list.num_slots});
       const AlignBuffers buffers{delivered.mutable_data_ptr<int>(),
                                  partials.mutable_data_ptr<double>(),
@@ -458,15 +460,15 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
                                  targets.mutable_data_ptr<double>(),
                                  moves && old ? old->const_data_ptr<double>() : nullptr,
                                  met ? met->const_data_ptr<int64_t>() : nullptr};
-      device.launch_together(num_places * kItemBytes<K>, align_kernel<S, K>, std::min(multiprocessors, list.num_items()), kMovers<K> + kWarp, list,
-                             int(num_paths), num_places, options, buffers);
+      device.launch_together(num_places * kBytes, align_kernel<S, K>, std::min(multiprocessors, list.num_items()), kThreads, list, int(num_paths),
+                             num_places, options, buffers);
       list = List();
     };
     for (int64_t n = 0; n < num_params; ++n) {
       const Tensor& first = paths.at(0, n);
       if (first.scalar_type() != dtype) continue;
       // An empty parameter has an item too, and with it its weights.
-      const int64_t size = first.numel(), items = std::max<int64_t>(1, divide_up<int64_t>(size, kItem<S, K>));
+      const int64_t size = first.numel(), items = std::max<int64_t>(1, divide_up<int64_t>(size, kElements));
       STD_TORCH_CHECK(items <= INT_MAX / 4, "a gradient of at most 2^37 elements is taken");
       if (list.num_tensors == List::kTensors || list.num_items() + items > INT_MAX / 4) flush();
       const int at = list.num_tensors++;
