@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Of atomic_path: the target's stem, the writer's process and the target's suffix.
-_TEMPORARY = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+# Of atomic_path: the target's stem and suffix around the writer's process.
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+# Longer than any file takes to be written, on this machine or on another one that shares the folder.
+_LEFT_AFTER_S = 3600
 
 
 @contextmanager
@@ -64,15 +67,17 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def remove_leftovers_of(targets: Iterable[Path]) -> None:
-    """Remove the temporary files that killed writers of these files left; those of running processes stay."""
+    """Remove the temporary files that killed writers of these files left an hour ago or more."""
     names: dict[Path, set[str]] = {}
     for target in targets:
         names.setdefault(target.parent, set()).add(target.name)
     for folder, wanted in names.items():
         for name in os.listdir(folder) if folder.is_dir() else ():
             found = _TEMPORARY.fullmatch(name)
-            if found and found[1] + (found[3] or "") in wanted and not Path("/proc", found[2]).exists():
-                (folder / name).unlink(missing_ok=True)
+            if found and found[1] + (found[2] or "") in wanted:
+                with suppress(FileNotFoundError):
+                    if time.time() - (folder / name).stat().st_mtime > _LEFT_AFTER_S:
+                        (folder / name).unlink()
 
 
 def expect_folder(path: str | Path) -> None:

@@ -119,7 +119,8 @@ def augment_files(
 
     Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``; an
     output that would replace its own input is a ValueError always. With ``skip_bad``, files that cannot be augmented
-    are listed in the result instead of raising AudioError. What killed runs left of the same outputs is removed.
+    are listed in the result instead of raising AudioError. What killed runs left of the same outputs an hour ago or
+    earlier is removed.
     """
     planned = list(files)
     there = [(source, output) for _, source, output in planned if output.exists()]

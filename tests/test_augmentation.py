@@ -1,4 +1,5 @@
 import os
+import time
 
 import numpy as np
 import pytest
@@ -131,11 +132,12 @@ def test_an_input_is_never_replaced(folder, tmp_path, options):
 def test_what_killed_runs_left_is_removed(folder, tmp_path):
     out = tmp_path / "out" / "sub"
     out.mkdir(parents=True)
-    # No process has the number of the first; the others are a running one's, another file's, and none of ours.
-    left = [".b.4194305-0123abcd.tmp.flac", f".b.{os.getpid()}-0123abcd.tmp.flac"]
-    left += [".other.4194305-0123abcd.tmp.flac", ".b.tmp.flac"]
+    # The first is two hours old, the next is being written; the others are another file's, and none of ours.
+    left = [".b.12-0123abcd.tmp.flac", ".b.34-0123abcd.tmp.flac", ".other.12-0123abcd.tmp.flac", ".b.tmp.flac"]
     for name in left:
         (out / name).touch()
+        if "34" not in name:
+            os.utime(out / name, (time.time() - 7200,) * 2)
     run(folder, tmp_path / "out")
     assert sorted(path.name for path in out.iterdir()) == sorted([*left[1:], "b.flac"])
 
