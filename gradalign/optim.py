@@ -33,7 +33,7 @@ class Stats:
 
     Attributes:
         steps: aligned steps (two or more paths, all gradients finite).
-        skipped: steps left out for a non-finite gradient.
+        skipped: steps left out for a gradient, or for weights of a method, that were not finite.
         conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine; excluded
             parameters do not count.
         cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model, without excluded
@@ -515,7 +515,7 @@ class AlignedOptimizer(Optimizer):
         Raises:
             RuntimeError: inside a path, if gradients were accumulated outside of the paths, or for a number of paths
                 other than in the steps before.
-            FloatingPointError: for a non-finite gradient, with ``on_nonfinite="raise"``.
+            FloatingPointError: for a gradient or weights that are not finite, with ``on_nonfinite="raise"``.
         """
         loss = None
         if closure is not None:

@@ -9,7 +9,7 @@ namespace gradalign::cuda {
 // Elements per block: many, so that few partial sums are left; few, so that a small model still fills the device.
 constexpr int kChunk = 32768;
 
-// Kernel arguments may take 4 KiB, of which the table takes 4016 bytes at most.
+// The table takes 4016 bytes at most, all arguments 4 KiB. (More are allowed, and align.cu takes them: it has one launch for a whole model to gain.)
 template <int K>
 struct TensorList {
   static constexpr int kTensors = 4000 / (8 * K + 24);
