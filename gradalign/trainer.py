@@ -148,7 +148,8 @@ def split_source(config: TrainConfig, split: str) -> tuple[Path, Path] | None:
 def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
     """The data set of a split as the run reads it; None for a test split that is not there.
 
-    Raises DataError for a wrong protocol or packed folder, or where train or dev lack one of the classes.
+    Raises DataError for a wrong protocol or packed folder, or where train or dev lack one of the classes, and
+    AudioError for audio files that are not there, unless ``skip_bad``.
     """
     if config.data is not None and config.dataset != "corpus":
         return _open_dataset(config, config.dataset, config.data, split)
@@ -162,6 +163,8 @@ def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
         _expect_both_classes(source[0], utterances)
     if not source[1].is_dir():
         raise DataError(f"{source[1]}: expected a folder of audio files; found nothing there")
+    if not config.skip_bad:
+        datasets.expect_files(utterances, source[1], config.dataset, config.data)
     return SpeechDataset(
         utterances,
         source[1],
