@@ -87,7 +87,7 @@ def extension() -> CppExtension:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         facts |= {"NVCC": version_of([f"{CUDA_HOME}/bin/nvcc"]), "CUDA_ARCHS": archs}
         macros += [("GRADALIGN_WITH_CUDA", None), ("USE_CUDA", None)]
-        nvcc = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v", "--threads=2"]
+        nvcc = ["-O3", "-std=c++17", "-lineinfo", "--threads=2"]
     macros += [(f"GRADALIGN_{name}", f'"{value}"') for name, value in facts.items()]
     make = CUDAExtension if cuda else CppExtension
     return make(

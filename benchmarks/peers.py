@@ -170,7 +170,7 @@ class Bench:
         o, grads = self.options, [torch.ones(1, device=self.device)] * 2
         found: dict[str, Callable[[Model], Run]] = {}
         gram = _dispatch.ops()["gram"]
-        for name in gram.order:
+        for name in _dispatch.BACKENDS:
             if not gram.why_not(name, grads, 2, [0], 1):
                 found[f"{OURS} {name}"] = functools.partial(ours, backend=name)
         found["foreach"] = foreach

@@ -140,7 +140,7 @@ class Published:
 
 def backends_for(op: _dispatch.Op, args: tuple, wanted: list[str]) -> list[str]:
     """Name the wanted backends that take these arguments."""
-    return [name for name in op.order if name in wanted and not op.why_not(name, *args)]
+    return [name for name in _dispatch.BACKENDS if name in wanted and not op.why_not(name, *args)]
 
 
 def _results(op: str, args: tuple, result: Any) -> Any:

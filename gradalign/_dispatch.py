@@ -1,8 +1,8 @@
 """One op, several backends: how an op is declared and how the backend that serves a call is chosen.
 
 Three questions stay apart. *Is the platform there?* (`Backend.available`: a built extension, an importable Triton.)
-*Does it take these inputs?* (`Backend.supports`: device and dtypes.) *Which comes first?* (`Op.order`, settled by
-benchmark; `use_backends` restricts it.)
+*Does it take these inputs?* (`Backend.supports`: device and dtypes.) *Which comes first?* (The order of `BACKENDS`;
+`use_backends` restricts it.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _public = torch.library.Library("gradalign", "DEF")
 # Empty slots with the same schemas, filled by csrc for CPU and CUDA.
 _native = torch.library.Library("gradalign_native", "DEF")
 
+# First come, first asked.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 _allowed: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gradalign_backends", default=BACKENDS)
 _ops: dict[str, Op] = {}
@@ -63,7 +64,7 @@ def use_backends(*names: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One body of an op."""
+    """One implementation of an op."""
 
     name: str
     run: Callable[..., Any]
@@ -82,7 +83,6 @@ class Op:
     fake: Callable[..., Any] | None = None
     # Raises for arguments that no backend may see: kernels do not check what the Python edge can.
     check: Callable[..., None] | None = None
-    order: tuple[str, ...] = BACKENDS
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ class Op:
         self.backend("reference", available=lambda: "", supports=lambda *_: "")(self.reference)
         _ops[self.name] = self
 
-    def __call__(self, *args: Any) -> Any:
-        return self.public(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.public(*args, **kwargs)
 
     def differentiate(self, backward: Callable[..., Tensor]) -> None:
         """Make the first argument differentiable: ``backward(grad, *arguments)`` returns its gradient.
@@ -154,19 +154,19 @@ class Op:
         if self.check is not None:
             self.check(*args)
         allowed = _allowed.get()
-        for name in self.order:
+        for name in BACKENDS:
             if name in allowed and not self.why_not(name, *args):
-                if name == "reference" and len(allowed) > 1 and (device := first_tensor(args).device).type == "cuda":
-                    self._announce_fallback(device, args)
+                if name == "reference" and len(allowed) > 1 and first_tensor(args).is_cuda:
+                    self._announce_fallback(args)
                 return self.backends[name].run(*args)
         reasons = "; ".join(f"{name}: {self.why_not(name, *args)}" for name in allowed)
         raise RuntimeError(f"gradalign.{self.name}: none of the allowed backends can serve this call ({reasons})")
 
-    def _announce_fallback(self, device: torch.device, args: Sequence[Any]) -> None:
+    def _announce_fallback(self, args: Sequence[Any]) -> None:
         reasons = "; ".join(f"{n}: {self.why_not(n, *args)}" for n in ("cuda", "triton") if self.why_not(n, *args))
         # One fixed place of origin: Python's default filter then shows each op's warning once.
         warnings.warn_explicit(
-            f"gradalign.{self.name} runs its plain PyTorch reference on {device.type} ({reasons})",
+            f"gradalign.{self.name} runs its plain PyTorch reference on cuda ({reasons})",
             RuntimeWarning,
             __file__,
             1,

@@ -12,7 +12,7 @@ import torch
 
 from gradalign._dispatch import Op, first_tensor
 
-# csrc/weigh.h and csrc/cuda/gradients.cu take up to this many paths.
+# csrc/weigh.h and csrc/cuda/gradients.cuh take up to this many paths.
 MAX_PATHS = 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -26,6 +26,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+__all__ = [
+    "METHODS",
+    "Method",
+    "alignedmtl",
+    "cagrad",
+    "dualproj",
+    "gradvac",
+    "imtlg",
+    "mean",
+    "mgda",
+    "nashmtl",
+    "pcgrad",
+    "random_order",
+    "resolve",
+    "solve",
+    "upgrad",
+    "weigh",
+    "weights",
+]
+
 # Keeps 0 / 0 at 0; far below any product of two float32 gradients that matters.
 _TINY = 1e-300
 # CAGrad's smallest |g_x|, relative to the root mean square norm: float32 gradients that cancel leave no more.
@@ -57,6 +77,12 @@ _BETA = {"dual_path": 0.5, "paper": 0.01}
 
 def mean(gram: Tensor) -> Tensor:
     """Weights 1/K: training on the mean of the paths' losses.
+
+    Args:
+        gram: [..., K, K], of which only the shape and the dtype matter.
+
+    Returns:
+        [..., K] of gram's dtype.
 
     >>> mean(torch.eye(2, dtype=torch.float64))
     tensor([0.5000, 0.5000], dtype=torch.float64)
@@ -683,7 +709,8 @@ def weights(gram: Tensor, method: str | Callable[[Tensor], Tensor], **options: A
         **options: the method's own keywords (see `pcgrad`, `gradvac`, `cagrad`).
 
     Returns:
-        float64 [..., K] on the same device; NaN where ``gram`` holds a NaN or an infinity.
+        float64 [..., K] on the same device; NaN where ``gram`` holds a NaN or an infinity. GradVac's new targets are
+        left out: `gradvac` returns them, too.
 
     Raises:
         TypeError: if ``gram`` is no floating-point tensor, ``method`` neither a name nor callable, or an option

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from gradalign import _extension
-from gradalign._dispatch import ops
+from gradalign._dispatch import BACKENDS, ops
 
 _PACKAGES = ("gradalign", "torch", "triton", "numpy", "torchaudio", "soundfile")
 
@@ -52,7 +52,7 @@ def report() -> str:
     lines += [f"  {why_not}"] if extension is None else _table({k: str(v) for k, v in extension.build_info().items()})
     lines += ["", "Ops (backends in the order they are tried)"]
     for op in ops().values():
-        states = {name: op.why_not(name) for name in op.order}
+        states = {name: op.why_not(name) for name in BACKENDS}
         lines.append(f"  {op.name}: {', '.join(name for name, reason in states.items() if not reason)}")
         lines += [f"    not {name}: {reason}" for name, reason in states.items() if reason]
     return "\n".join(lines)

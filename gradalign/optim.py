@@ -1,7 +1,7 @@
 """`AlignedOptimizer`: any PyTorch optimizer, fed with the aligned gradients of several paths.
 
-The way from a step to the kernels: `AlignedOptimizer.step` -> `align` -> `ops.gram` -> `alignment.weigh` ->
-`ops.combine_` -> the inner optimizer's step.
+The way from a step to the kernels: `AlignedOptimizer.step` -> its first pre-hook, `align` -> `_merge` -> `ops.gram` ->
+`alignment.weigh` -> `ops.combine_` -> the inner optimizer's step.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class AlignedOptimizer(Optimizer):
 
     It is a `torch.optim.Optimizer` that shares ``param_groups``, ``state`` and ``defaults`` with the optimizer it
     wraps (``opt.optimizer``): schedulers, hooks, closures, ``add_param_group``, ``state_dict``, pickling and deepcopy
-    work as usual. Step hooks see the aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first
-    (until then there is nothing to clip); with GradScaler always do, as it looks at ``.grad`` (the loss scale does not
-    change the weights of PCGrad)::
+    work as usual. (The entry "alignment" of the first parameter group belongs to `state_dict`.) Step hooks see the
+    aligned gradients in ``.grad``. To clip or unscale them, call ``align()`` first (until then there is nothing to
+    clip); with GradScaler always do, as it looks at ``.grad`` (the loss scale does not change the weights of
+    PCGrad)::
 
         opt.align()
         scaler.unscale_(opt)
@@ -173,7 +174,7 @@ class AlignedOptimizer(Optimizer):
     # Gram matrices of the last step, float64 [N, K, K].
     _gram: Tensor | None
     # Counts and the method's state, on the device.
-    _books: dict[str, Tensor]
+    _counters: dict[str, Tensor]
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class AlignedOptimizer(Optimizer):
                 "_nonfinite": None,
                 "_stepped": set(),
                 "_gram": None,
-                "_books": {},
+                "_counters": {},
             }
         )
         if isinstance(scope, str) and scope not in ("model", "parameter"):
@@ -285,8 +286,11 @@ class AlignedOptimizer(Optimizer):
         self._shards = _distributed.Shards()
         group = self.process_group
         self._averager = Averager(group) if group is not None and _distributed.num_ranks(group) > 1 else None
-        self._weigh = alignment.resolve(self.method)
+        self._method = alignment.resolve(self.method)
         self.register_step_pre_hook(_align_first)
+
+    def __repr__(self) -> str:
+        return f"AlignedOptimizer(method={self._label!r}, scope={self._scope_label!r}, optimizer={self.optimizer!r})"
 
     @property
     def _label(self) -> str:
@@ -303,16 +307,19 @@ class AlignedOptimizer(Optimizer):
                 f"parameters can be added before the first path or after step(); found {len(self._paths)} paths"
             )
         self.optimizer.add_param_group(param_group)
-        if self._num_paths and self._books:
+        if self._num_paths and self._counters:
             segments, num_segments = self._segments()
-            added = len(segments) - len(self._books["parameter_conflicts"])
-            like = self._books["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
+            added = len(segments) - len(self._counters["parameter_conflicts"])
+            like = self._counters["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
             self._allocate(like, num_segments)
             if self._gram is not None:
                 self._gram = torch.cat([self._gram, self._gram.new_zeros(added, *self._gram.shape[1:])])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any)."""
+        """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any).
+
+        Gradients become None even with ``set_to_none=False``: a path takes over what it finds in ``.grad``.
+        """
         if self._paths:
             warnings.warn(
                 f"zero_grad() dropped the gradients of {len(self._paths)} finished path(s) that no step has used: "
@@ -320,7 +327,7 @@ class AlignedOptimizer(Optimizer):
                 stacklevel=2,
             )
         self._paths, self._joint, self._nonfinite = [], False, None
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(set_to_none=True)
 
     # ---- paths ----
 
@@ -521,6 +528,7 @@ class AlignedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # The pre-hook has aligned what was there; these are the closure's paths.
         self.align()
         # GradScaler sets grad_scale and found_inf on an optimizer that can take them (a fused one).
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -584,93 +592,111 @@ class AlignedOptimizer(Optimizer):
         raise RuntimeError(f"with GradScaler, {problem}")
 
     def _merge(self, paths: list[Gradients], merged: Gradients) -> None:
-        """Combine the paths' gradients into ``merged``, the first that each parameter has, and keep the books.
-
-        No host sync.
-        """
-        num_paths, num_params = len(paths), len(paths[0])
-        segments, num_segments = self._segments()
-        complete = tuple(range(num_paths))
+        """Combine the paths' gradients into ``merged``, the first that each parameter has, and count. No host sync."""
         subsets = _by_subset(paths)
-        sharded = _distributed.has_dtensors(merged)
-        if sharded:
-            paths = [_distributed.local(grads) for grads in paths]
-
-        # In one pass, where every path reaches every parameter and nothing is to be added up over processes. On a GPU
-        # the three ops in turn are faster (benchmarks/NOTES.md).
-        each = self.scope == "parameter" and len(subsets.get(complete, ())) == num_params and bool(self._weigh.name)
-        each = each and self._averager is None and not sharded and not self._exclude
-        each = each and all(grad is not None and grad.device.type == "cpu" for grad in merged)
-        if each:
-            gram, rho = self._align_each(paths)
+        if self._takes_one_pass(subsets, merged):
+            gram, rho = self._merge_in_one_pass(paths)
+            finite = self._check_gram(gram)
         else:
-            # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
-            grams = {
-                present: _embed(
-                    ops.gram([paths[k][n] for k in present for n in members], len(present), members, num_params),
-                    present,
-                    num_paths,
-                )
-                for present, members in subsets.items()
-            }
-            if self._averager is not None:
-                grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
-            elif sharded:
-                grams = {present: self._shards.sum(gram, merged) for present, gram in grams.items()}
-            gram = reduce(torch.add, grams.values())
-        finite = gram.isfinite().all()
-        if self.on_nonfinite == "raise" and not finite.item():
-            raise FloatingPointError(self._describe_nonfinite(gram))
-        books = self._allocate(gram, num_segments)
-        if not each:
-            weighed = grams.get(complete, torch.zeros_like(gram)) if self._weigh.partial == "apart" else gram
-            options = self._weigh_options(num_paths)
-            weights, rho = alignment.weigh(
-                self._sum_segments(weighed, segments, num_segments), self._weigh, books.get("rho"), **options
-            )
-            # A method of the user's may find no weights for finite gradients.
-            healthy = weights.isfinite().all()
-            if self.on_nonfinite == "raise" and not healthy.item():
-                raise FloatingPointError(f"weights must be finite; found {weights.tolist()} from {self._label}")
-            finite &= healthy
+            gram, rho, finite = self._merge_in_turn(paths, merged, subsets)
+        self._count(gram, rho, finite)
 
-            for present, members in subsets.items():
-                own = weights if present == complete else self._weigh.partial_weights(weights, present)
-                if self._exclude:
-                    own = torch.where(self._is_excluded(segments, own), 1.0 / num_paths, own)
-                first, *others = ([paths[k][n] for n in members] for k in present)
-                ops.combine_(first, [grad for grads in others for grad in grads], own, [segments[n] for n in members])
+    def _takes_one_pass(self, subsets: dict[tuple[int, ...], list[int]], merged: Gradients) -> bool:
+        """Whether each parameter is merged on its own, by a method that has kernels, all paths reach all parameters,
+        and nothing is to be added up over processes. `ops.align_` on a GPU is not known to be faster than the three ops
+        in turn (benchmarks/NOTES.md).
+        """
+        return (
+            self.scope == "parameter"
+            and bool(self._method.name)
+            and len(subsets) == 1
+            and all(grad is not None and grad.device.type == "cpu" for grad in merged)
+            and not (self._exclude or self._averager is not None or _distributed.has_dtensors(merged))
+        )
 
-        self._gram, self._nonfinite = gram, (~finite).float()
-        if rho is not None:
-            books["rho"].copy_(torch.where(finite, rho, books["rho"]))
-        books["steps"] += finite
-        books["skipped"] += ~finite
-        books["conflicts"] += _conflicts(self._whole(gram)) & finite
-        books["parameter_conflicts"] += _conflicts(gram) & finite
-        if self._groups:
-            books["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
-
-    def _align_each(self, paths: list[Gradients]) -> tuple[Tensor, Tensor | None]:
-        """Align each parameter on its own, while its gradients are in the cache; return Gram matrices and new rho."""
+    def _merge_in_one_pass(self, paths: list[Gradients]) -> tuple[Tensor, Tensor | None]:
+        """Merge each parameter while its gradients are in the cache; return Gram matrices and GradVac's new targets."""
         first, *others = paths
         some = next(grad for grad in first if grad is not None)
-        books = self._allocate(some.new_empty(len(first), len(paths), len(paths)), len(first))
+        counters = self._allocate(some.new_empty(len(first), len(paths), len(paths)), len(first))
         options = self._weigh_options(len(paths))
         gram, rho = ops.align_(
             first,
             [grad for grads in others for grad in grads],
-            self._weigh.name,
-            books.get("rho"),
+            self._method.name,
+            counters.get("rho"),
             options.get("order"),
             *alignment.kernel_options(options),
         )
-        return gram, rho if "rho" in books else None
+        return gram, rho if "rho" in counters else None
+
+    def _merge_in_turn(
+        self, paths: list[Gradients], merged: Gradients, subsets: dict[tuple[int, ...], list[int]]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gram matrices, weights, combination; return what `_count` takes."""
+        num_paths, complete = len(paths), tuple(range(len(paths)))
+        if sharded := _distributed.has_dtensors(merged):
+            paths = [_distributed.local(grads) for grads in paths]
+        # One Gram matrix per parameter costs no more than one in all, and gives the map of conflicts.
+        grams = {}
+        for present, members in subsets.items():
+            grads = [paths[k][n] for k in present for n in members]
+            found = ops.gram(grads, num_paths=len(present), segments=members, num_segments=len(merged))
+            grams[present] = _embed(found, present, num_paths)
+        if self._averager is not None:
+            grams = {present: self._averager.sum(gram) for present, gram in grams.items()}
+        elif sharded:
+            grams = {present: self._shards.sum(gram, merged) for present, gram in grams.items()}
+        gram = reduce(torch.add, grams.values())
+        finite = self._check_gram(gram)
+
+        segments, num_segments = self._segments()
+        counters = self._allocate(gram, num_segments)
+        weighed = grams.get(complete, torch.zeros_like(gram)) if self._method.partial == "apart" else gram
+        of_segments = self._sum_segments(weighed, segments, num_segments)
+        options = self._weigh_options(num_paths)
+        weights, rho = alignment.weigh(of_segments, self._method, counters.get("rho"), **options)
+        # A method of the user's may find no weights for finite gradients.
+        healthy = weights.isfinite().all()
+        if self.on_nonfinite == "raise" and not healthy.item():
+            raise FloatingPointError(f"weights must be finite; found {weights.tolist()} from {self._label}")
+
+        for present, members in subsets.items():
+            chosen = weights if present == complete else self._method.partial_weights(weights, present)
+            if self._exclude:
+                chosen = torch.where(self._is_excluded(segments, chosen), 1.0 / num_paths, chosen)
+            first, *others = ([paths[k][n] for n in members] for k in present)
+            further = [grad for grads in others for grad in grads]
+            ops.combine_(first, further, weights=chosen, segments=[segments[n] for n in members])
+        return gram, rho, finite & healthy
+
+    def _check_gram(self, gram: Tensor) -> Tensor:
+        """Whether all gradients are finite, bool []; with ``on_nonfinite="raise"`` an error where they are not."""
+        finite = gram.isfinite().all()
+        if self.on_nonfinite == "raise" and not finite.item():
+            raise FloatingPointError(self._describe_nonfinite(gram))
+        return finite
+
+    def _count(self, gram: Tensor, rho: Tensor | None, finite: Tensor) -> None:
+        """Keep a step's Gram matrices, the method's new state and the counts; a step that is not finite only counts as
+        skipped.
+        """
+        segments, num_segments = self._segments()
+        counters = self._allocate(gram, num_segments)
+        self._gram, self._nonfinite = gram, (~finite).float()
+        if rho is not None:
+            counters["rho"].copy_(torch.where(finite, rho, counters["rho"]))
+        counters["steps"] += finite
+        counters["skipped"] += ~finite
+        counters["conflicts"] += _conflicts(self._whole(gram)) & finite
+        counters["parameter_conflicts"] += _conflicts(gram) & finite
+        if self._groups:
+            counters["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
 
     def _weigh_options(self, num_paths: int) -> dict[str, Any]:
         options = dict(self._options)
-        if "order" in self._weigh.parameters and num_paths > 2:
-            options["order"] = alignment.random_order(num_paths, self._seed, self._books["steps"])
+        if "order" in self._method.parameters and num_paths > 2:
+            options["order"] = alignment.random_order(num_paths, self._seed, self._counters["steps"])
         return options
 
     def _segments(self) -> tuple[list[int], int]:
@@ -728,13 +754,13 @@ class AlignedOptimizer(Optimizer):
         """
         shapes = self._shapes(gram.shape[1], len(gram), num_segments)
         for name, shape in shapes.items():
-            old = self._books.get(name)
+            old = self._counters.get(name)
             if old is None or old.shape != shape or old.device != gram.device:
-                new = torch.zeros(shape, dtype=_book_dtype(name), device=gram.device)
+                new = torch.zeros(shape, dtype=_counter_dtype(name), device=gram.device)
                 if old is not None:
                     new[: len(old)].copy_(old) if shape else new.copy_(old)
-                self._books[name] = new
-        return self._books
+                self._counters[name] = new
+        return self._counters
 
     def _shapes(self, num_paths: int, num_params: int, num_segments: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
@@ -745,7 +771,7 @@ class AlignedOptimizer(Optimizer):
         }
         if self._groups:
             shapes["group_conflicts"] = (num_segments,)
-        if "rho" in self._weigh.parameters:
+        if "rho" in self._method.parameters:
             shapes["rho"] = (num_segments, num_paths, num_paths)
         return shapes
 
@@ -770,9 +796,9 @@ class AlignedOptimizer(Optimizer):
     @property
     def stats(self) -> Stats:
         """A snapshot of what alignment saw; reading it waits for the device."""
-        books = {name: tensor.to("cpu", copy=True) for name, tensor in self._books.items()}
+        counters = {name: tensor.to("cpu", copy=True) for name, tensor in self._counters.items()}
         steps, skipped, conflicts = (
-            int(books[name]) if name in books else 0 for name in ("steps", "skipped", "conflicts")
+            int(counters[name]) if name in counters else 0 for name in ("steps", "skipped", "conflicts")
         )
         names: tuple[str, ...] = ()
         cosine = group_cosine = parameter_cosine = None
@@ -790,9 +816,9 @@ class AlignedOptimizer(Optimizer):
             cosine=cosine,
             groups=names,
             group_cosine=group_cosine,
-            group_conflicts=books.get("group_conflicts"),
+            group_conflicts=counters.get("group_conflicts"),
             parameter_cosine=parameter_cosine,
-            parameter_conflicts=books.get("parameter_conflicts"),
+            parameter_conflicts=counters.get("parameter_conflicts"),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -802,8 +828,10 @@ class AlignedOptimizer(Optimizer):
         that `torch.distributed.checkpoint` carries them like any setting of a group, also into an optimizer that has
         not seen a path yet. `torch.load` reads it with ``weights_only=True``.
         """
-        books = {name: self._books[name].tolist() if name in self._books else [] for name in self._shapes(0, 0, 0)}
-        own = {"method": self._label, "scope": self._scope_label, "num_paths": self._num_paths, **books}
+        counters = {
+            name: self._counters[name].tolist() if name in self._counters else [] for name in self._shapes(0, 0, 0)
+        }
+        own = {"method": self._label, "scope": self._scope_label, "num_paths": self._num_paths, **counters}
         state = self.optimizer.state_dict()
         first, *rest = state["param_groups"]
         return {**state, "param_groups": [{**first, "alignment": json.dumps(own)}, *rest]}
@@ -843,13 +871,13 @@ class AlignedOptimizer(Optimizer):
         segments, num_segments = self._segments()
         shapes = self._shapes(num_paths, len(segments), num_segments) if num_paths else {}
         device = self._params()[0].device
-        books = {name: torch.tensor(own[name], dtype=_book_dtype(name), device=device) for name in shapes}
-        found = {name: tuple(book.shape) for name, book in books.items()}
+        counters = {name: torch.tensor(own[name], dtype=_counter_dtype(name), device=device) for name in shapes}
+        found = {name: tuple(book.shape) for name, book in counters.items()}
         if found != shapes:
             raise ValueError(f"the state's 'alignment' must have the shapes {shapes}; found {found}")
         groups[0]["alignment"] = ""
         self.optimizer.load_state_dict({**state_dict, "param_groups": groups})
-        self._books, self._num_paths, self._gram, self._stepped = books, num_paths, None, set()
+        self._counters, self._num_paths, self._gram, self._stepped = counters, num_paths, None, set()
         self._paths, self._joint, self._nonfinite = [], False, None
 
 
@@ -878,7 +906,7 @@ def _named_groups(groups: Groups) -> dict[str, list[Tensor]]:
     return found
 
 
-def _book_dtype(name: str) -> torch.dtype:
+def _counter_dtype(name: str) -> torch.dtype:
     return torch.float64 if name == "rho" else torch.int64
 
 

@@ -133,7 +133,7 @@ class RawBoostConfig:
     @property
     def num_taps(self) -> int:
         """The most taps a bank can have."""
-        longest = max(self.min_coeff, math.ceil(self.max_coeff) - 1)
+        longest = max(self.min_coeff, self.max_coeff - 1)
         return self.n_bands * (longest + (longest % 2 == 0) - 1) + 1
 
 
@@ -142,6 +142,8 @@ class RawBoost(nn.Module):
 
     ``boost(x, seeds=seeds)`` depends on nothing but each utterance's samples, length and seed: not on the batch around
     it, the padding, the device or the backend. Samples at and beyond an utterance's length are returned as 0.
+    It augments in ``train()`` and in ``eval()`` mode alike: call it on the model's input, not within the model. The
+    result is differentiable in ``x``, once.
 
     Args:
         algo: algorithm 0..8; see `RawBoostConfig` for this and every further keyword.
@@ -236,9 +238,8 @@ class RawBoost(nn.Module):
             seeds = torch.randint(torch.iinfo(torch.int64).max, (x.shape[0],), dtype=torch.int64, device=x.device)
         else:
             seeds = to_device(_check_seeds(seeds if batched else _row(seeds), x.shape[0]), x.device)
-        filters, notches = None, self._notches()
-        if notches[0]:
-            filters = ops.notch_filters(seeds, *notches, *self._design(x))
+        notches = self._notches()
+        filters = ops.notch_filters(seeds, **notches, **self._design(x)) if notches["filters"] else None
         y = self._run(x, filters, lengths, seeds, RawBoostDraws())
         return y if batched else y[0]
 
@@ -271,7 +272,7 @@ class RawBoost(nn.Module):
         else:
             lengths = _check_lengths(lengths, seeds.shape[0], num_samples, seeds.device)
         notches = self._notches()
-        drawn = reference.notch_draws(seeds, *notches) if notches[0] else ()
+        drawn = reference.notch_draws(seeds, **notches) if notches["filters"] else ()
         return RawBoostDraws(
             lnl=NotchDraws(*(v[:, : c.n_f] for v in drawn)) if "lnl" in steps else None,
             isd_factor=reference.isd_factor(seeds, lengths, num_samples, c.p) if "isd" in steps else None,
@@ -302,29 +303,39 @@ class RawBoost(nn.Module):
             raise TypeError(f"`draws` must be RawBoostDraws; found {type(draws).__name__}")
         x, lengths, batched = self._check_input(x, lengths)
         self._check_draws(draws, x)
-        filters, steps = None, reference.STEPS[self.config.algo]
-        of_lnl = _numbers(draws.lnl) if "lnl" in steps else ()
-        of_ssi = [v[:, None] for v in _numbers(draws.ssi)] if "ssi" in steps else ()
-        if parts := [part for part in (of_lnl, of_ssi) if part]:
-            bands = [torch.cat(both, dim=1) for both in zip(*parts, strict=True)]
-            filters = ops.notch_bank(*bands, *self._design(x))
+        steps = reference.STEPS[self.config.algo]
+        banks = [_numbers(draws.lnl)] if "lnl" in steps else []
+        if "ssi" in steps:
+            banks.append(tuple(value[:, None] for value in _numbers(draws.ssi)))
+        filters = None
+        if banks:
+            center_hz, width_hz, taps, gain_db = (torch.cat(values, dim=1) for values in zip(*banks, strict=True))
+            filters = ops.notch_bank(center_hz, width_hz, taps, gain_db, **self._design(x))
         y = self._run(x, filters, lengths, None, draws)
         return y if batched else y[0]
 
-    def _notches(self) -> tuple[Any, ...]:
+    def _notches(self) -> dict[str, Any]:
         """What `reference.notch_draws` takes beside the seeds: LnL's filters, SSI's after them."""
         c, steps = self.config, reference.STEPS[self.config.algo]
-        numbers = [*(range(c.n_f) if "lnl" in steps else ()), *((reference.SSI_FILTER,) if "ssi" in steps else ())]
-        bias = [i != 0 and i != reference.SSI_FILTER for i in numbers]
-        min_gain_db = [float(c.min_g - b * c.min_bias) for b in bias]
-        max_gain_db = [float(c.max_g - b * c.max_bias) for b in bias]
-        ranges = map(float, (c.min_f, c.max_f, c.min_bw, c.max_bw, c.min_coeff, c.max_coeff))
-        return (numbers, min_gain_db, max_gain_db, c.n_bands, *ranges)
+        filters = [*(range(c.n_f) if "lnl" in steps else ()), *((reference.SSI_FILTER,) if "ssi" in steps else ())]
+        bias = [i != 0 and i != reference.SSI_FILTER for i in filters]
+        return {
+            "filters": filters,
+            "min_gain_db": [float(c.min_g - b * c.min_bias) for b in bias],
+            "max_gain_db": [float(c.max_g - b * c.max_bias) for b in bias],
+            "num_bands": c.n_bands,
+            "min_center_hz": float(c.min_f),
+            "max_center_hz": float(c.max_f),
+            "min_width_hz": float(c.min_bw),
+            "max_width_hz": float(c.max_bw),
+            "min_taps": float(c.min_coeff),
+            "max_taps": float(c.max_coeff),
+        }
 
-    def _design(self, x: Tensor) -> tuple[float, int, torch.dtype]:
+    def _design(self, x: Tensor) -> dict[str, Any]:
         """What `reference.notch_bank` takes beside the notches, for waveforms like x."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return float(self.config.sample_rate), self.config.num_taps, wide
+        return {"sample_rate": float(self.config.sample_rate), "num_taps": self.config.num_taps, "dtype": wide}
 
     def _run(
         self, x: Tensor, filters: Tensor | None, lengths: Tensor | None, seeds: Tensor | None, draws: RawBoostDraws
@@ -332,9 +343,20 @@ class RawBoost(nn.Module):
         c = self.config
         if c.algo == 0:
             return reference.own(x, lengths)[1].clone()
-        given = (draws.isd_factor, draws.ssi_noise, draws.snr_db)
-        levels = (float(c.p), float(c.g_sd), float(c.snr_min), float(c.snr_max))
-        return ops.rawboost(x, filters, lengths, seeds, *given, c.algo, *levels)
+        return ops.rawboost(
+            x,
+            filters,
+            lengths,
+            seeds,
+            factor=draws.isd_factor,
+            noise=draws.ssi_noise,
+            snr_db=draws.snr_db,
+            algo=c.algo,
+            p=float(c.p),
+            g_sd=float(c.g_sd),
+            snr_min=float(c.snr_min),
+            snr_max=float(c.snr_max),
+        )
 
     def _check_input(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
         if not isinstance(x, Tensor) or x.dtype not in _FLOATS:

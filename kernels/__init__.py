@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradalign import ops
+from gradalign import _dispatch
 
 try:
     import triton
@@ -67,21 +67,7 @@ def launch(
 
 if _missing:
     # The ops still know a backend "triton" and say why it is not there; its body is never reached.
-    for _op in (
-        ops.notch_bank,
-        ops.notch_filters,
-        ops.lnl,
-        ops.isd,
-        ops.ssi,
-        ops.lnl_backward,
-        ops.isd_backward,
-        ops.ssi_backward,
-        ops.rawboost,
-        ops.gram,
-        ops.weigh,
-        ops.combine_,
-        ops.align_,
-    ):
+    for _op in _dispatch.ops().values():
         _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
 else:
     # Their import registers the launchers.

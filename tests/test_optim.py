@@ -526,7 +526,7 @@ OPTIMIZERS = {
 
 def snapshot(params, opt):
     state = [copy.deepcopy(dict(opt.state[p])) if p in opt.state else None for p in params]
-    rho = opt._books["rho"].clone() if "rho" in opt._books else None
+    rho = opt._counters["rho"].clone() if "rho" in opt._counters else None
     return [p.detach().clone() for p in params], state, rho
 
 
@@ -562,7 +562,7 @@ def test_a_nonfinite_path_skips_the_whole_step(inner, bad, first):
         set_paths(o, p, paths)
         o.step()
     assert_same(params, twin_params)
-    assert torch.equal(opt._books["rho"], twin._books["rho"])
+    assert torch.equal(opt._counters["rho"], twin._counters["rho"])
 
 
 @pytest.mark.parametrize("method", alignment.METHODS)
@@ -632,6 +632,7 @@ def test_it_is_an_optimizer_and_shares_everything():
     assert opt.param_groups is inner.param_groups
     assert opt.state is inner.state
     assert opt.defaults is inner.defaults
+    assert repr(opt).startswith("AlignedOptimizer(method='pcgrad', scope='model', optimizer=AdamW (")
     assert "lr: 0.1" in repr(opt)
     inner.load_state_dict(inner.state_dict())
     assert opt.param_groups is inner.param_groups
@@ -739,11 +740,11 @@ def test_add_param_group_grows_the_state():
         opt = AlignedOptimizer(torch.optim.SGD(model[:3].parameters(), lr=0.1), method="gradvac", scope=scope)
         for added in (False, True):
             if added:
-                old = opt._books["rho"].clone()
+                old = opt._counters["rho"].clone()
                 opt.add_param_group({"params": list(model[4].parameters()), "lr": 0.01})
             train(model, opt, 2)
             model.zero_grad()
-        rho = opt._books["rho"]
+        rho = opt._counters["rho"]
         assert rho.shape == ((6 if scope == "parameter" else 2), 2, 2)
         assert old.shape == ((4 if scope == "parameter" else 2), 2, 2)
         assert opt.stats.steps == 4
@@ -974,7 +975,7 @@ def test_grad_scaler(fused):
     assert_same(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-4, atol=1e-5)
     assert (opts[0].stats.steps, opts[0].stats.skipped) == (4, 2)
     assert scaler.get_scale() == 2.0**8
-    torch.testing.assert_close(opts[0]._books["rho"], opts[1]._books["rho"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(opts[0]._counters["rho"], opts[1]._counters["rho"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -1157,6 +1158,21 @@ def test_zero_grad_between_paths_is_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, opt, 2)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_leaves_none_for_the_paths_to_fill(set_to_none):
+    model = make_model()
+    opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    views, labels = make_batch(0)
+    for _ in range(2):
+        for view in views:
+            with opt.path():
+                loss_of(model, view, labels).backward()
+        opt.step()
+        opt.zero_grad(set_to_none)
+        assert all(param.grad is None for param in model.parameters())
+    assert opt.stats.steps == 2
 
 
 def test_complex_gradients_are_named():
