@@ -1,6 +1,6 @@
-"""Gradient alignment and RawBoost augmentation for speech-deepfake detectors, as fused Triton and CUDA kernels."""
+"""RawBoost augmentation and gradient alignment for speech-deepfake detectors: CUDA, Triton and C++ kernels."""
 
-from gradalign import alignment, data, detectors, metrics
+from gradalign import alignment, data, detectors, metrics, ops
 from gradalign._dispatch import use_backends
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import NotchDraws, RawBoost, RawBoostConfig, RawBoostDraws
@@ -17,5 +17,6 @@ __all__ = [
     "data",
     "detectors",
     "metrics",
+    "ops",
     "use_backends",
 ]

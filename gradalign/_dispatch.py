@@ -74,7 +74,7 @@ class Backend:
     supports: Callable[..., str]
 
 
-@dataclass
+@dataclass(repr=False)
 class Op:
     """An op: the reference function gives its schema, and is one of its backends."""
 
@@ -97,6 +97,9 @@ class Op:
         self.native = getattr(torch.ops.gradalign_native, self.name).default
         self.backend("reference", available=lambda: "", supports=lambda *_: "")(self.reference)
         _ops[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<op gradalign::{self.name}{self.schema}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.public(*args, **kwargs)
