@@ -12,7 +12,7 @@ unexport PYTHONPATH VIRTUAL_ENV PYTHONHOME
 help:
 	@echo "make demo   train with and without gradient alignment on real speech, write runs/demo/report.html (15 min)"
 	@echo "make test   lint, then run every test"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and clang-format"
 	@echo "make bench  time every op against the published code"
 	@echo "make gpu-check  tests, compute-sanitizer and benchmarks on this machine's GPU (10 minutes)"
 	@echo "make clean  remove .venv and everything built"
@@ -41,6 +41,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/cuda/* tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu tests/cuda_on_host/*.h)
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/run.py

@@ -60,6 +60,9 @@ def why_no_cuda() -> str:
     if not found or found[1] != torch.version.cuda.split(".")[0]:
         release = found[0] if found else "of an unknown version"
         return f"nvcc is {release}, PyTorch was built with CUDA {torch.version.cuda}"
+    if (int(found[1]), int(found[2])) < (12, 1):
+        # Kernel arguments of more than 4 KiB.
+        return f"nvcc must be 12.1 or later; found {found[0]}"
     if cudart() is None:
         return f"{CUDA_HOME} holds nvcc, but no libcudart.so; CUDA_HOME must name the CUDA toolkit's folder"
     return ""

@@ -50,14 +50,13 @@ def seeds(batch: int, device: torch.device, seed: int) -> Tensor:
 def arguments(op: str, batch: int, samples: int, device: torch.device, seed: int) -> tuple:
     """Return the arguments of one of `WAVE_OPS`, as `ga.RawBoost` with the published parameters gives them."""
     boost, own_seeds = ga.RawBoost(algo=4), seeds(batch, device, seed)
-    c, notches = boost.config, boost._notches()
-    design = (float(c.sample_rate), c.num_taps, torch.float32)
+    c, x = boost.config, wave(batch, samples, device, seed)
+    notches, design = boost._notches(), boost._design(x)
     if op == "notch_bank":
-        return (*reference.notch_draws(own_seeds, *notches), *design)
+        return (*reference.notch_draws(own_seeds, **notches), *design.values())
     if op == "notch_filters":
-        return (own_seeds, *notches, *design)
-    x = wave(batch, samples, device, seed)
-    lnl_filters, ssi_filters = reference.split_filters(ga.ops.notch_filters(own_seeds, *notches, *design), c.algo)
+        return (own_seeds, *notches.values(), *design.values())
+    lnl_filters, ssi_filters = reference.split_filters(ga.ops.notch_filters(own_seeds, **notches, **design), c.algo)
     rest: dict[str, tuple] = {
         "lnl": (x, lnl_filters, None),
         "isd": (x, None, own_seeds, None, float(c.p), float(c.g_sd)),

@@ -18,12 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-// One body, compiled for several instruction sets and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
-#define GRADALIGN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define GRADALIGN_CLONES
-#endif
+#include "compiler.h"
 
 namespace gradalign {
 
@@ -35,6 +30,10 @@ using torch::stable::Tensor;
 // The type a dtype is computed in.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
 
 // Call body(T{}) with T the C++ type of a floating dtype.
 template <typename Body>

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "philox.h"
+#include "compiler.h"
 
 namespace gradalign {
 
@@ -37,13 +37,13 @@ struct Twiddles {
 };
 
 template <typename T>
-GRADALIGN_HD Complex<T> times(const Complex<T>& a, T re, T im) {
+GRADALIGN_INLINE Complex<T> times(const Complex<T>& a, T re, T im) {
   return {a.re * re - a.im * im, a.re * im + a.im * re};
 }
 
 // One radix-4 stage on blocks of `len` points: outputs s = 0..3 of each butterfly go to the s-th quarter of its block.
 template <typename T>
-GRADALIGN_HD void forward_stage(Complex<T>* z, int points, int len, const Twiddles<T>& w) {
+GRADALIGN_INLINE void forward_stage(Complex<T>* z, int points, int len, const Twiddles<T>& w) {
   int quarter = len / 4, step = w.n / len;
   for (int block = 0; block < points; block += len) {
     for (int j = 0; j < quarter; ++j) {
@@ -61,7 +61,7 @@ GRADALIGN_HD void forward_stage(Complex<T>* z, int points, int len, const Twiddl
 }
 
 template <typename T>
-GRADALIGN_HD void inverse_stage(Complex<T>* z, int points, int len, const Twiddles<T>& w) {
+GRADALIGN_INLINE void inverse_stage(Complex<T>* z, int points, int len, const Twiddles<T>& w) {
   int quarter = len / 4, step = w.n / len;
   for (int block = 0; block < points; block += len) {
     for (int j = 0; j < quarter; ++j) {
@@ -80,7 +80,7 @@ GRADALIGN_HD void inverse_stage(Complex<T>* z, int points, int len, const Twiddl
 }
 
 template <typename T>
-GRADALIGN_HD void radix2_stage(Complex<T>* z, int points) {
+GRADALIGN_INLINE void radix2_stage(Complex<T>* z, int points) {
   for (int i = 0; i < points; i += 2) {
     Complex<T> a = z[i], b = z[i + 1];
     z[i] = {a.re + b.re, a.im + b.im};
@@ -92,7 +92,7 @@ GRADALIGN_HD void radix2_stage(Complex<T>* z, int points) {
 constexpr int kCachedPoints = 256;
 
 template <typename T>
-GRADALIGN_HD void fft(Complex<T>* z, const Twiddles<T>& w) {
+GRADALIGN_INLINE void fft(Complex<T>* z, const Twiddles<T>& w) {
   int len = w.n;
   for (; len > kCachedPoints; len /= 4) forward_stage(z, w.n, len, w);
   for (int block = 0, cached = len; block < w.n; block += cached) {
@@ -103,7 +103,7 @@ GRADALIGN_HD void fft(Complex<T>* z, const Twiddles<T>& w) {
 
 // n times the inverse transform.
 template <typename T>
-GRADALIGN_HD void inverse_fft(Complex<T>* z, const Twiddles<T>& w) {
+GRADALIGN_INLINE void inverse_fft(Complex<T>* z, const Twiddles<T>& w) {
   int cached = w.n, smallest = w.n;
   while (cached > kCachedPoints) cached /= 4;
   while (smallest > 4) smallest /= 4;

@@ -7,7 +7,7 @@
 
 #include "common.h"
 #include "layout.h"
-#include "philox.h"
+#include "sums.h"
 #include "weigh_options.h"
 
 namespace gradalign {
@@ -26,21 +26,9 @@ std::vector<Chunk> chunks_of(const std::vector<Tensor>& params, int64_t num_para
   return chunks;
 }
 
-template <typename T>
-GRADALIGN_HD double dot(const T* a, const T* b, int64_t count) {
-  constexpr int kSums = 16;
-  double partial[kSums] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int j = 0; j < kSums; ++j) partial[j] += double(a[i + j]) * double(b[i + j]);
-  for (; i < count; ++i) partial[i % kSums] += double(a[i]) * double(b[i]);
-  for (int j = 0; j < kSums; ++j) total += partial[j];
-  return total;
-}
-
 // out[i] = w[0] * out[i] + sum over k > 0 of w[k] * g[k-1][i]
 template <typename T>
-GRADALIGN_HD void axpby(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) {
+GRADALIGN_INLINE void axpby(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) {
   constexpr int kBlock = 256;
   Wide<T> sum[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -53,10 +41,10 @@ GRADALIGN_HD void axpby(T* out, const T* const* others, const double* weights, i
 }
 
 // The compiler clones plain functions, not templates.
-#define GRADALIGN_CHUNK(T)                                                                                                                     \
-  GRADALIGN_CLONES double dot_chunk(const T* a, const T* b, int64_t count) { return dot<T>(a, b, count); }                                     \
-  GRADALIGN_CLONES void combine_chunk(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) {  \
-    axpby<T>(out, others, weights, num_paths, begin, end);                                                                                     \
+#define GRADALIGN_CHUNK(T)                                                                                                                    \
+  GRADALIGN_CLONES double dot_chunk(const T* a, const T* b, int64_t count) { return inner_product(a, b, count); }                             \
+  GRADALIGN_CLONES void combine_chunk(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) { \
+    axpby<T>(out, others, weights, num_paths, begin, end);                                                                                    \
   }
 GRADALIGN_CHUNK(double)
 GRADALIGN_CHUNK(float)
@@ -64,22 +52,8 @@ GRADALIGN_CHUNK(Half)
 GRADALIGN_CHUNK(BFloat16)
 #undef GRADALIGN_CHUNK
 
-// K*N gradients, path after path; parameters that cannot be walked in memory order are replaced by contiguous copies.
-struct Paths {
-  std::vector<Tensor> tensors;
-  int64_t num_paths, num_params;
-
-  Paths(std::vector<Tensor> first, const std::vector<Tensor>& others, int64_t paths, int64_t params)
-      : tensors(std::move(first)), num_paths(paths), num_params(params) {
-    tensors.insert(tensors.end(), others.begin(), others.end());
-    for (int64_t n = 0; n < num_params; ++n) {
-      bool in_memory_order = true;
-      for (int64_t k = 0; k < num_paths; ++k) in_memory_order = check_paths(at(0, n), at(k, n)) && in_memory_order;
-      for (int64_t k = 0; !in_memory_order && k < num_paths; ++k) tensors[k * num_params + n] = torch::stable::contiguous(at(k, n));
-    }
-  }
-
-  const Tensor& at(int64_t k, int64_t n) const { return tensors[k * num_params + n]; }
+struct HostPaths : Paths {
+  using Paths::Paths;
 
   // Inner products of a chunk's pieces, one per pair of paths i <= j.
   void multiply(const Chunk& chunk, double* products) const {
@@ -108,20 +82,11 @@ struct Paths {
       combine_chunk(static_cast<T*>(at(0, chunk.param).mutable_data_ptr()), pieces.data(), weights, num_paths, chunk.begin, chunk.end);
     });
   }
-
-  // Bring what was merged in a copy to where it belongs.
-  void write_back(const std::vector<Tensor>& out) const {
-    for (int64_t n = 0; n < num_params; ++n) {
-      if (at(0, n).const_data_ptr() == out[n].const_data_ptr()) continue;
-      Tensor destination = out[n];
-      torch::stable::copy_(destination, at(0, n));
-    }
-  }
 };
 
 Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
   const int64_t num_params = int64_t(segments.size()), pairs = num_paths * (num_paths + 1) / 2;
-  const Paths paths(grads, {}, num_paths, num_params);
+  const HostPaths paths(grads, {}, num_paths, num_params);
   const std::vector<Chunk> chunks = chunks_of(grads, num_params);
   std::vector<double> partial(chunks.size() * pairs);
   torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
@@ -160,7 +125,7 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, 
 void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
   const int64_t num_paths = weights.size(1);
   const Tensor w = torch::stable::contiguous(weights);
-  const Paths paths(out, others, num_paths, int64_t(out.size()));
+  const HostPaths paths(out, others, num_paths, int64_t(out.size()));
   const std::vector<Chunk> chunks = chunks_of(out, paths.num_params);
   torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) paths.combine(chunks[c], w.const_data_ptr<double>() + segments[chunks[c].param] * num_paths);
@@ -176,7 +141,7 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
   const int64_t pairs = num_paths * (num_paths + 1) / 2, size = num_paths * num_paths;
   const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
   const bool moves = options.method == Weighing::kGradvac;
-  const Paths paths(out, others, num_paths, num_params);
+  const HostPaths paths(out, others, num_paths, num_params);
   const std::optional<Tensor> own_order = order ? std::optional(torch::stable::contiguous(*order)) : std::nullopt;
   const int64_t* met = own_order ? own_order->const_data_ptr<int64_t>() : nullptr;
   Tensor matrices = torch::stable::new_zeros(out[0], {num_params, num_paths, num_paths}, ScalarType::Double);

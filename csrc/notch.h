@@ -26,8 +26,8 @@ struct NotchDraw {
 GRADALIGN_HD NotchDraw draw_notch(uint64_t seed, uint32_t filter, uint32_t band, const NotchRanges& r) {
   Words words = philox(seed, kStreamNotch, band, filter);
   int64_t taps = int64_t(floor(uniform(words.w[2], r.min_taps, r.max_taps)));
-  return {uniform(words.w[0], r.min_center_hz, r.max_center_hz), uniform(words.w[1], r.min_width_hz, r.max_width_hz),
-          uniform(words.w[3], 0.0, 1.0), taps + (taps % 2 == 0)};
+  return {uniform(words.w[0], r.min_center_hz, r.max_center_hz), uniform(words.w[1], r.min_width_hz, r.max_width_hz), uniform(words.w[3], 0.0, 1.0),
+          taps + (taps % 2 == 0)};
 }
 
 struct NotchBand {

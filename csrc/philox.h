@@ -6,15 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define GRADALIGN_HD __host__ __device__ __forceinline__
-// An array indexed in a loop stays in registers only where the loop is unrolled.
-#define GRADALIGN_UNROLL _Pragma("unroll")
-#else
-#define GRADALIGN_UNROLL
-// Always inlined, so that a body takes the instruction set of the function around it (see GRADALIGN_CLONES in common.h).
-#define GRADALIGN_HD inline __attribute__((always_inline))
-#endif
+#include "compiler.h"
 
 namespace gradalign {
 
@@ -50,9 +42,7 @@ GRADALIGN_HD Words philox(uint64_t seed, uint32_t stream, uint64_t index, uint32
 }
 
 // In the open interval (low, high).
-GRADALIGN_HD double uniform(uint32_t word, double low, double high) {
-  return low + (high - low) * ((double(word) + 0.5) * 0x1p-32);
-}
+GRADALIGN_HD double uniform(uint32_t word, double low, double high) { return low + (high - low) * ((double(word) + 0.5) * 0x1p-32); }
 
 // Product of two uniforms on [-1, 1): the factor of impulsive noise.
 GRADALIGN_HD float impulse_factor(uint32_t word1, uint32_t word2) {

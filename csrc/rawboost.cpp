@@ -12,6 +12,7 @@
 #include "fft.h"
 #include "notch.h"
 #include "steps.h"
+#include "sums.h"
 
 namespace gradalign {
 
@@ -40,7 +41,7 @@ constexpr int64_t kTile = 64;
 
 // base[t], column c = x[(first + c) * hop + advance + t], zero outside [0, length).
 template <typename T>
-GRADALIGN_HD void load_blocks(const T* x, int64_t length, int64_t first, int64_t hop, int64_t advance, int points, Complex<T>* base) {
+GRADALIGN_INLINE void load_blocks(const T* x, int64_t length, int64_t first, int64_t hop, int64_t advance, int points, Complex<T>* base) {
   constexpr int kColumns = 2 * LaneVector<T>::count;
   for (int64_t tile = 0; tile < points; tile += kTile) {
     for (int column = 0; column < kColumns; ++column) {
@@ -56,7 +57,7 @@ GRADALIGN_HD void load_blocks(const T* x, int64_t length, int64_t first, int64_t
 
 // The inverse of load_blocks for the `hop` results of each block: y = sum, or with `wave` y += (power + 1) * wave^power * sum.
 template <typename T>
-GRADALIGN_HD void store_blocks(const Complex<T>* sum, int64_t length, int64_t first, int64_t hop, const T* wave, int64_t power, T* y) {
+GRADALIGN_INLINE void store_blocks(const Complex<T>* sum, int64_t length, int64_t first, int64_t hop, const T* wave, int64_t power, T* y) {
   constexpr int kColumns = 2 * LaneVector<T>::count;
   for (int64_t tile = 0; tile < hop; tile += kTile) {
     for (int column = 0; column < kColumns; ++column) {
@@ -81,7 +82,8 @@ GRADALIGN_HD void store_blocks(const Complex<T>* sum, int64_t length, int64_t fi
 // With `wave`, the gradient of that in the waveform, x being the gradient in y (correlation is filtering with the mirror image):
 //   y[n] = sum over i of (i+1) * wave[n]^i * sum over k of b_i[k] * x[n - (P+1)/2 + k].
 template <typename T>
-GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, const T* wave, T* y, Scratch<T>& s) {
+GRADALIGN_INLINE void filter_bank(const T* x, const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, const T* wave, T* y,
+                                  Scratch<T>& s) {
   using Vector = typename LaneVector<T>::type;
   constexpr int kLanes = LaneVector<T>::count;
   // The transform size of least work: points times stages, over the groups of blocks it needs.
@@ -150,46 +152,8 @@ GRADALIGN_HD void filter_bank(const T* x, const T* filters, int64_t num_filters,
   }
 }
 
-// Sums run in 16 interleaved float64 partial sums: vectorised, and the same on every instruction set.
-constexpr int kSums = 16;
-
-template <typename T, typename Term>
-GRADALIGN_HD double wide_sum(const T* v, int64_t count, Term term) {
-  double partial[kSums] = {}, total = 0;
-  int64_t t = 0;
-  for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) partial[i] += term(double(v[t + i]));
-  for (; t < count; ++t) partial[t % kSums] += term(double(v[t]));
-  for (int i = 0; i < kSums; ++i) total += partial[i];
-  return total;
-}
-
 template <typename T>
-GRADALIGN_HD double inner_product(const T* a, const T* b, int64_t count) {
-  double partial[kSums] = {}, total = 0;
-  int64_t t = 0;
-  for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) partial[i] += double(a[t + i]) * double(b[t + i]);
-  for (; t < count; ++t) partial[t % kSums] += double(a[t]) * double(b[t]);
-  for (int i = 0; i < kSums; ++i) total += partial[i];
-  return total;
-}
-
-// The largest magnitude, and NaN where there is one.
-template <typename T>
-GRADALIGN_HD T peak(const T* v, int64_t count) {
-  const auto larger = [](T a, T b) { return b > a || b != b ? b : a; };
-  T partial[kSums] = {}, largest = 0;
-  int64_t t = 0;
-  for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) partial[i] = larger(partial[i], std::abs(v[t + i]));
-  for (; t < count; ++t) largest = larger(largest, std::abs(v[t]));
-  for (int i = 0; i < kSums; ++i) largest = larger(largest, partial[i]);
-  return largest;
-}
-
-template <typename T>
-GRADALIGN_HD void cond_norm(T* v, int64_t count) {
+GRADALIGN_INLINE void cond_norm(T* v, int64_t count) {
   T largest = peak(v, count);
   if (largest > 1)
     for (int64_t t = 0; t < count; ++t) v[t] /= largest;
@@ -197,7 +161,7 @@ GRADALIGN_HD void cond_norm(T* v, int64_t count) {
 
 // The gradient in cond_norm's result becomes the one in its argument v; of several largest magnitudes, the first one counts.
 template <typename T>
-GRADALIGN_HD void cond_norm_backward(const T* v, int64_t count, T* grad) {
+GRADALIGN_INLINE void cond_norm_backward(const T* v, int64_t count, T* grad) {
   const T largest = peak(v, count);
   if (!(largest > 1)) return;
   for (int64_t t = 0; t < count; ++t) grad[t] /= largest;
@@ -207,20 +171,20 @@ GRADALIGN_HD void cond_norm_backward(const T* v, int64_t count, T* grad) {
 }
 
 template <typename T>
-GRADALIGN_HD void subtract_mean(T* v, int64_t count) {
+GRADALIGN_INLINE void subtract_mean(T* v, int64_t count) {
   const T mean = T(wide_sum(v, count, [](double value) { return value; }) / double(count));
   for (int64_t t = 0; t < count; ++t) v[t] -= mean;
 }
 
 template <typename T>
-GRADALIGN_HD void lnl_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
+GRADALIGN_INLINE void lnl_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
   filter_bank<T>(s.wave.data(), filters, num_filters, num_taps, length, nullptr, s.out.data(), s);
   subtract_mean(s.out.data(), length);
   cond_norm(s.out.data(), length);
 }
 
 template <typename T>
-GRADALIGN_HD void lnl_backward_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
+GRADALIGN_INLINE void lnl_backward_utterance(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {
   filter_bank<T>(s.wave.data(), filters, num_filters, num_taps, length, nullptr, s.out.data(), s);
   subtract_mean(s.out.data(), length);
   cond_norm_backward(s.out.data(), length, s.grad.data());
@@ -230,7 +194,7 @@ GRADALIGN_HD void lnl_backward_utterance(const T* filters, int64_t num_filters, 
 
 // gain = 1 + g_sd * f, f at the drawn positions.
 template <typename T>
-GRADALIGN_HD void isd_gain(uint64_t seed, double p, double g_sd, int64_t length, T* gain) {
+GRADALIGN_INLINE void isd_gain(uint64_t seed, double p, double g_sd, int64_t length, T* gain) {
   std::fill_n(gain, length, T(1));
   double beta = uniform(philox(seed, kStreamIsdBeta, 0).w[0], 0.0, p);
   int64_t count = int64_t(std::floor(double(length) * (beta / 100)));
@@ -253,13 +217,13 @@ GRADALIGN_HD void isd_gain(uint64_t seed, double p, double g_sd, int64_t length,
 }
 
 template <typename T>
-GRADALIGN_HD void isd_utterance(int64_t length, Scratch<T>& s) {
+GRADALIGN_INLINE void isd_utterance(int64_t length, Scratch<T>& s) {
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] * s.gain[t];
   cond_norm(s.out.data(), length);
 }
 
 template <typename T>
-GRADALIGN_HD void isd_backward_utterance(int64_t length, Scratch<T>& s) {
+GRADALIGN_INLINE void isd_backward_utterance(int64_t length, Scratch<T>& s) {
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] * s.gain[t];
   cond_norm_backward(s.out.data(), length, s.grad.data());
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.grad[t] * s.gain[t];
@@ -267,13 +231,13 @@ GRADALIGN_HD void isd_backward_utterance(int64_t length, Scratch<T>& s) {
 
 // cond_norm of the sum of two steps' results.
 template <typename T>
-GRADALIGN_HD void add_utterance(int64_t length, Scratch<T>& s) {
+GRADALIGN_INLINE void add_utterance(int64_t length, Scratch<T>& s) {
   for (int64_t t = 0; t < length; ++t) s.out[t] += s.grad[t];
   cond_norm(s.out.data(), length);
 }
 
 template <typename T>
-GRADALIGN_HD void white_noise(uint64_t seed, int64_t length, T* noise) {
+GRADALIGN_INLINE void white_noise(uint64_t seed, int64_t length, T* noise) {
   constexpr int kBlocks = 16;
   for (int64_t first = 0; first < length; first += 4 * kBlocks) {
     float sample[4][kBlocks];
@@ -289,54 +253,46 @@ GRADALIGN_HD void white_noise(uint64_t seed, int64_t length, T* noise) {
 
 // out = the filtered noise; returns what it is multiplied with beside |x|: 10^(-SNR/20) / |out|, 0 for silent noise.
 template <typename T>
-GRADALIGN_HD double ssi_noise(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+GRADALIGN_INLINE double ssi_noise(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
   filter_bank<T>(s.noise.data(), filter, 1, num_taps, length, nullptr, s.out.data(), s);
   const double norm = std::sqrt(inner_product(s.out.data(), s.out.data(), length));
   return norm > 0 ? std::pow(10.0, -snr_db / 20) / norm : 0;
 }
 
 template <typename T>
-GRADALIGN_HD void ssi_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+GRADALIGN_INLINE void ssi_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
   const double level = ssi_noise(filter, num_taps, length, snr_db, s);
   const T scale = T(std::sqrt(inner_product(s.wave.data(), s.wave.data(), length)) * level);
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.wave[t] + scale * s.out[t];
 }
 
 template <typename T>
-GRADALIGN_HD void ssi_backward_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
+GRADALIGN_INLINE void ssi_backward_utterance(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {
   const double level = ssi_noise(filter, num_taps, length, snr_db, s), norm = std::sqrt(inner_product(s.wave.data(), s.wave.data(), length));
   const T toward_x = norm > 0 ? T(inner_product(s.grad.data(), s.out.data(), length) * level / norm) : T(0);
   for (int64_t t = 0; t < length; ++t) s.out[t] = s.grad[t] + toward_x * s.wave[t];
 }
 
 // The compiler clones plain functions, not templates.
-#define GRADALIGN_UTTERANCE(T)                                                                                                            \
-  GRADALIGN_CLONES void lnl_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {                 \
-    lnl_utterance<T>(filters, num_filters, num_taps, length, s);                                                                          \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void lnl_backward_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {        \
-    lnl_backward_utterance<T>(filters, num_filters, num_taps, length, s);                                                                 \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void gain_one(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {                                   \
-    isd_gain<T>(seed, p, g_sd, length, s.gain.data());                                                                                    \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void isd_one(int64_t length, Scratch<T>& s) {                                                                          \
-    isd_utterance<T>(length, s);                                                                                                          \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void isd_backward_one(int64_t length, Scratch<T>& s) {                                                                 \
-    isd_backward_utterance<T>(length, s);                                                                                                 \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void add_one(int64_t length, Scratch<T>& s) {                                                                          \
-    add_utterance<T>(length, s);                                                                                                          \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) {                                                              \
-    white_noise<T>(seed, length, noise);                                                                                                  \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void ssi_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {                        \
-    ssi_utterance<T>(filter, num_taps, length, snr_db, s);                                                                                \
-  }                                                                                                                                       \
-  GRADALIGN_CLONES void ssi_backward_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {               \
-    ssi_backward_utterance<T>(filter, num_taps, length, snr_db, s);                                                                       \
+#define GRADALIGN_UTTERANCE(T)                                                                                                     \
+  GRADALIGN_CLONES void lnl_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) {          \
+    lnl_utterance<T>(filters, num_filters, num_taps, length, s);                                                                   \
+  }                                                                                                                                \
+  GRADALIGN_CLONES void lnl_backward_one(const T* filters, int64_t num_filters, int64_t num_taps, int64_t length, Scratch<T>& s) { \
+    lnl_backward_utterance<T>(filters, num_filters, num_taps, length, s);                                                          \
+  }                                                                                                                                \
+  GRADALIGN_CLONES void gain_one(uint64_t seed, double p, double g_sd, int64_t length, Scratch<T>& s) {                            \
+    isd_gain<T>(seed, p, g_sd, length, s.gain.data());                                                                             \
+  }                                                                                                                                \
+  GRADALIGN_CLONES void isd_one(int64_t length, Scratch<T>& s) { isd_utterance<T>(length, s); }                                    \
+  GRADALIGN_CLONES void isd_backward_one(int64_t length, Scratch<T>& s) { isd_backward_utterance<T>(length, s); }                  \
+  GRADALIGN_CLONES void add_one(int64_t length, Scratch<T>& s) { add_utterance<T>(length, s); }                                    \
+  GRADALIGN_CLONES void noise_one(uint64_t seed, int64_t length, T* noise) { white_noise<T>(seed, length, noise); }                \
+  GRADALIGN_CLONES void ssi_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {                 \
+    ssi_utterance<T>(filter, num_taps, length, snr_db, s);                                                                         \
+  }                                                                                                                                \
+  GRADALIGN_CLONES void ssi_backward_one(const T* filter, int64_t num_taps, int64_t length, double snr_db, Scratch<T>& s) {        \
+    ssi_backward_utterance<T>(filter, num_taps, length, snr_db, s);                                                                \
   }
 GRADALIGN_UTTERANCE(float)
 GRADALIGN_UTTERANCE(double)
@@ -384,10 +340,6 @@ Tensor for_each_utterance(const Tensor& x, const std::optional<Tensor>& lengths,
   });
   return y;
 }
-
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
-
-ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // What one thread designs banks in.
 struct DesignScratch {
@@ -620,8 +572,9 @@ Tensor ssi(const Tensor& x, const Tensor& filters, const std::optional<Tensor>& 
   return forward(x, lengths, Ssi(bank_of_one(x, filters), seeds, noise, snr_db, snr_min, snr_max));
 }
 
-Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-                    const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths,
+                    const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
+                    double snr_max) {
   return backward(grad, x, lengths, Ssi(bank_of_one(x, filters), seeds, noise, snr_db, snr_min, snr_max));
 }
 

@@ -7,13 +7,7 @@
 
 #include <cmath>
 
-#include "philox.h"
-
-#if defined(__CUDACC__)
-#define GRADALIGN_LOOP _Pragma("unroll 1")
-#else
-#define GRADALIGN_LOOP
-#endif
+#include "compiler.h"
 
 namespace gradalign {
 
@@ -120,8 +114,7 @@ GRADALIGN_HD Two weigh_two(double aa, double ab, double bb, double& rho_ab, doub
       const double from_one = one > cut ? sqrt(least / one) * 0.5 * (c - s) : 0, from_two = two > cut ? sqrt(least / two) * 0.5 * (c + s) : 0;
       return {from_one * c + from_two * s, from_two * c - from_one * s};
     }
-    default:
-      return {0.5, 0.5};
+    default: return {0.5, 0.5};
   }
 }
 
@@ -205,8 +198,8 @@ GRADALIGN_HD double mean_square(int n, const Numbers& gram) {
 }
 
 // PCGrad and GradVac: each path meets the others in its order; order is nullptr for 0, 1, ...; targets is nullptr for PCGrad.
-GRADALIGN_HD void meet(int n, const Numbers& gram, const int64_t* order, double* targets, const WeighOptions& o, const Numbers& row, const Numbers& product,
-                       const Numbers& weights) {
+GRADALIGN_HD void meet(int n, const Numbers& gram, const int64_t* order, double* targets, const WeighOptions& o, const Numbers& row,
+                       const Numbers& product, const Numbers& weights) {
   GRADALIGN_LOOP
   for (int k = 0; k < n; ++k) weights[k] = 0;
   GRADALIGN_LOOP
@@ -297,7 +290,8 @@ GRADALIGN_HD void factor_cosines(int n, PathSet free, const Numbers& cosines, co
 }
 
 // Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; `linear` is in the range of G.
-GRADALIGN_HD void minimize_on_simplex(int n, const Numbers& linear, double k, const Numbers& gram, double eps, const Numbers& x, const Numbers& scratch) {
+GRADALIGN_HD void minimize_on_simplex(int n, const Numbers& linear, double k, const Numbers& gram, double eps, const Numbers& x,
+                                      const Numbers& scratch) {
   const Numbers norms = scratch, z = scratch.from(n), d = scratch.from(2 * n), cosines = scratch.from(3 * n), system = cosines.from(n * n);
   double shortest = INFINITY, least = INFINITY;
   GRADALIGN_LOOP
@@ -389,9 +383,7 @@ GRADALIGN_HD void project_to_dual_cone(int n, const Numbers& norms, const Number
         GRADALIGN_LOOP
         for (int i = 0; i < n; ++i) size += lengths[i] + z[i];
       },
-      [&](int i) {
-        return product_row(n, cosines, lengths, i) + product_row(n, cosines, z, i) + n * kRounding * size;
-      });
+      [&](int i) { return product_row(n, cosines, lengths, i) + product_row(n, cosines, z, i) + n * kRounding * size; });
   GRADALIGN_LOOP
   for (int i = 0; i < n; ++i)
     if (norms[i] > 0) weights[i] += y[i] / norms[i];
@@ -402,9 +394,9 @@ GRADALIGN_HD void eigen(int n, const Numbers& matrix, const Numbers& vectors) {
   GRADALIGN_LOOP
   for (int i = 0; i < n * n; ++i) vectors[i] = i / n == i % n;
   GRADALIGN_LOOP
-  for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
+  for (int sweep = 0; sweep < kJacobiSweeps; ++sweep) {
     GRADALIGN_LOOP
-    for (int p = 0; p < n; ++p)
+    for (int p = 0; p < n; ++p) {
       GRADALIGN_LOOP
       for (int q = p + 1; q < n; ++q) {
         const double off = matrix[p * n + q];
@@ -426,6 +418,8 @@ GRADALIGN_HD void eigen(int n, const Numbers& matrix, const Numbers& vectors) {
         matrix[q * n + q] += tangent * off;
         matrix[p * n + q] = matrix[q * n + p] = 0;
       }
+    }
+  }
 }
 
 // What counts as zero beside the largest eigenvalue on the diagonal.
@@ -499,7 +493,8 @@ GRADALIGN_HD void weigh_alignedmtl(int n, const Numbers& gram, const Numbers& we
 }
 
 GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weights, const Numbers& scratch) {
-  const Numbers norms = scratch, product = scratch.from(n), z = scratch.from(2 * n), matrix = scratch.from(3 * n), system = matrix.from(n * n), y = weights;
+  const Numbers norms = scratch, product = scratch.from(n), z = scratch.from(2 * n), matrix = scratch.from(3 * n), system = matrix.from(n * n),
+                y = weights;
   normalize(n, gram, norms, matrix);
   GRADALIGN_LOOP
   for (int i = 0; i < n; ++i) {

@@ -5,6 +5,7 @@ works.
 from __future__ import annotations
 
 import functools
+import re
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from gradalign._dispatch import Op, first_tensor
 
+# What the CUDA kernels take for granted: asynchronous copies, and more shared memory than older devices have.
+_LEAST_CAPABILITY = (8, 0)
 # csrc/weigh.h and csrc/cuda/gradients.cuh take up to this many paths.
 MAX_PATHS = 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,13 +51,44 @@ def _cuda_available() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device is visible"
 
 
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for ``archs`` (such as "8.0;9.0+PTX") runs on a device of this compute capability.
+
+    Machine code does on devices of its major number and at least its minor one, PTX on all later ones, too. Names of
+    architectures are taken to be right.
+
+    >>> runs_on("8.0;9.0+PTX", (8, 6)), runs_on("9.0", (8, 0)), runs_on("9.0", (10, 0))
+    (True, False, False)
+    """
+    if capability < _LEAST_CAPABILITY:
+        return False
+    for arch in re.split(r"[;,\s]+", archs):
+        number = re.match(r"(\d+)\.(\d)", arch)
+        if number is None:
+            return True
+        built = int(number[1]), int(number[2])
+        if built <= capability and (built[0] == capability[0] or arch.endswith("+PTX")):
+            return True
+    return False
+
+
+@functools.cache
+def _why_not_on(device: int) -> str:
+    extension, _ = load()
+    assert extension is not None
+    archs, capability = extension.build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
+    if runs_on(archs, capability):
+        return ""
+    return f"was built for compute capability {archs} and needs 8.0 or later, found {capability[0]}.{capability[1]}"
+
+
 def _supports(device: str, args: tuple[Any, ...]) -> str:
     tensor = first_tensor(args)
     if tensor.device.type != device:
         return f"takes {device} tensors, found {tensor.device.type}"
     if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
         return f"takes float16, bfloat16, float32 and float64, found {tensor.dtype}"
-    return ""
+    return _why_not_on(tensor.get_device()) if tensor.is_cuda else ""
 
 
 def _cpp_supports(op: str, args: tuple[Any, ...]) -> str:

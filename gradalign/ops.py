@@ -78,6 +78,8 @@ def _check_isd(x, lengths, seeds, factor, p, g_sd):
     _expect("seeds", seeds, (len(x),), torch.int64)
     _expect("factor", factor, x.shape, *_FLOATS)
     _check_drawn(seeds, factor=factor)
+    if not 0 <= p <= 100:
+        raise ValueError(f"`p` must be a percentage in [0, 100]; found {p}")
 
 
 def _check_ssi(x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max):
@@ -108,27 +110,42 @@ def _check_rawboost(x, filters, lengths, seeds, factor, noise, snr_db, algo, p, 
     _expect("lengths", lengths, (len(x),), torch.int64)
 
 
-def _rawboost_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max):
-    """Gradient of `rawboost` in ``x``: its steps' gradients in reverse, on waveforms that are computed again."""
+def _rawboost_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, *rest):
+    """Gradient of `rawboost` in ``x``.
+
+    A part of the utterances at a time: what is computed again, in float32 at least, takes memory.
+    """
+    out, parts = x.new_empty(x.shape), 3 if x.dtype in (torch.float32, torch.float64) else 8
+    for i in range(parts):
+        rows = slice(i * len(x) // parts, (i + 1) * len(x) // parts)
+        tensors = (grad, x, filters, lengths, seeds, factor, noise, snr_db)
+        out[rows] = _chain_backward(*(None if t is None else t[rows] for t in tensors), *rest)
+    return out
+
+
+def _chain_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, algo, p, g_sd, snr_min, snr_max):
+    """The steps' gradients in reverse, on waveforms that are computed again."""
     if x.numel() == 0:
-        return x.clone()
-    dtype, grad, x = x.dtype, reference.wide(grad), reference.wide(x)
+        return x
+    grad, x = reference.wide(grad), reference.wide(x)
     lnl_filters, ssi_filters = reference.split_filters(filters, algo)
     of_isd, of_ssi = (lengths, seeds, factor, p, g_sd), (ssi_filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
     if algo == 8:
-        both = lnl(x, lnl_filters, lengths) + isd(x, *of_isd)
-        grad = reference.cond_norm_backward(grad, both)
-        return (lnl_backward(grad, x, lnl_filters, lengths) + isd_backward(grad, x, *of_isd)).to(dtype)
+        both = lnl(x, lnl_filters, lengths).add_(isd(x, *of_isd))
+        grad = reference.cond_norm_backward(reference.own(grad, lengths)[1], both)
+        del both
+        return lnl_backward(grad, x, lnl_filters, lengths).add_(isd_backward(grad, x, *of_isd))
     run = {"lnl": (lnl, lnl_backward, (lnl_filters, lengths)), "isd": (isd, isd_backward, of_isd)}
     run["ssi"] = (ssi, ssi_backward, of_ssi)
     waves = [x]
     for step in reference.STEPS[algo][:-1]:
         forward, _, args = run[step]
         waves.append(forward(waves[-1], *args))
-    for step, wave in zip(reversed(reference.STEPS[algo]), reversed(waves), strict=True):
+    for step in reversed(reference.STEPS[algo]):
         _, backward, args = run[step]
-        grad = backward(grad, wave, *args)
-    return grad.to(dtype)
+        # Each waveform goes when its step's gradient is there.
+        grad = backward(grad, waves.pop(), *args)
+    return grad
 
 
 def _no_second_derivative(*_):

@@ -570,13 +570,21 @@ def _sum_of(partials, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _largest(values):
+    """The largest of all values, NaN where one is NaN: a GPU's maximum of two leaves NaN out."""
+    broken = tl.max((values != values).to(tl.int32), 0) > 0
+    return tl.where(broken, float("nan"), tl.max(values, 0))
+
+
+@triton.jit
 def _max_of(partials, count, BLOCK: tl.constexpr):
-    """Maximum of partials [count], -inf where there is none."""
+    """`_largest` of partials [count], -inf where there is none."""
     largest = tl.full([BLOCK], float("-inf"), partials.dtype.element_ty)
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(partials + i, mask=i < count, other=float("-inf")))
-    return tl.max(largest, 0)
+        found = tl.load(partials + i, mask=i < count, other=float("-inf"))
+        largest = tl.where((found > largest) | (found != found), found, largest)
+    return _largest(largest)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -866,7 +874,7 @@ def isd_kernel(
     if addend is not None:
         value += tl.load(addend + b * num_samples + n, mask=own, other=0.0).to(wide)
     tl.store(y + b * num_samples + n, value.to(y.dtype.element_ty), mask=own)
-    tl.store(peaks + program, tl.max(tl.abs(value), 0))
+    tl.store(peaks + program, _largest(tl.abs(value)))
     if squares is not None:
         square = value.to(tl.float64)
         tl.store(squares + program, tl.sum(square * square, 0))

@@ -20,6 +20,7 @@ from gradalign.kernels.rawboost import (
     _dense,
     _fir_tile,
     _isd_gain,
+    _largest,
     _length,
     _level,
     _max_of,
@@ -284,7 +285,7 @@ def isd_backward_sums_kernel(
     gain = _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
     value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide) * gain
     slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(tl.float64)
-    peak = tl.max(tl.abs(value), 0)
+    peak = _largest(tl.abs(value))
     tl.store(gains + b * num_samples + n, gain, mask=n < num_samples)
     tl.store(dots + program, tl.sum(slope * value.to(tl.float64), 0))
     tl.store(peaks + program, peak)

@@ -180,6 +180,13 @@ def test_float16_as_loud_as_it_can_be(algo):
     assert max_norm_error(found.cpu(), expected) <= RELATIVE[torch.float16]
 
 
+def test_a_nan_leaves_an_utterance_without_a_peak():
+    x = torch.tensor([[4.0, 2.0, float("nan"), 1.0] + [0.5] * 3000])
+    with ga.use_backends("cuda"):
+        found = ga.RawBoost(2, p=0)(x.to(DEVICE), seeds=torch.tensor([1], device=DEVICE))
+    assert torch.equal(found.cpu().nan_to_num(-1), x.nan_to_num(-1))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("algo", [1, 2, 3, 4])
 def test_nonfinite_samples_stay_in_their_utterance(bad, algo):

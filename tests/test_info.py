@@ -3,6 +3,7 @@
 import re
 
 import inputs
+import pytest
 import torch
 
 from gradalign import _extension, info
@@ -23,6 +24,24 @@ def test_build_facts_come_from_the_extension():
     text = info.report()
     for value in (facts["compiler"], facts["flags"], facts["instruction_set"]):
         assert value in text
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0;8.6;8.9;9.0+PTX", (8, 0), True),
+        ("8.0;8.6;8.9;9.0+PTX", (12, 0), True),
+        ("8.0;8.6;8.9;9.0+PTX", (7, 5), False),
+        ("7.5+PTX", (7, 5), False),
+        ("9.0", (8, 0), False),
+        ("9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("8.0 8.6", (8, 9), True),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_devices_without_code_are_known(archs, capability, runs):
+    assert _extension.runs_on(archs, capability) is runs
 
 
 def test_a_missing_gpu_is_a_reason():

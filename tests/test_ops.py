@@ -168,6 +168,8 @@ def test_waves_filters_and_draws_that_do_not_fit_never_reach_a_kernel(backend, c
         ),
         (lambda: call.isd(x, None, seeds.int(), None, 10.0, 2.0), TypeError, "`seeds` must be int64; found int32"),
         (lambda: call.isd(x, seeds[:1], seeds, None, 10.0, 2.0), ValueError, r"`lengths` must be \[2\]; found \[1\]"),
+        # Ranks beyond an utterance's end would never be led back into it.
+        (lambda: call.isd(x, None, seeds, None, 101.0, 2.0), ValueError, r"`p` must be .* in \[0, 100\]; found 101.0"),
         (lambda: call.ssi(x, one, None, None, x, None, 10.0, 40.0), ValueError, "or `noise`, `snr_db`; found None"),
         (lambda: call.ssi(x, five, None, seeds, None, None, 10.0, 40.0), ValueError, r"`filters` must be \[2, \*\]"),
         (lambda: call.lnl(x, five[:1], None), ValueError, r"`filters` must be \[2, \*, \*\]; found \[1, 5, 11\]"),
@@ -179,6 +181,21 @@ def test_waves_filters_and_draws_that_do_not_fit_never_reach_a_kernel(backend, c
         for run, error, message in cases:
             with pytest.raises(error, match=message):
                 run()
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda out, others: ops.combine_(out, others, torch.ones(1, 2, dtype=torch.float64), [0, 0]),
+        lambda out, others: ops.align_(out, others, "mean", None, None, 0.5, False, 0.5),
+    ],
+    ids=["combine_", "align_"],
+)
+def test_nothing_is_merged_beside_a_gradient_that_is_refused(merge):
+    out, others = ([torch.ones(3), torch.ones(3, dtype=torch.int32)] for _ in range(2))
+    with ga.use_backends("cpp"), pytest.raises(RuntimeError):
+        merge(out, others)
+    assert torch.equal(out[0], torch.ones(3))
 
 
 def test_wrong_matrices_and_methods_never_reach_a_kernel():
@@ -311,3 +328,13 @@ def test_every_op_has_an_input_generator_and_every_backend():
         assert isinstance(op, Op)
         assert set(op.backends) == {"reference", "cpp", "cuda", "triton"}
         assert op.backends["reference"].run is getattr(reference, op.name)
+
+
+def test_arguments_have_names():
+    x = torch.randn(2, 100, requires_grad=True)
+    filters = torch.randn(2, 2, 5)
+    found = ops.lnl(lengths=None, filters=filters, x=x)
+    torch.testing.assert_close(found, ops.lnl(x, filters, None))
+    found.sum().backward()
+    assert x.grad.abs().max() > 0
+    assert repr(ops.lnl) == "<op gradalign::lnl(Tensor x, Tensor filters, Tensor? lengths) -> Tensor>"

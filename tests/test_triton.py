@@ -203,6 +203,15 @@ def test_same_seeds_same_augmentation_and_gradient(algo):
 
 
 @kernels
+def test_a_nan_leaves_an_utterance_without_a_peak():
+    """A GPU's maximum leaves NaN out, the interpreter's does not."""
+    x = torch.tensor([[4.0, 2.0, float("nan"), 1.0] + [0.5] * 300], device=DEVICE)
+    with ga.use_backends("triton"):
+        found = ga.RawBoost(2, p=0)(x, seeds=torch.tensor([1], device=DEVICE))
+    assert torch.equal(found.nan_to_num(-1), x.nan_to_num(-1))
+
+
+@kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("algo", [1, 2, 3, 4])
 def test_nonfinite_samples_stay_in_their_utterance(bad, algo):
@@ -601,6 +610,10 @@ def test_extra_memory_is_at_most_two_batches(dtype, monkeypatch):
     )
     found = {}
     with ga.use_backends("triton"):
+        for algo in range(1, 9):
+            leaf = wave.clone().requires_grad_()
+            y = ga.RawBoost(algo)(leaf, seeds=seeds)
+            runs[f"gradient of algorithm {algo}"] = functools.partial(torch.autograd.grad, y, leaf, wave, True)
         for name, run in runs.items():
             found[name] = measure.peak_bytes(run, torch.device(DEVICE)) / wave.nbytes - 1
     assert max(found.values()) <= 2, found

@@ -3,9 +3,9 @@
 // Nothing of a parameter can be merged before all of it is read, and gram, weigh and combine_ in turn read it twice: 5 values per parameter of two
 // paths. Here it is read once, 3 values, and kept on the chip until its weights are there. One block per multiprocessor stays to the end. It takes
 // every gridDim.x-th item, 12 to 15 KiB, of all there are. An item comes into shared memory, moves on into registers when its place there is needed,
-// and is merged when its place in the registers is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors, where
-// XLS-R's largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does not fit is
-// read a second time.
+// and is merged when its place in the registers is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors,
+// where XLS-R's largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does
+// not fit is read a second time.
 //
 // Four items are on their way (cp.async) while an older one is multiplied. A parameter's inner products are added up per block, and each block that
 // sees that all have delivered theirs adds those up and finds the weights for itself, in the same order as all: nobody waits for another's
@@ -25,7 +25,9 @@ namespace gradalign::cuda {
 // Threads that move data, 16 bytes of each path of an item. With one warp more, which finds weights, they fill a multiprocessor's four parts
 // evenly: a thread then has 128 registers of two paths, of more 255.
 template <int K>
-constexpr int kMovers = K == 2 ? 480 : K == 4 ? 224 : 96;
+constexpr int kMovers = K == 2   ? 480
+                        : K == 4 ? 224
+                                 : 96;
 template <int K>
 constexpr int kItemBytes = kMovers<K> * 16 * K;
 template <typename S>
@@ -84,14 +86,20 @@ struct Board {
   static constexpr int kSums = 4;
   double sums[kSums][pairs_of(K)][kWarps];
   int come[kSums], emptied[kSums];
-  // The weights of tensor n in place n % kWeights, for n < weighed. When a tensor's weights are found, all warps have multiplied its last item, so that
-  // fewer tensors before it than there are places in the queue have anything left to be merged.
+  // The weights of tensor n in place n % kWeights, for n < weighed. When a tensor's weights are found, all warps have multiplied its last item, so
+  // that fewer tensors before it than there are places in the queue have anything left to be merged.
   static constexpr int kWeights = 32;
   static_assert(kWeights >= kMaxPlaces + kRegisterPlaces<S, K>);
   Wide<S> weights[kWeights][K];
   int weighed;
   double numbers[weigh_numbers(K)], target[K * K];
+  // The order in which more than two paths meet each other.
+  int64_t order[K > 2 ? K * K : 1];
 };
+
+// Accesses to memory stay on their side of it. The toolkit's functions for asynchronous copies do not say that they wait for memory: they count on a
+// barrier behind them.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
 // A block's own items, in order. Of a tensor with more than `most` the first ones come twice: to be multiplied, and, after the others, to be read
 // again and merged.
@@ -199,6 +207,7 @@ class Mover {
           for (int i = kRow<S, K> - 1; i > 0; --i) row[i][k] = row[i - 1][k];
           row[0][k] = *reinterpret_cast<const Words*>(at(place, k));
         }
+        keep_order();
         read(place);
         if (until_multiply > 0)
           --until_multiply;
@@ -231,8 +240,11 @@ class Mover {
         if (left == kVector<S> && list_.aligned[read_.tensor]) {
           __pipeline_memcpy_async(at(place, k), from, sizeof(Piece));
         } else {
-          GRADALIGN_LOOP
-          for (int v = 0; v < kVector<S>; ++v) at(place, k)->v[v] = v < left ? from[v] : S(0.0f);
+          // All are read before the first is written, so that their latencies overlap.
+          Piece piece;
+#pragma unroll
+          for (int v = 0; v < kVector<S>; ++v) piece.v[v] = v < left ? from[v] : S(0.0f);
+          *at(place, k) = piece;
         }
       }
       read_.next();
@@ -244,6 +256,7 @@ class Mover {
   __device__ void multiply(int place) {
     if (multiplied_.ended()) return;
     __pipeline_wait_prior(kAhead);
+    keep_order();
     if (multiplied_.is_multiplied()) {
       Piece g[K];
       // What is added up for paths above num_paths is left out.
@@ -283,6 +296,8 @@ class Mover {
       before = atomicAdd(board_.come + at, 1);
     }
     if (__shfl_sync(kAllLanes, before, 0) != (turn + 1) * Its::kWarps - 1) return;
+    // What lane 0 has seen to be there, all lanes read.
+    __syncwarp();
     __threadfence_block();
     GRADALIGN_LOOP
     for (int pair = lane; pair < pairs_of(num_paths_); pair += kWarp) {
@@ -362,6 +377,8 @@ __device__ void find_weights(const AlignList<K>& list, int num_paths, const Weig
   constexpr int kAtOnce = K == 2 ? 5 : K == 4 ? 2 : 1;
   const int lane = threadIdx.x % kWarp, size = num_paths * num_paths;
   const bool moves = options.method == Weighing::kGradvac;
+  const bool meets = K > 2 && buffers.order != nullptr;
+  for (int i = lane; meets && i < size; i += kWarp) board.order[i] = buffers.order[i];
   const Numbers matrix{board.numbers, 1}, found = matrix.from(size), scratch = found.from(num_paths);
   for (Walk<K> walk(list, 0); !walk.ended(); walk.next_tensor()) {
     const int tensor = walk.tensor, blocks = min(list.items_of(tensor), int(gridDim.x));
@@ -370,14 +387,25 @@ __device__ void find_weights(const AlignList<K>& list, int num_paths, const Weig
       __threadfence();
     }
     __syncwarp();
+    const int64_t place = int64_t(list.param[tensor]) * size;
+    for (int i = lane; moves && i < size; i += kWarp) board.target[i] = buffers.rho ? buffers.rho[place + i] : 0.0;
     double sums[pairs_of(K)] = {};
-    for (int first = lane; first < blocks; first += kAtOnce * kWarp)
+    for (int first = lane; first < blocks; first += kAtOnce * kWarp) {
+      // All are read before the first is added, so that their latencies overlap.
+      double read[kAtOnce][pairs_of(K)];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-        for (int pair = 0; pair < pairs_of(K); ++pair)
+        for (int pair = 0; pair < pairs_of(K); ++pair) {
+          read[i][pair] = 0;
           if (first + i * kWarp < blocks && pair < pairs_of(num_paths))
-            sums[pair] += __ldcg(buffers.partials + int64_t(pair) * list.num_slots + list.first_slot[tensor] + first + i * kWarp);
+            read[i][pair] = __ldcg(buffers.partials + int64_t(pair) * list.num_slots + list.first_slot[tensor] + first + i * kWarp);
+        }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int pair = 0; pair < pairs_of(K); ++pair) sums[pair] += read[i][pair];
+    }
 #pragma unroll
     for (int j = 0; j < K; ++j)
 #pragma unroll
@@ -385,13 +413,9 @@ __device__ void find_weights(const AlignList<K>& list, int num_paths, const Weig
         const double sum = warp_reduce(sums[pair_of(i, j)], Add{});
         if (lane == 0 && j < num_paths) matrix[i * num_paths + j] = matrix[j * num_paths + i] = sum;
       }
+    __syncwarp();
     if (lane != 0) continue;
-    const int64_t place = int64_t(list.param[tensor]) * size;
-    if (moves) {
-      GRADALIGN_LOOP
-      for (int i = 0; i < size; ++i) board.target[i] = buffers.rho ? buffers.rho[place + i] : 0.0;
-    }
-    weigh_paths<(K > 2)>(num_paths, matrix, buffers.order, moves ? board.target : nullptr, options, found, scratch);
+    weigh_paths<(K > 2)>(num_paths, matrix, meets ? board.order : nullptr, moves ? board.target : nullptr, options, found, scratch);
     GRADALIGN_LOOP
     for (int k = 0; k < num_paths; ++k) board.weights[walk.number % Board<S, K>::kWeights][k] = Wide<S>(found[k]);
     __threadfence_block();
@@ -426,17 +450,10 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
   STD_TORCH_CHECK(out[0].is_cuda(), "gradients must be on a CUDA device");
   const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
   const OnDevice device(out[0]);
-  Paths paths{out, num_paths, num_params};
-  paths.tensors.insert(paths.tensors.end(), others.begin(), others.end());
-  paths.make_walkable();
+  const DevicePaths paths(out, others, num_paths, num_params);
 
   const bool moves = options.method == Weighing::kGradvac;
-  const auto own = [&](const std::optional<Tensor>& tensor, const char* what) {
-    if (!tensor) return std::optional<Tensor>();
-    check_same_device(*tensor, out[0], what);
-    return std::optional(torch::stable::contiguous(*tensor));
-  };
-  const std::optional<Tensor> old = own(rho, "`rho`"), met = own(order, "`order`");
+  const std::optional<Tensor> old = contiguous_beside(out[0], rho, "`rho`"), met = contiguous_beside(out[0], order, "`order`");
   Tensor gram = torch::stable::new_empty(out[0], {num_params, num_paths, num_paths}, ScalarType::Double);
   Tensor targets = moves ? torch::stable::new_empty(gram, {num_params, num_paths, num_paths}) : torch::stable::new_empty(gram, {0});
   const int multiprocessors = device.attribute(cudaDevAttrMultiProcessorCount);

@@ -12,7 +12,9 @@ constexpr int kThreads = 256;
 
 // Independent loads in flight per thread: about 8 of 16 bytes hide the memory's latency at the occupancy that their registers leave.
 template <int K>
-constexpr int kInFlight = K == 2 ? 4 : K == 4 ? 2 : 1;
+constexpr int kInFlight = K == 2   ? 4
+                          : K == 4 ? 2
+                                   : 1;
 
 // Call body(i, vector width, how many vectors, `stride` apart) until the thread has seen its share of `count` elements. `aligned` says that
 // 16-byte accesses are allowed.
@@ -117,8 +119,8 @@ __global__ __launch_bounds__(kThreads) void gram_sum_kernel(const double* partia
 constexpr int weigh_threads(int num_paths) { return num_paths <= 2 ? 128 : 16; }
 
 // One thread per segment: gram [S, K, K] -> weights [S, K] and, for GradVac, targets [S, K, K] from rho (nullptr: zeros).
-__global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const double* rho, const int64_t* order, int num_paths, int64_t num_segments,
-                                                    const WeighOptions options, double* weights, double* targets) {
+__global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const double* rho, const int64_t* order, int num_paths,
+                                                       int64_t num_segments, const WeighOptions options, double* weights, double* targets) {
   extern __shared__ double numbers[];
   const int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (s >= num_segments) return;
@@ -186,8 +188,7 @@ Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vect
   check_paths_and_segments(grads[0], num_paths, segments, num_segments);
   const OnDevice device(grads[0]);
   const int64_t num_params = int64_t(segments.size());
-  Paths paths{grads, num_paths, num_params};
-  paths.make_walkable();
+  const DevicePaths paths(grads, {}, num_paths, num_params);
 
   // Slots are counted in segment order, so that a segment's partial sums are neighbours.
   std::vector<int64_t> order(num_params), slots(num_params), bounds(num_segments + 1);
@@ -215,8 +216,8 @@ Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vect
   for (int64_t first = 0; first < num_segments; first += kSegments) {
     Bounds some{int(first), int(std::min<int64_t>(kSegments, num_segments - first)), {}};
     for (int s = 0; s <= some.count; ++s) some.bound[s] = int(bounds[first + s]);
-    device.launch(gram_sum_kernel, int64_t(some.count) * pairs_of(int(num_paths)), kThreads, static_cast<const double*>(partial), some, int(num_paths),
-                  num_slots, out.mutable_data_ptr<double>());
+    device.launch(gram_sum_kernel, int64_t(some.count) * pairs_of(int(num_paths)), kThreads, static_cast<const double*>(partial), some,
+                  int(num_paths), num_slots, out.mutable_data_ptr<double>());
   }
   return out;
 }
@@ -228,18 +229,13 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, 
   const int64_t num_segments = gram.size(0), num_paths = gram.size(1);
   const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
   const bool moves = options.method == Weighing::kGradvac;
-  const auto own = [&](const std::optional<Tensor>& tensor, const char* what) {
-    if (!tensor) return std::optional<Tensor>();
-    check_same_device(*tensor, gram, what);
-    return std::optional(torch::stable::contiguous(*tensor));
-  };
   const Tensor matrices = torch::stable::contiguous(gram);
-  const std::optional<Tensor> old = own(rho, "`rho`"), met = own(order, "`order`");
+  const std::optional<Tensor> old = contiguous_beside(gram, rho, "`rho`"), met = contiguous_beside(gram, order, "`order`");
   Tensor weights = torch::stable::new_empty(gram, {num_segments, num_paths});
   Tensor targets = moves ? torch::stable::new_empty(gram, {num_segments, num_paths, num_paths}) : torch::stable::new_empty(gram, {0});
   const int threads = weigh_threads(int(num_paths));
-  device.launch_with_memory(int(threads * weigh_numbers(int(num_paths)) * sizeof(double)), weigh_kernel, divide_up<int64_t>(num_segments, threads), threads,
-                            matrices.const_data_ptr<double>(), old ? old->const_data_ptr<double>() : nullptr,
+  device.launch_with_memory(int(threads * weigh_numbers(int(num_paths)) * sizeof(double)), weigh_kernel, divide_up<int64_t>(num_segments, threads),
+                            threads, matrices.const_data_ptr<double>(), old ? old->const_data_ptr<double>() : nullptr,
                             met ? met->const_data_ptr<int64_t>() : nullptr, int(num_paths), num_segments, options, weights.mutable_data_ptr<double>(),
                             targets.mutable_data_ptr<double>());
   return {weights, targets};
@@ -251,9 +247,7 @@ void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others,
   check_paths_and_segments(out[0], num_paths, segments, weights.size(0));
   check_same_device(weights, out[0], "`weights`");
   const OnDevice device(out[0]);
-  Paths paths{out, num_paths, num_params};
-  paths.tensors.insert(paths.tensors.end(), others.begin(), others.end());
-  paths.make_walkable();
+  const DevicePaths paths(out, others, num_paths, num_params);
   const Tensor w = torch::stable::contiguous(weights);
   std::vector<int64_t> order(num_params), slots(num_params);
   std::iota(order.begin(), order.end(), 0);

@@ -27,32 +27,17 @@ struct alignas(V * sizeof(S)) Vector {
 // Numbers that finding the weights of one problem takes: its Gram matrix, the weights and scratch.
 constexpr int weigh_numbers(int num_paths) { return num_paths * num_paths + num_paths + weigh_scratch(num_paths); }
 
-// What both ops walk: parameter n's gradient of path k is tensors[k * num_params + n], and all paths lie alike in memory.
-struct Paths {
-  std::vector<Tensor> tensors;
-  int64_t num_paths, num_params;
+// A tensor that is not there, or its contiguous form on the device of `like`.
+inline std::optional<Tensor> contiguous_beside(const Tensor& like, const std::optional<Tensor>& tensor, const char* what) {
+  if (!tensor) return std::nullopt;
+  check_same_device(*tensor, like, what);
+  return torch::stable::contiguous(*tensor);
+}
 
-  const Tensor& at(int64_t k, int64_t n) const { return tensors[k * num_params + n]; }
-
-  // Copy the paths of the parameters that cannot be walked in memory order.
-  void make_walkable() {
-    for (int64_t n = 0; n < num_params; ++n) {
-      bool in_memory_order = true;
-      for (int64_t k = 0; k < num_paths; ++k) {
-        check_same_device(at(k, n), tensors[0], "a gradient");
-        in_memory_order = check_paths(at(0, n), at(k, n)) && in_memory_order;
-      }
-      for (int64_t k = 0; !in_memory_order && k < num_paths; ++k) tensors[k * num_params + n] = torch::stable::contiguous(at(k, n));
-    }
-  }
-
-  // Bring what was merged in a copy to where it belongs.
-  void write_back(const std::vector<Tensor>& out) const {
-    for (int64_t n = 0; n < num_params; ++n) {
-      if (at(0, n).const_data_ptr() == out[n].const_data_ptr()) continue;
-      Tensor destination = out[n];
-      torch::stable::copy_(destination, at(0, n));
-    }
+struct DevicePaths : Paths {
+  DevicePaths(const std::vector<Tensor>& first, const std::vector<Tensor>& others, int64_t paths, int64_t params)
+      : Paths(first, others, paths, params) {
+    for (const Tensor& tensor : tensors) check_same_device(tensor, tensors[0], "a gradient");
   }
 
   // Call body(list) for the parameters of one dtype, in the given order, a kernel argument's worth at a time. slots[n] is the number of
@@ -87,7 +72,6 @@ struct Paths {
         return body(type, std::integral_constant<int, 8>{}, dtype);
       });
     }
-    for (int64_t n = 0; n < num_params; ++n) dispatch_floating(at(0, n).scalar_type(), "a gradient", [](auto) {});
   }
 };
 

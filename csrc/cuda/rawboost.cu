@@ -43,7 +43,10 @@ constexpr int kBankShared = 2048;
 // A bank's numbers: taps -half..half - 1 of the bank so far, as many of the next one, and the taps 0..most_reach and a zero of kBandsAtOnce bands.
 struct BankLayout {
   BankLayout(int64_t taps, int64_t bands)
-      : num_taps(int(taps)), num_bands(int(bands)), most_reach((num_taps - 1) / (2 * num_bands)), stride(most_reach + 2),
+      : num_taps(int(taps)),
+        num_bands(int(bands)),
+        most_reach((num_taps - 1) / (2 * num_bands)),
+        stride(most_reach + 2),
         half((num_taps / 2 + most_reach + 4) / 2 * 2),
         numbers((4 * int64_t(half) + int64_t(std::min(num_bands, kBandsAtOnce)) * stride + 1) / 2 * 2) {}
 
@@ -193,8 +196,15 @@ Tensor notch_bank(const Tensor& center_hz, const Tensor& width_hz, const Tensor&
   check_same_device(gain_db, center_hz, "`gain_db`");
   const Tensor centers = contiguous_as(center_hz, ScalarType::Double), widths = contiguous_as(width_hz, ScalarType::Double);
   const Tensor counts = torch::stable::contiguous(taps), gains = contiguous_as(gain_db, ScalarType::Double);
-  const NotchSource source{centers.const_data_ptr<double>(), widths.const_data_ptr<double>(), gains.const_data_ptr<double>(),
-                           counts.const_data_ptr<int64_t>(), nullptr, {}, 0, int(num_filters), int(num_filters)};
+  const NotchSource source{centers.const_data_ptr<double>(),
+                           widths.const_data_ptr<double>(),
+                           gains.const_data_ptr<double>(),
+                           counts.const_data_ptr<int64_t>(),
+                           nullptr,
+                           {},
+                           0,
+                           int(num_filters),
+                           int(num_filters)};
   design_banks(device, source, FilterTable{}, sample_rate, batch, num_bands, out);
   return out;
 }
@@ -318,8 +328,8 @@ __device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, 
 // One block per (utterance, tile): z = sum over i of FIR_i(x**i) by the first num_filters of filters [B, F, P].
 // Equivalent to `reference.lnl` before its mean and norm. Bounds for any number of branches leave room for what ptxas spills otherwise.
 template <typename T, int N>
-__global__ __launch_bounds__(Fir<T, N>::kThreads, N == 0 ? 4 : 8) void lnl_kernel(Wave x, const T* filters, int per_utterance, int num_filters, int num_taps, Rows rows,
-                                                                  int num_tiles, PowersOut<T> out) {
+__global__ __launch_bounds__(Fir<T, N>::kThreads, N == 0 ? 4 : 8) void lnl_kernel(Wave x, const T* filters, int per_utterance, int num_filters,
+                                                                                  int num_taps, Rows rows, int num_tiles, PowersOut<T> out) {
   using F = Fir<T, N>;
   __shared__ FirShared<T, N> shared;
   const int64_t b = blockIdx.x / num_tiles;
@@ -364,9 +374,10 @@ __global__ __launch_bounds__(Fir<T, N>::kThreads) void ssi_kernel(Wave x, Wave n
 
 // `lnl_kernel` and `ssi_kernel` by overlap-save, in one launch, so that the short blocks of the noise fill the gaps that the others leave at the
 // end: the first power_blocks blocks filter powers of x by num_filters filters, the rest the noise by the last of spectra [B, F, 4096].
-__global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra, int per_utterance,
-                                                                      int num_filters, int num_taps, Rows rows, int num_tiles, int power_blocks,
-                                                                      PowersOut<float> powers, Wave signal, NoiseOut<float> colored) {
+__global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wave noise, const int64_t* seeds, const float2* spectra,
+                                                                      int per_utterance, int num_filters, int num_taps, Rows rows, int num_tiles,
+                                                                      int power_blocks, PowersOut<float> powers, Wave signal,
+                                                                      NoiseOut<float> colored) {
   extern __shared__ float2 memory[];
   const Segments segments(num_taps);
   const bool is_noise = int(blockIdx.x) >= power_blocks;
@@ -410,8 +421,8 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wa
 
 Powers new_powers(const Tensor& x, const Batch& batch, int tile) {
   const int tiles = divide_up(batch.num_samples, tile);
-  return {torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double), torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x)), tile,
-          tiles};
+  return {torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double), torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x)),
+          tile, tiles};
 }
 
 template <typename T>
@@ -440,8 +451,8 @@ void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const
   const int first = powers ? 0 : bank.per_utterance - 1, count = powers && !noise ? num_filters : bank.per_utterance - first;
   const Tensor spectrum = spectra(device, bank, first, count);
   device.launch_with_memory(kFftBytes, filter_fft_kernel, blocks * ((powers != nullptr) + (noise != nullptr)), Fft::kThreads, wave_of(x),
-                            noise ? noise->given : Wave{}, noise ? noise->seeds() : nullptr, static_cast<const float2*>(spectrum.const_data_ptr()), count,
-                            num_filters, bank.num_taps, batch.rows(), tiles, powers ? int(blocks) : 0,
+                            noise ? noise->given : Wave{}, noise ? noise->seeds() : nullptr, static_cast<const float2*>(spectrum.const_data_ptr()),
+                            count, num_filters, bank.num_taps, batch.rows(), tiles, powers ? int(blocks) : 0,
                             powers ? out_of<float>(*powers, *z) : PowersOut<float>{}, signal ? wave_of(x) : Wave{},
                             noise ? out_of<float>(*colored, *samples) : NoiseOut<float>{});
 }
@@ -457,8 +468,8 @@ Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, 
     constexpr int N = decltype(branches)::value;
     using F = Fir<T, N>;
     Powers powers = new_powers(x, batch, F::kTile);
-    device.launch(lnl_kernel<T, N>, batch.size * powers.tiles, F::kThreads, wave_of(x), bank.data<T>(), bank.per_utterance, num_filters, bank.num_taps,
-                  batch.rows(), powers.tiles, out_of<T>(powers, z));
+    device.launch(lnl_kernel<T, N>, batch.size * powers.tiles, F::kThreads, wave_of(x), bank.data<T>(), bank.per_utterance, num_filters,
+                  bank.num_taps, batch.rows(), powers.tiles, out_of<T>(powers, z));
     return powers;
   };
   if (x.scalar_type() == ScalarType::Double) return run(double{}, std::integral_constant<int, 0>{});
@@ -466,7 +477,8 @@ Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, 
   return run(float{}, std::integral_constant<int, 5>{});
 }
 
-Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples, bool signal) {
+Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples,
+                    bool signal) {
   if (filter_by_fft(x, 1, bank.num_taps, !is_wide(x))) {
     Colored colored = new_colored(x, batch, Segments(bank.num_taps).tile());
     filter_fft(device, x, bank, batch, 0, nullptr, nullptr, &noise, &colored, &samples, signal);
@@ -477,8 +489,8 @@ Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, c
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
     Colored colored = new_colored(x, batch, F::kTile);
-    device.launch(ssi_kernel<T, N>, batch.size * colored.tiles, F::kThreads, signal ? wave_of(x) : Wave{}, noise.given, noise.seeds(), bank.data<T>(), bank.per_utterance,
-                  bank.num_taps, batch.rows(), colored.tiles, out_of<T>(colored, samples));
+    device.launch(ssi_kernel<T, N>, batch.size * colored.tiles, F::kThreads, signal ? wave_of(x) : Wave{}, noise.given, noise.seeds(), bank.data<T>(),
+                  bank.per_utterance, bank.num_taps, batch.rows(), colored.tiles, out_of<T>(colored, samples));
     return colored;
   };
   return x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
@@ -521,8 +533,8 @@ Marked::Marked(const OnDevice& device, const Tensor& x, const Batch& batch, cons
 // One block per (utterance, block of samples): y = v * (1 + g_sd * f) + addend, where v is `source` or, where `powers` is there, (source - mean) /
 // peak; the block's peak and, where asked for, sum of squares [B, blocks]. `source` and `addend` may be y.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<Wide<S>> powers, Impulses impulses, Wide<S> g_sd, Wave addend, Rows rows,
-                                                       int num_blocks, S* y, Wide<S>* peaks, double* squares) {
+__global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<Wide<S>> powers, Impulses impulses, Wide<S> g_sd, Wave addend,
+                                                       Rows rows, int num_blocks, S* y, Wide<S>* peaks, double* squares) {
   using T = Wide<S>;
   __shared__ Factors factors;
   __shared__ Extent<T> extent;
@@ -633,8 +645,8 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
     };
     const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<const double> signal,
                             Tiles<const double> of_noise) {
-      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<const T>{}, colored, signal, of_noise,
-                    NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
+      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<const T>{}, colored, signal,
+                    of_noise, NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
     };
 
     Impulses impulses = marked ? marked->impulses() : Impulses{};

@@ -8,8 +8,6 @@
 
 namespace gradalign::cuda {
 
-inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
-
 // A [B, T] tensor of any strides and floating dtype.
 struct Wave {
   const void* data;
@@ -66,9 +64,7 @@ struct Rows {
   // Their own lengths [B]; null where all have T.
   const int64_t* lengths;
   int num_samples;
-  __device__ int length(int64_t b) const {
-    return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples)));
-  }
+  __device__ int length(int64_t b) const { return lengths == nullptr ? num_samples : int(min(max(lengths[b], int64_t(0)), int64_t(num_samples))); }
 };
 
 // How a block of 128 threads filters: each thread keeps kOutputs neighbouring outputs in registers and slides a window of the signal past them.
@@ -308,8 +304,6 @@ __device__ void store_block(S* out, int64_t b, int num_samples, int length, int 
 
 inline bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float; }
 
-inline ScalarType wide_dtype(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
 // Call body(T{}) with T the type that x is computed in.
 template <typename Body>
 void dispatch_wide(const Tensor& x, Body&& body) {
@@ -365,7 +359,8 @@ Tensor in_parts(const Tensor& x, Run&& run) {
 // Filters [B, F, P], or [B, P] of one filter each, in the dtype that x is computed in.
 struct Bank {
   Bank(const Tensor& filters, const Tensor& x)
-      : taps(contiguous_as(filters, wide_dtype(x))), per_utterance(filters.dim() == 3 ? int(filters.size(1)) : 1),
+      : taps(contiguous_as(filters, wide_dtype(x))),
+        per_utterance(filters.dim() == 3 ? int(filters.size(1)) : 1),
         num_taps(int(filters.size(filters.dim() - 1))) {
     check_same_device(filters, x, "`filters`");
   }
@@ -498,7 +493,8 @@ struct Colored {
 };
 
 // samples [B, T] = FIR(noise) by the bank's last filter, in the dtype of computation; x's squares are found where `signal` says so.
-Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples, bool signal);
+Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples,
+                    bool signal);
 
 // ------------------------------------------------------------------------------------------------------------------------------ impulses
 
@@ -514,7 +510,8 @@ struct Impulses {
 // Marks the positions that are drawn, so that the bijection is walked for the few that are chosen only, by their rank.
 class Marked {
  public:
-  Marked(const OnDevice& device, const Tensor& x, const Batch& batch, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor, double p);
+  Marked(const OnDevice& device, const Tensor& x, const Batch& batch, const std::optional<Tensor>& seeds, const std::optional<Tensor>& factor,
+         double p);
   Impulses impulses() const {
     if (!marks_) return {given_, nullptr, nullptr, 0};
     return {Wave{}, keys_->const_data_ptr<int64_t>(), static_cast<const uint32_t*>(marks_->const_data_ptr()), marks_->size(1)};

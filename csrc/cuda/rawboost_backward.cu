@@ -121,8 +121,8 @@ __device__ T sample(const Wave& wave, int64_t b, int n) {
 
 // One block per (utterance, tile): out = sum over i of (i + 1) * x**i * adjoint FIR_i(centered); mirrored [B, N_f, P].
 template <typename S, int N>
-__global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel(Wave x, const Wide<S>* centered, const Wide<S>* mirrored,
-                                                                                Rows rows, int num_filters, int num_taps, int num_tiles, S* out) {
+__global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel(Wave x, const Wide<S>* centered, const Wide<S>* mirrored, Rows rows,
+                                                                                 int num_filters, int num_taps, int num_tiles, S* out) {
   using T = Wide<S>;
   using F = Fir<T, N>;
   __shared__ FirShared<T, N> shared;
@@ -170,8 +170,7 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave
   }
   const int shifted = first - adjoint_shift(num_taps);
   float2* const samples = fft_segments(segments, shifted, memory, [&](int start, int count, auto put) {
-    for (int n = start + int(threadIdx.x); n < start + count; n += Fft::kThreads)
-      put(n, n >= 0 && n < length ? centered[b * num_samples + n] : 0.0f);
+    for (int n = start + int(threadIdx.x); n < start + count; n += Fft::kThreads) put(n, n >= 0 && n < length ? centered[b * num_samples + n] : 0.0f);
   });
   const Fft fft;
   float2 v[Fft::kEach];
@@ -224,8 +223,8 @@ void through_lnl(const Batch& batch, const Tensor& grad, const Tensor& x, const 
   dispatch_wide(x, [&](auto type) {
     using T = decltype(type);
     T* const center = static_cast<T*>(z.mutable_data_ptr());
-    device.launch(lnl_backward_sums_kernel<T>, batch.blocks(), kThreads, center, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks, dots,
-                  grad_sums, places.mutable_data_ptr<int64_t>());
+    device.launch(lnl_backward_sums_kernel<T>, batch.blocks(), kThreads, center, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks,
+                  dots, grad_sums, places.mutable_data_ptr<int64_t>());
     device.launch(lnl_backward_center_kernel<T>, batch.blocks(), kThreads, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks, dots,
                   grad_sums, places.const_data_ptr<int64_t>(), center);
     device.launch(lnl_backward_mirror_kernel<T>, divide_up<int64_t>(bank.taps.numel(), kThreads), kThreads, bank.data<T>(), num_taps,
@@ -245,8 +244,8 @@ void through_lnl(const Batch& batch, const Tensor& grad, const Tensor& x, const 
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
     const int tiles = divide_up(batch.num_samples, F::kTile);
-    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()), mirrored.data<T>(),
-                  batch.rows(), num_filters, num_taps, tiles, static_cast<S*>(batch.out.mutable_data_ptr()));
+    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()),
+                  mirrored.data<T>(), batch.rows(), num_filters, num_taps, tiles, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
 }
 
@@ -261,8 +260,8 @@ Tensor lnl_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, 
 
 // One block per (utterance, block of samples): the gain 1 + g_sd * f; of v = x * gain the sum of grad * v, the peak and its place [B, blocks].
 template <typename T>
-__global__ __launch_bounds__(kThreads) void isd_backward_sums_kernel(Wave grad, Wave x, Impulses impulses, T g_sd, Rows rows, int num_blocks, T* gains,
-                                                                     double* dots, T* peaks, int64_t* places) {
+__global__ __launch_bounds__(kThreads) void isd_backward_sums_kernel(Wave grad, Wave x, Impulses impulses, T g_sd, Rows rows, int num_blocks,
+                                                                     T* gains, double* dots, T* peaks, int64_t* places) {
   __shared__ Factors factors;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
@@ -378,7 +377,8 @@ __global__ __launch_bounds__(kThreads) void ssi_backward_sums_kernel(Wave grad, 
 // grad + x * (grad . v) / (|x| |v|) * 10**(-SNR/20); silence has no slope.
 template <typename S>
 __global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave x, Tiles<const double> dots, Tiles<const double> signal,
-                                                                Tiles<const double> noise, NoiseLevel noise_level, Rows rows, int num_blocks, S* out) {
+                                                                Tiles<const double> noise, NoiseLevel noise_level, Rows rows, int num_blocks,
+                                                                S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
@@ -410,16 +410,17 @@ void through_ssi(const Batch& batch, const Tensor& grad, const Tensor& x, const 
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(samples.const_data_ptr()),
-                  batch.rows(), batch.num_blocks, dots.mutable_data_ptr<double>());
+    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(samples.const_data_ptr()), batch.rows(),
+                  batch.num_blocks, dots.mutable_data_ptr<double>());
     const Tiles<const double> of_dots{dots.const_data_ptr<double>(), kBlock, batch.num_blocks};
     device.launch(ssi_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), of_dots, colored.signal(), colored.noise(),
                   NoiseLevel(drawn), batch.rows(), batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
   });
 }
 
-Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths, const std::optional<Tensor>& seeds,
-                    const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min, double snr_max) {
+Tensor ssi_backward(const Tensor& grad, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& lengths,
+                    const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, double snr_min,
+                    double snr_max) {
   return in_parts(x, [&](const Part& part, const Tensor& out) {
     const Tensor own = part(x);
     through_ssi(Batch(own, part(lengths), out), part(grad), own, part(filters), part(seeds), part(noise), part(snr_db), snr_min, snr_max);

@@ -134,12 +134,14 @@ __global__ void unwritten_kernel(float* data, int) {
 
 // Launch a kernel on data [size], with kThreads floats of dynamic shared memory or `bytes` where they are not 0; the error's text, empty without one.
 extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks, int bytes, float* data, int size) {
-#define KERNEL(name) {#name, {mistakes::name##_kernel<false>, mistakes::name##_kernel<true>}}
+#define KERNEL(name)                                                         \
+  {                                                                          \
+    #name, { mistakes::name##_kernel<false>, mistakes::name##_kernel<true> } \
+  }
   static const std::map<std::string, std::array<void (*)(float*, int), 2>> kernels = {
-      KERNEL(barrier),        KERNEL(barrier_after_reading), KERNEL(warp_barrier),    KERNEL(blocks),
-      KERNEL(wait_for_block), KERNEL(some_threads),          KERNEL(two_barriers),    KERNEL(some_lanes),
-      KERNEL(outside_of_mask), KERNEL(beyond_tensor),        KERNEL(beyond_array),    KERNEL(beyond_dynamic_memory),
-      KERNEL(unwritten),      KERNEL(copies),                KERNEL(together),
+      KERNEL(barrier),      KERNEL(barrier_after_reading), KERNEL(warp_barrier), KERNEL(blocks),          KERNEL(wait_for_block),
+      KERNEL(some_threads), KERNEL(two_barriers),          KERNEL(some_lanes),   KERNEL(outside_of_mask), KERNEL(beyond_tensor),
+      KERNEL(beyond_array), KERNEL(beyond_dynamic_memory), KERNEL(unwritten),    KERNEL(copies),          KERNEL(together),
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));

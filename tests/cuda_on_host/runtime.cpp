@@ -111,7 +111,11 @@ std::vector<std::unique_ptr<Fiber>> idle_fibers;
 // A block that runs; one after the other of the grid's has its place.
 struct Block {
   Block(size_t num_threads, size_t num_dynamic, size_t num_static)
-      : threads(num_threads), order(num_threads), rank(num_threads), dynamic_bytes(round_up(num_dynamic, 16)), dynamic(dynamic_bytes),
+      : threads(num_threads),
+        order(num_threads),
+        rank(num_threads),
+        dynamic_bytes(round_up(num_dynamic, 16)),
+        dynamic(dynamic_bytes),
         statics(num_static) {
     while (idle_fibers.size() < num_threads) idle_fibers.push_back(std::make_unique<Fiber>());
     fibers.assign(std::make_move_iterator(idle_fibers.end() - num_threads), std::make_move_iterator(idle_fibers.end()));
@@ -364,7 +368,7 @@ void on_fault(int, siginfo_t* info, void*) {
 class FaultHandler {
  public:
   FaultHandler() {
-    struct sigaction ours {};
+    struct sigaction ours{};
     ours.sa_sigaction = on_fault;
     // The jump out of the handler leaves the signal as it is.
     ours.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
