@@ -225,9 +225,9 @@ def evaluate(
     has one of the classes only is left out.
 
     Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), with ``resamples`` its 95% bootstrap
-    interval ``eer_low, eer_high`` (over speakers, where two or more are known), ``min_dcf``, ``act_dcf``, ``cllr``
-    (bits), and ``min_tdcf`` if the rates of a speaker verification system are given. ``act_dcf`` and ``cllr`` read the
-    scores as log-likelihood ratios.
+    interval ``eer_low, eer_high`` (over speakers, where all are known and there are two or more; over utterances
+    otherwise), ``min_dcf``, ``act_dcf``, ``cllr`` (bits), and ``min_tdcf`` if the rates of a speaker verification
+    system are given. ``act_dcf`` and ``cllr`` read the scores as log-likelihood ratios.
 
     Raises:
         ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
@@ -263,7 +263,9 @@ def _clusters(scores: Scores, chosen: np.ndarray) -> tuple[list[str], list[str]]
     """The speakers of the bona fide and of the spoofed scores, which the bootstrap draws; None: utterances instead."""
     speakers = np.array(scores.speakers)
     bonafide, spoof = (speakers[chosen & kind].tolist() for kind in (scores.bonafide, ~scores.bonafide))
-    return (bonafide, spoof) if len(set(bonafide + spoof) - {"-"}) > 1 else None
+    names = set(bonafide + spoof)
+    # Unknown speakers are not one: drawn together, they would make the interval far too narrow.
+    return (bonafide, spoof) if len(names) > 1 and "-" not in names else None
 
 
 def drawn(scores: Scores, by: str | None = None) -> str:
@@ -271,7 +273,7 @@ def drawn(scores: Scores, by: str | None = None) -> str:
     rows = [chosen for _, chosen in _conditions(scores, by) if 0 < (chosen & scores.bonafide).sum() < chosen.sum()]
     by_speaker = [_clusters(scores, chosen) is not None for chosen in rows]
     if any(by_speaker) and not all(by_speaker):
-        return "speakers, and of utterances in rows with fewer than two of them"
+        return "speakers, and of utterances in rows with fewer than two of them or an unknown one"
     return "speakers" if any(by_speaker) else "utterances"
 
 

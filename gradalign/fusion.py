@@ -54,7 +54,8 @@ class Fusion:
                 f"expected bona fide and spoofed scores to train on; found {labels.sum()} bona fide of {len(labels)}"
             )
         mean, sd = values.mean(1, keepdims=True), values.std(1, keepdims=True)
-        sd[sd == 0] = 1
+        # Equal scores may differ from their rounded mean.
+        sd[sd <= 1e-12 * np.abs(mean)] = 1
         inputs = np.vstack([(values - mean) / sd, np.ones(values.shape[1])])
         share = np.where(labels, prior / labels.sum(), (1 - prior) / (~labels).sum())
         found = _newton(inputs, np.where(labels, 1.0, -1.0), share, np.log(prior / (1 - prior)))

@@ -21,8 +21,11 @@ _P_NONTARGET = (1 - _P_SPOOF) * 0.01
 
 
 def _check(name: str, scores: _Scores) -> np.ndarray:
+    if isinstance(scores, np.ma.MaskedArray):
+        raise TypeError(f"`{name}` must be an array without a mask; found a masked array (`compressed()` is without)")
     try:
-        array = np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=np.float64)
+        # NumPy has no bfloat16.
+        array = np.asarray(scores.detach().cpu().double() if hasattr(scores, "detach") else scores, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` must be an array of numbers; found {type(scores).__name__}") from error
     if array.ndim != 1 or array.size == 0:

@@ -1,3 +1,6 @@
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -61,6 +64,19 @@ def test_read_audio_resamples_only_when_asked(tmp_path):
     assert np.abs(wave - expected)[200:-200].max() < 2e-3
 
 
+@pytest.mark.parametrize("rate", [44100, 22050, 11025, 48000, 8000, 32000, 24000])
+def test_usual_rates_are_resampled_both_ways(tmp_path, rate):
+    for old, new in ((rate, 16000), (16000, rate)):
+        path = write(tmp_path / "a.wav", noise(old // 10), rate=old)
+        assert abs(len(read_audio(path, new, resample=True)) - new / 10) <= 1
+
+
+def test_rates_that_share_no_factor_are_named(tmp_path):
+    path = write(tmp_path / "a.wav", noise(4410), rate=44099)
+    with pytest.raises(AudioError, match=r"a\.wav: expected .* to 16000 Hz .*; found 44099 Hz \(44099:16000\)"):
+        read_audio(path, 16000, resample=True)
+
+
 def test_missing_audio_is_named(tmp_path):
     with pytest.raises(AudioError, match=r"nothing\.flac: expected an audio file; found nothing there"):
         read_audio(tmp_path / "nothing.flac", 16000)
@@ -112,6 +128,25 @@ def test_wav_with_trailing_and_odd_chunks_is_not_taken_for_truncated(tmp_path):
     assert read_audio(path, 16000).shape == (333,)
 
 
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wav_written_to_a_pipe_is_not_taken_for_truncated(tmp_path, size):
+    path = write(tmp_path / "a.wav", noise(333))
+    content = path.read_bytes()
+    at = content.index(b"data") + 4
+    path.write_bytes(content[:at] + size.to_bytes(4, "little") + content[at + 4 :])
+    assert read_header(path).frames == 333
+    np.testing.assert_allclose(read_audio(path, 16000).numpy(), noise(333), rtol=0, atol=1 / 32768)
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "NMS_ADPCM_16", "NMS_ADPCM_32", "G721_32"])
+def test_wav_that_libsndfile_cannot_seek_in_is_read(tmp_path, subtype):
+    t = np.arange(8000) / 8000
+    path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 300 * t), rate=8000, subtype=subtype)
+    wave = read_audio(path, 8000).numpy()
+    assert len(wave) == read_header(path).frames >= 8000
+    assert wave.std() == pytest.approx(0.5 / 2**0.5, rel=0.2)
+
+
 @pytest.mark.parametrize("read", [lambda path: read_audio(path, 16000), read_header])
 def test_empty_audio_is_named(tmp_path, read):
     path = write(tmp_path / "a.wav", np.zeros(0))
@@ -161,6 +196,19 @@ def test_find_audio_tries_suffixes_and_names_what_it_looked_for(tmp_path):
     assert find_audio(tmp_path, "b.c") == tmp_path / "b.c.flac"
     with pytest.raises(AudioError, match=r"c: expected a file ending in \.flac, .*; found none"):
         find_audio(tmp_path, "c")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["path", "name"])
+def test_audio_in_a_folder_that_cannot_be_searched_is_named_and_skipped(tmp_path, monkeypatch, own):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # Root may search every folder.
+    monkeypatch.setattr(Path, "is_file", refuse)
+    utterance = Utterance("a", "s", "-", 1, path=tmp_path / "a.wav" if own else None)
+    with pytest.raises(AudioError, match=r"a(\.wav)?: expected .*; found: .*Permission denied"):
+        SpeechDataset([utterance], tmp_path)[0]
+    assert "Permission denied" in SpeechDataset([utterance], tmp_path, skip_bad=True)[0].bad
 
 
 @pytest.mark.parametrize("length", [1, 2, 127, 500, 999, 1000])
@@ -304,6 +352,26 @@ def test_the_cache_changes_nothing(folder):
     assert torch.equal(cached[3].wave, cached[3].wave)
     with pytest.raises(AudioError):
         plain[3]
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "PCM_16"])
+def test_changing_an_example_does_not_change_the_cache(folder, subtype):
+    write(folder / "u1.wav", noise(2500, 9), subtype=subtype)
+    (folder / "u1.flac").unlink()
+    data, plain = dataset(folder, cache_mb=1), dataset(folder)
+    for _ in range(3):
+        wave = data[1].wave
+        assert torch.equal(wave, plain[1].wave)
+        wave.mul_(0.5)
+
+
+def test_file_names_that_are_not_utf_8_can_be_used(folder):
+    expected = read_audio(folder / "u1.flac", 16000)[:1000]
+    path = (folder / "u1.flac").rename(folder / "caf\udce9.flac")
+    for utterance in (Utterance("caf\udce9", "s", "-", 1), Utterance("caf\udce9", "s", "-", 1, path=path)):
+        data = SpeechDataset([utterance], folder, num_samples=1000)
+        assert torch.equal(data[0].wave, expected)
+    assert utterance_draws(0, 0, "caf\udce9") != utterance_draws(0, 0, "caf\udce8")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -614,3 +614,47 @@ def test_check_writes_a_manifest_and_verifies_it_later(tmp_path):
     manifest.write_text("what is this\n")
     with pytest.raises(DataError, match=r"sums\.sha256:1: expected `<SHA-256>  <path>`; found 'what is this'"):
         check("asvspoof2019-la", tmp_path, manifest=manifest, progress=False)
+
+
+@pytest.mark.parametrize("form", ["{} *{}", "{}  ./{}", "{}  flac/../{}"])
+def test_check_reads_the_lists_of_other_tools(tmp_path, form):
+    corpus(tmp_path)
+    manifest = tmp_path / "sums.sha256"
+    files = sorted((tmp_path / "flac").iterdir())
+    lines = [form.format(sha256_of(file), file.relative_to(tmp_path)) for file in files]
+    text(manifest, "\r\n".join(lines) + "\r\n")
+    before = manifest.read_bytes()
+    assert check("corpus", tmp_path, manifest=manifest, progress=False).count_wrong == 0
+    audio(files[0], seconds=0.2)
+    report = check("corpus", tmp_path, manifest=manifest, progress=False)
+    assert [list(subset.wrong) for subset in report.subsets] == [[], ["content"], []]
+    assert manifest.read_bytes() == before
+    text(manifest, f"{'0' * 64}  ./a\n{'1' * 64}  a\n")
+    with pytest.raises(DataError, match=r"sums\.sha256:2: expected one SHA-256 for 'a'; found a second"):
+        check("corpus", tmp_path, manifest=manifest, progress=False)
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(DataError, match=r"sums\.sha256: expected a list of SHA-256 sums; found a folder"):
+        check("corpus", tmp_path, manifest=manifest, progress=False)
+
+
+@pytest.mark.parametrize("odd", ["caf\udce9", "line\u2028separator", "next\x85line"])
+def test_check_sums_files_of_any_name(tmp_path, odd):
+    fake_or_real(tmp_path)
+    file = audio(tmp_path / "for-norm/testing/real/new.wav").rename(tmp_path / f"for-norm/testing/real/{odd}.wav")
+    manifest = tmp_path / "sums.sha256"
+    for _ in range(2):
+        assert check("for", tmp_path, manifest=manifest, progress=False).count_wrong == 0
+    # The bytes of the name are those of the file system, as `sha256sum` writes them.
+    assert os.fsencode(f"{sha256_of(file)}  {file.relative_to(tmp_path)}") in manifest.read_bytes().split(b"\n")
+    file.write_bytes(file.read_bytes() + b"more")
+    report = check("for", tmp_path, manifest=manifest, progress=False)
+    assert report.count_wrong == 1
+    report.text().encode()
+
+
+def test_check_takes_eval_and_test_for_one_subset(tmp_path):
+    corpus(tmp_path)
+    report = check("corpus", tmp_path, ["test", "eval", "dev", "dev"], progress=False)
+    assert [subset.subset for subset in report.subsets] == ["test", "dev"]
+    assert report.count_wrong == 0

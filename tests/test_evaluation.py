@@ -120,7 +120,19 @@ def test_intervals_are_over_speakers_where_they_are_known(many):
     for i in range(len(scores)):
         # Each speaker with both classes, alone in its row.
         scores.speakers[i] = f"s{i % 3}"
-    assert evaluation.drawn(scores, "speaker") == "speakers, and of utterances in rows with fewer than two of them"
+    expected = "speakers, and of utterances in rows with fewer than two of them or an unknown one"
+    assert evaluation.drawn(scores, "speaker") == expected
+
+
+def test_intervals_are_over_utterances_where_a_speaker_is_unknown(many):
+    """All unknown speakers as one would be drawn together."""
+    scores = evaluation.Scores.of(*many)
+    bonafide, spoof = scores.split()
+    for i in np.flatnonzero(~scores.bonafide):
+        scores.speakers[i] = "-"
+    row = evaluation.evaluate(scores, resamples=500)[0]
+    assert (row["eer_low"], row["eer_high"]) == metrics.eer_interval(bonafide, spoof, 0.95, 500)
+    assert evaluation.drawn(scores) == "utterances"
 
 
 def test_what_the_scores_do_not_say_is_an_error(files):

@@ -74,6 +74,17 @@ def test_separable_scores_have_finite_weights():
     assert fusion.weights[1] == 0
 
 
+@pytest.mark.parametrize("value", [0.1, -1e9 / 3, 0.0])
+def test_a_constant_detector_has_no_weight(value):
+    """The standard deviation of equal numbers may be what rounding left."""
+    labels = [1, 1, 1, 0, 0, 0, 0]
+    rest = Fusion.fit([scores_of([1, 2, -1, -2, -1, 1, 0], labels)])
+    both = Fusion.fit([scores_of([1, 2, -1, -2, -1, 1, 0], labels), scores_of([value] * 7, labels)])
+    assert both.weights[0] == pytest.approx(rest.weights[0], rel=1e-6)
+    assert abs(both.weights[1] * value) < 1e-6
+    assert both.offset == pytest.approx(rest.offset, abs=1e-6)
+
+
 def test_what_does_not_fit_is_named():
     a, b = scores_of([1, 2], [1, 0]), scores_of([1, 2], [1, 0], ["u0", "x"])
     with pytest.raises(DataError, match=r"2 of the first and 2 of number 2 \(for example 'u1'"):

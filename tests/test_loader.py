@@ -1,6 +1,8 @@
 import contextlib
+import copy
 import functools
 import itertools
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -145,6 +147,18 @@ def test_worker_processes_that_outlive_an_epoch_see_the_next(folder):
     loader = DataLoader(
         files(folder), batch_size=5, collate_fn=collate, num_workers=2, persistent_workers=True, prefetch_factor=1
     )
+    for epoch in (0, 2):
+        loader.dataset.set_epoch(epoch)
+        seeds = torch.cat([batch.seed for batch in loader]).tolist()
+        assert seeds == [utterance_draws(3, epoch, name)[0] for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("make", [files, packed])
+def test_the_epoch_of_a_copied_data_set_reaches_worker_processes(folder, make, again):
+    loader = DataLoader(again(make(folder)), 5, collate_fn=collate, num_workers=1, persistent_workers=True)
     for epoch in (0, 2):
         loader.dataset.set_epoch(epoch)
         seeds = torch.cat([batch.seed for batch in loader]).tolist()
@@ -333,9 +347,43 @@ def test_the_parts_of_a_joined_data_set_are_told_the_epoch(folder, boost, expect
         assert_expected(views, expected[epoch])
 
 
-class Stream(IterableDataset):
-    num_samples = SAMPLES
+class Counted(Dataset):
+    """A data set of one's own, whose `num_samples` counts utterances."""
 
+    num_samples = 8
+
+    def __init__(self, kind=torch.float32):
+        self.wave = torch.arange(16000).to(kind)
+
+    def __len__(self):
+        return self.num_samples
+
+    def __getitem__(self, index):
+        return self.wave, index % 2, str(index)
+
+
+def test_only_this_projects_data_sets_say_the_length_of_the_views(folder):
+    views = DeviceLoader(DataLoader(Counted(), 4), device="cpu")
+    assert views.num_samples is None
+    assert [view.clean.shape for view in views] == [(4, 16000)] * 2
+    with pytest.raises(ValueError, match="`num_samples` must be given for int16 batches"):
+        list(DeviceLoader(DataLoader(Counted(torch.int16), 4), device="cpu"))
+    joined = StackDataset(Counted(), Subset(files(folder), range(8)))
+    assert DeviceLoader(DataLoader(joined), device="cpu").num_samples == SAMPLES
+
+
+def test_tuples_of_floating_point_keep_their_length_unless_another_is_given(folder):
+    def halves(examples):
+        waves = torch.stack([example.wave[: SAMPLES // 2] for example in examples])
+        return waves, [example.label for example in examples], [example.row for example in examples]
+
+    loader = DataLoader(files(folder), 4, collate_fn=halves)
+    for options, expected in (({}, SAMPLES // 2), ({"num_samples": 70}, 70)):
+        views = DeviceLoader(loader, device="cpu", **options)
+        assert [view.clean.shape for view in views] == [(4, expected)] * 3
+
+
+class Stream(IterableDataset):
     def __iter__(self):
         yield from ()
 
@@ -373,6 +421,21 @@ def test_parts_that_disagree_on_num_samples_are_named(folder):
     with pytest.raises(ValueError, match="the loader's data sets must have the same `num_samples`; found 800, 500"):
         DeviceLoader(loader, device="cpu")
     assert DeviceLoader(loader, device="cpu", num_samples=900).num_samples == 900
+
+
+class Told(DataLoader):
+    """A loader that tells its sampler the epoch itself, from its first batch."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.batch_sampler.set_epoch(epoch)
+
+
+def test_a_loader_with_set_epoch_is_told_the_epoch_and_loses_no_start(folder):
+    loader = Told(files(folder), batch_sampler=RankSampler(SIZE, 4), collate_fn=collate)
+    DeviceLoader(loader, device="cpu").set_epoch(6, start=2)
+    assert (loader.epoch, loader.dataset.epoch, loader.batch_sampler.epoch) == (6, 6, 6)
+    assert loader.batch_sampler.start == 2
 
 
 class ByBatch(Dataset):
@@ -515,6 +578,14 @@ def test_whole_labels_become_int64_and_soft_ones_stay(kind):
         ((torch.zeros(2, 5), [0, 1], "ab", [0, 5]), {}, r"lengths must lie in \[1, S\] = \[1, 5\]; found \[0, 5\]"),
         ((torch.zeros(2, 5), [0, 1], "ab", [5, 6]), {}, r"found \[5, 6\]"),
         ((torch.zeros(2, 5), [0, 1], "ab", [5.0, 5.0]), {}, r"lengths must be integers \[2\]; found torch.float32"),
+        ((torch.zeros(2, 5), [0, 1], "ab", None), {}, r"a batch's lengths must be 2 numbers; found None"),
+        ((torch.zeros(2, 5), None, "ab"), {}, r"a batch's label must be 2 numbers; found None"),
+        ((torch.zeros(2, 5), [0, 1], None), {}, r"a batch's ids must be 2 names or numbers; found None"),
+        (
+            (torch.zeros(2, 5), [0, 1], torch.tensor(3)),
+            {},
+            r"a batch's ids must be 2 names or numbers; found tensor\(3\)",
+        ),
         ((torch.zeros(2, 5, dtype=torch.int16), [0, 1], "ab"), {}, r"`num_samples` must be given for int16 batches"),
         (collate([]), {"num_samples": 0}, r"`num_samples` must be at least 1; found 0"),
         (
@@ -527,6 +598,13 @@ def test_whole_labels_become_int64_and_soft_ones_stay(kind):
 def test_wrong_batches_are_named(item, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         list(DeviceLoader([item], device="cpu", **options))
+
+
+@pytest.mark.parametrize("lengths", [[], torch.tensor([]), torch.zeros(0, dtype=torch.int64)])
+def test_an_empty_batch_may_have_lengths_of_any_type(lengths):
+    item = (torch.zeros(0, 5), [], [], lengths)
+    view = next(iter(DeviceLoader([item], lambda wave, lengths, seeds: wave, device="cpu", num_samples=7)))
+    assert (view.clean.shape, view.label.shape, view.label.dtype) == ((0, 7), (0,), torch.int64)
 
 
 @pytest.mark.parametrize("kind", [torch.int16, torch.float32, torch.float64])

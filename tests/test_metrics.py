@@ -209,6 +209,7 @@ def test_scores_are_invariant_to_monotone_maps_and_order():
         ([1.0, math.nan], [1.0], ValueError, r"`bonafide` must be finite; found nan at index 1"),
         ([1.0], [math.inf], ValueError, r"`spoof` must be finite; found inf at index 0"),
         (["a"], [1.0], TypeError, r"`bonafide` must be an array of numbers; found list"),
+        (np.ma.array([1.0, 9.0], mask=[0, 1]), [1.0], TypeError, r"`bonafide` must be .*; found a masked array"),
     ],
 )
 @pytest.mark.parametrize("metric", [metrics.eer, metrics.min_dcf, metrics.act_dcf, metrics.cllr, metrics.det_curve])
@@ -302,3 +303,4 @@ def test_equals_official_asvspoof_5_package(name):
 def test_scores_may_be_tensors_of_a_model():
     bonafide, spoof = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor([1.0, 2.5])
     assert metrics.eer(bonafide, spoof) == metrics.eer([2.0, 3.0], [1.0, 2.5])
+    assert metrics.eer(bonafide.bfloat16(), spoof.half()) == metrics.eer(bonafide, spoof)

@@ -136,6 +136,17 @@ def test_a_packed_data_set_can_be_sent_to_another_process(packed):
     assert_same_examples(pickle.loads(sent)[3], example)
 
 
+def test_names_that_are_not_utf_8_are_packed(folder, tmp_path):
+    names = {"dev": [Utterance("caf\udce9", "s", "-", 1, path=folder / "u3.flac")]}
+    for _ in range(2):
+        pack(names, tmp_path / "packed")
+        assert PackedDataset(tmp_path / "packed", "dev")[0].label == 1
+        # As a killed run leaves it: the list of the shard is read again.
+        (tmp_path / "packed" / "index.json").rename(tmp_path / "packed" / "plan.json")
+    assert pack(names, tmp_path / "packed").kept == 1
+    assert PackedDataset(tmp_path / "packed", "dev").utterances[0].name == "caf\udce9"
+
+
 # ---- samples that 16 bits do not hold ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +25,25 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 # libsndfile's count where a FLAC header gives none; no file holds a part of it.
 _UNKNOWN_FRAMES = 2**62
 
+# Coefficients of torchaudio's kernel, which is made anew for each file: the product of both rates, each over their
+# greatest common divisor. So many take 0.3 GB and half a second.
+_LARGEST_KERNEL = 2**24
+
 
 def find_audio(folder: str | Path, utterance: str) -> Path:
     """Find an utterance's audio file: ``folder/<utterance>`` as it stands, or with the first of `SUFFIXES` there is.
 
-    An utterance may hold folders (``speaker/a``). Raises AudioError naming what was looked for.
+    An utterance may hold folders (``speaker/a``). Raises AudioError naming what was looked for, also where a folder
+    cannot be searched.
     """
     folder = Path(folder)
     for suffix in ("", *SUFFIXES):
         path = folder / f"{utterance}{suffix}"
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise AudioError(f"{path}: expected an audio file; found: {error.strerror}") from None
     raise AudioError(f"{folder / utterance}: expected a file ending in {', '.join(SUFFIXES)}; found none")
 
 
@@ -84,7 +93,8 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
 
     Raises:
         AudioError: naming the file, when it is missing, unreadable, truncated, empty, holds NaN or Inf, or has another
-            sample rate.
+            sample rate (with ``resample``, one that shares so small a factor with ``sample_rate``, such as 44,099 Hz
+            with 16,000, that the kernel would take gigabytes).
         ImportError: ``resample`` needs torchaudio, which is not installed or does not load with this PyTorch.
     """
     with opened(path) as file:
@@ -99,6 +109,13 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
                 f"{path}: expected a sample rate of {sample_rate} Hz; found {rate} Hz (--resample or `resample` "
                 "converts such files)"
             )
+        common = math.gcd(rate, sample_rate)
+        old, new = rate // common, sample_rate // common
+        if old * new > _LARGEST_KERNEL:
+            raise AudioError(
+                f"{path}: expected a sample rate in a ratio to {sample_rate} Hz whose terms have a product of at most "
+                f"{_LARGEST_KERNEL}, to be resampled; found {rate} Hz ({old}:{new})"
+            )
         require_torchaudio()
         from torchaudio.functional import resample as convert
 
@@ -109,7 +126,8 @@ def read_audio(path: str | Path, sample_rate: int, resample: bool = False) -> Te
 def read_channels(path: str | Path, file: SoundFile) -> np.ndarray:
     """All samples float32 [T, channels] of an `opened` file; AudioError where it is truncated or empty."""
     promised = _promised_frames(Path(path), file)
-    wave = file.read(dtype="float32", always_2d=True)
+    # All frames by their number: without it soundfile asks for a file it can seek in, as it cannot in GSM 6.10.
+    wave = file.read(file.frames, dtype="float32", always_2d=True)
     _expect_samples(path, len(wave), promised)
     return wave
 
@@ -119,10 +137,11 @@ def opened(path: str | Path) -> Iterator[SoundFile]:
     """An open sound file; whatever soundfile says against it in the block becomes an AudioError that names it."""
     import soundfile
 
-    if not Path(path).is_file():
-        raise AudioError(f"{path}: expected an audio file; found nothing there")
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        if not Path(path).is_file():
+            raise AudioError(f"{path}: expected an audio file; found nothing there")
+        # The name as bytes: soundfile takes no str that is not UTF-8.
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             if file.frames > _UNKNOWN_FRAMES:
                 raise AudioError(
                     f"{path}: expected the number of samples in its header; found none (a truncated file?)"
@@ -137,7 +156,9 @@ def opened(path: str | Path) -> Iterator[SoundFile]:
                 f"{path}: expected libsndfile 1.1 or newer, to read MP3; found {soundfile.__libsndfile_version__} "
                 "(`pip install -U soundfile` brings a newer one)"
             ) from None
-        raise AudioError(f"{path}: expected a readable audio file; found: {str(error).rstrip('.')}") from None
+        # Without the file's name, which is there already.
+        found = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+        raise AudioError(f"{path}: expected a readable audio file; found: {found.rstrip('.')}") from None
 
 
 def _expect_samples(path: str | Path, found: int, promised: int) -> None:
@@ -163,8 +184,8 @@ def _promised_wav_frames(path: Path) -> int:
             if kind == b"fmt ":
                 frame_bytes = int.from_bytes(file.read(size)[12:14], "little")
             elif kind == b"data":
-                # Writers to a pipe leave the size open as 0 or all ones.
-                known = frame_bytes > 0 and size < 0xFFFFFF00
+                # Writers to a pipe leave the size open: as 0, all ones, or the largest that a signed number holds.
+                known = frame_bytes > 0 and size < 0x7FFF0000
                 return size // frame_bytes if known else 0
             else:
                 file.seek(size, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gradalign._errors import AudioError, DataError
-from gradalign._files import write_text
+from gradalign._files import atomic_path
 from gradalign.data import datasets
 from gradalign.data.audio import AudioHeader, read_audio, read_header
 from gradalign.data.protocol import read_text
@@ -83,7 +84,8 @@ class Report:
                     lines.append(f"    ... and {len(wrong) - len(wrong[:limit])} more")
         lines += [f"{subset}: not there" for subset in self.absent]
         lines.append(f"{self.count_wrong} wrong" if self.count_wrong else "nothing is wrong")
-        return "\n".join(lines)
+        # File names that are not UTF-8 could not be printed.
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def check(
@@ -103,8 +105,9 @@ def check(
         root: as for `read_dataset`.
         subsets: to check; by default those whose lists are there.
         decode: decode every file whole, which finds truncated and damaged ones whose headers are good.
-        manifest: file of SHA-256 sums, in the form of ``sha256sum``, with paths relative to the root. Files that it
-            names are compared with it, others are added to it; it is written whole or not at all.
+        manifest: file of SHA-256 sums, in the form of ``sha256sum`` (with ``-b`` or without), with paths relative to
+            the root. Files that it names are compared with it, others are added to it; it is written whole or not at
+            all.
         workers: threads that read files; by default as many as there are CPUs and four more, since they mostly wait.
         progress: show a bar.
 
@@ -115,8 +118,9 @@ def check(
     root = Path(root)
     if workers is not None and workers < 1:
         raise DataError(f"`workers` must be at least 1; found {workers}")
-    there = datasets.subsets(name, root) if subsets is None else list(subsets)
-    if unknown := set(there) - {*datasets.subsets(name), "eval"}:
+    there = datasets.subsets(name, root) if subsets is None else subsets
+    there = list(dict.fromkeys("test" if subset == "eval" else subset for subset in there))
+    if unknown := set(there) - set(datasets.subsets(name)):
         raise DataError(f"{name}: expected subsets among {', '.join(datasets.subsets(name))}; found {unknown.pop()!r}")
     if not there:
         # Says what was looked for.
@@ -159,15 +163,20 @@ class _Manifest:
         self.path, self.base = path, base
         self.known: dict[str, str] = {}
         self.changed = False
-        for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
-            match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        content = read_text(path, "list of SHA-256 sums", "surrogateescape") if path.exists() else ""
+        # Not splitlines: names may hold what it takes for the end of a line.
+        for number, line in enumerate(content.removesuffix("\n").split("\n") if content else [], start=1):
+            match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
             if match is None:
                 raise DataError(f"{path}:{number}: expected `<SHA-256>  <path>`; found {line[:80]!r}")
-            self.known[match[2]] = match[1]
+            name = posixpath.normpath(match[2])
+            if self.known.setdefault(name, match[1]) != match[1]:
+                raise DataError(f"{path}:{number}: expected one SHA-256 for {name!r}; found a second")
 
     def compare(self, path: Path, digest: str) -> str:
         """What is wrong with a file's sum: nothing where it is the known one, or was not known."""
         name = path.relative_to(self.base).as_posix() if path.is_relative_to(self.base) else str(path.absolute())
+        name = posixpath.normpath(name)
         if name not in self.known:
             self.known[name] = digest
             self.changed = True
@@ -176,7 +185,9 @@ class _Manifest:
 
     def write(self) -> None:
         if self.changed:
-            write_text(self.path, "".join(f"{digest}  {name}\n" for name, digest in sorted(self.known.items())))
+            content = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.known.items()))
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(content, "utf-8", "surrogateescape")
 
 
 class _Found(NamedTuple):

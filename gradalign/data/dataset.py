@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +62,9 @@ def utterance_draws(seed: int, epoch: int, name: str) -> tuple[int, int]:
     >>> utterance_draws(0, 1, "a") == utterance_draws(0, 1, "a") != utterance_draws(0, 2, "a")
     True
     """
-    digest = hashlib.blake2b(f"{seed} {epoch} {name}".encode(), digest_size=16).digest()
+    # A file's name need not be UTF-8.
+    text = f"{seed} {epoch} {name}".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=16).digest()
     return int.from_bytes(digest[:8], "little") >> 1, int.from_bytes(digest[8:], "little") >> 1
 
 
@@ -121,6 +123,11 @@ class SpeechDataset(Dataset[Example]):
         self._cache: dict[int, np.ndarray] = {}
         self._cache_bytes_left = cache_mb * 2**20
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The epoch of a copy (copy.deepcopy, pickle) has memory of its own, which its workers must share again.
+        self.__dict__.update(state)
+        self._epoch.share_memory_()
+
     def __len__(self) -> int:
         return len(self.utterances)
 
@@ -151,7 +158,9 @@ class SpeechDataset(Dataset[Example]):
     def _read(self, index: int) -> Tensor:
         kept = self._cache.get(index)
         if kept is not None:
-            return torch.from_numpy(kept.astype(np.float32) / 32768 if kept.dtype == np.int16 else kept)
+            # A copy: an example may be changed in place.
+            wave = torch.from_numpy(kept.astype(np.float32))
+            return wave.mul_(1 / 32768) if kept.dtype == np.int16 else wave
         utterance = self.utterances[index]
         path = utterance.path or find_audio(self.audio_dir, utterance.name)
         wave = read_audio(path, self.sample_rate, self.resample)
@@ -163,7 +172,7 @@ class SpeechDataset(Dataset[Example]):
             if fits and np.array_equal(whole := scaled.astype(np.int16), scaled):
                 keep = whole
             if keep.nbytes <= self._cache_bytes_left:
-                self._cache[index] = keep
+                self._cache[index] = keep.copy()
                 self._cache_bytes_left -= keep.nbytes
         return wave
 

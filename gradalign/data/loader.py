@@ -15,7 +15,16 @@ from torch.utils.data import Sampler
 from gradalign._device import to_device
 from gradalign._errors import AudioError
 from gradalign.data.audio import fit_length
-from gradalign.data.dataset import Augment, Batch, augmented_view, collate, epoch_plan, utterance_draws, window
+from gradalign.data.dataset import (
+    Augment,
+    Batch,
+    SpeechDataset,
+    augmented_view,
+    collate,
+    epoch_plan,
+    utterance_draws,
+    window,
+)
 
 
 class Views(NamedTuple):
@@ -133,8 +142,9 @@ class DeviceLoader:
             alone: ``lambda wave, lengths, seeds: room(wave, seeds)``); shorter utterances are augmented once and then
             repeated. None: the augmented view is the batch's own, or the clean one.
         device: of the views; None is a GPU where there is one.
-        num_samples: T of the views: longer utterances are cropped, shorter repeated, on the device. None: that of the
-            loader's data sets, which must agree; for tuples of floating point, S.
+        num_samples: T of the views: longer utterances are cropped, shorter repeated, on the device. None: S, for tuples
+            of floating point without lengths; for all else that of the `SpeechDataset` or `PackedDataset` within the
+            loader (several must agree). The attribute of any other data set may mean something else: it is not read.
         seed: of crops and augmentation, for tuples (a `Batch` brings its own).
         random_crop: crop tuples' longer utterances at a random place, not at their start.
         on_bad: called with the ``bad`` of each `Batch` that has any: (row, message) of utterances that could not be
@@ -173,11 +183,11 @@ class DeviceLoader:
         self.loader, self.augment, self.device = loader, augment, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        if num_samples is None:
-            num_samples = _num_samples(loader)
         if on_bad is not None:
             _expect_bad(loader)
-        self.num_samples, self.seed, self.random_crop, self.on_bad = num_samples, seed, random_crop, on_bad
+        self._given = num_samples
+        self.num_samples = _num_samples(loader) if num_samples is None else num_samples
+        self.seed, self.random_crop, self.on_bad = seed, random_crop, on_bad
         self.epoch = 0
         self._side: torch.cuda.Stream | None = None
 
@@ -185,7 +195,7 @@ class DeviceLoader:
         return len(self.loader)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that comes next, here and in the loader's data sets and samplers, and its first batch.
+        """Choose the epoch that comes next, here and in the loader, its data sets and samplers, and its first batch.
 
         ``start`` (where a killed run stopped) is handed to the sampler of the loader's batches, in place of any that it
         was given before.
@@ -205,6 +215,9 @@ class DeviceLoader:
                 "`start` must be 0 unless the sampler of the loader's batches has `set_epoch(epoch, start)`, as "
                 f"`RankSampler` has; found {start} with {found}"
             )
+        if hasattr(self.loader, "set_epoch"):
+            # It may tell the sampler too, and would undo the start after that.
+            self.loader.set_epoch(epoch)
         if takes_start:
             batches.set_epoch(epoch, start=start)
         parts = [*_datasets(self.loader), batches, rows, getattr(batches, "sampler", None)]
@@ -281,8 +294,9 @@ class DeviceLoader:
         drawn = [utterance_draws(self.seed, self.epoch, str(i)) for i in ids]
         seeds = torch.tensor([seed for seed, _ in drawn], dtype=torch.int64)
         if wave.dtype == torch.int16 or lengths is not None:
-            self._expect_num_samples()
-        num_samples = wave.shape[1] if self.num_samples is None else self.num_samples
+            num_samples = self._expect_num_samples()
+        else:
+            num_samples = wave.shape[1] if self._given is None else self._given
         whole = torch.full_like(seeds, wave.shape[1]) if lengths is None else lengths
         windows = [
             window(n, num_samples, crop if self.random_crop else 0)
@@ -294,9 +308,10 @@ class DeviceLoader:
             return batch, None
         return batch, torch.arange(len(ids)) * wave.shape[1] + begin
 
-    def _expect_num_samples(self) -> None:
+    def _expect_num_samples(self) -> int:
         if self.num_samples is None:
             raise ValueError("`num_samples` must be given for int16 batches and for batches with lengths; found None")
+        return self.num_samples
 
     def _views(self, batch: Batch, start: Tensor | None) -> Views:
         label, seeds, clean = (to_device(field, self.device) for field in (batch.label, batch.seed, batch.wave))
@@ -365,19 +380,20 @@ def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
         found = f"{wave.dtype} {list(wave.shape)}" if isinstance(wave, Tensor) else type(wave).__name__
         raise TypeError(f"a batch's wave must be [B, S], floating point or int16; found {found}")
     size = len(wave)
-    names = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     try:
-        label = torch.as_tensor(label)
-    except (TypeError, ValueError):
-        raise TypeError(f"a batch's label must be {size} numbers; found {label!r}") from None
+        names = list(ids.tolist() if isinstance(ids, Tensor) else ids)
+    except TypeError:
+        raise TypeError(f"a batch's ids must be {size} names or numbers; found {ids!r}") from None
+    label = _numbers("label", label, size)
     if tuple(label.shape) != (size,) or len(names) != size:
         raise ValueError(f"a batch of {size} must have {size} labels and ids; found {list(label.shape)}, {len(names)}")
     if len(item) == 3:
         if size and not wave.shape[1]:
             raise ValueError("a batch's utterances must have at least one sample; found none")
         return wave, label, names, None
-    lengths = torch.as_tensor(item[3])
-    if tuple(lengths.shape) != (size,) or lengths.is_floating_point():
+    lengths = _numbers("lengths", item[3], size)
+    # PyTorch makes an empty list floating point, in a collate function too.
+    if tuple(lengths.shape) != (size,) or (size and lengths.is_floating_point()):
         raise ValueError(f"lengths must be integers [{size}]; found {lengths.dtype} {list(lengths.shape)}")
     if size and not 1 <= int(lengths.min()) <= int(lengths.max()) <= wave.shape[1]:
         found = f"[{int(lengths.min())}, {int(lengths.max())}]"
@@ -385,16 +401,24 @@ def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
     return wave, label, names, lengths.to("cpu", torch.int64)
 
 
-def _datasets(loader: Any, until: str = "") -> list[Any]:
-    """A loader's data sets and those they wrap, outermost first; none within one that has the attribute ``until``."""
+def _numbers(name: str, values: Any, size: int) -> Tensor:
+    """A batch's label or lengths as a tensor, of integers where they are an empty list; TypeError for no numbers."""
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"a batch's {name} must be {size} numbers; found {values!r}") from None
+    return numbers if isinstance(values, Tensor) or numbers.numel() else numbers.to(torch.int64)
+
+
+def _datasets(loader: Any) -> list[Any]:
+    """A loader's data sets and those they wrap, outermost first."""
     found: dict[int, Any] = {}
     waiting = deque(_wrapped(loader))
     while waiting:
         part = waiting.popleft()
         if id(part) not in found:
             found[id(part)] = part
-            if not hasattr(part, until):
-                waiting.extend(_wrapped(part))
+            waiting.extend(_wrapped(part))
     return list(found.values())
 
 
@@ -408,8 +432,7 @@ def _wrapped(part: Any) -> list[Any]:
 
 
 def _num_samples(loader: Any) -> int | None:
-    outermost = [d.num_samples for d in _datasets(loader, until="num_samples") if hasattr(d, "num_samples")]
-    found = list(dict.fromkeys(outermost))
+    found = list(dict.fromkeys(d.num_samples for d in _datasets(loader) if isinstance(d, SpeechDataset)))
     if len(found) > 1:
         raise ValueError(f"the loader's data sets must have the same `num_samples`; found {', '.join(map(str, found))}")
     return found[0] if found else None

@@ -41,6 +41,8 @@ with the reason for one that could not be read, whose length is 0.
 """
 
 _FORMAT, _VERSION, _PLAN = "gradalign packed speech", 1, "plan.json"
+# How lists are encoded: file names need not be UTF-8.
+_NAMES = "surrogateescape"
 # Utterances of a shard: 130 MB of speech of 4 seconds each.
 _SHARD_UTTERANCES = 1000
 # The header of a one-dimensional .npy file, padded as NumPy does.
@@ -84,8 +86,9 @@ def pack(
     """Write a packed data set, or go on where a killed run stopped; a finished one is left as it is.
 
     Killed at any point and run again, the folder holds the same bytes in the end: shards are written whole or not at
-    all, and what is in which shard follows from the arguments alone. Finished shards are kept, and their audio is not
-    read again: where it has changed, remove the folder. To go on after a file that was refused, ``resample``,
+    all, and what is in which shard follows from the arguments alone. Finished shards that are still as they were
+    written are kept, and their audio is not read again: where it has changed, remove the folder. To go on after a file
+    that was refused, ``resample``,
     ``round_samples`` and ``skip_bad`` may be added; none that a folder was begun with may be left out.
 
     Args:
@@ -302,7 +305,8 @@ def _write_shard(
             bar.update()
         file.seek(0)
         file.write(_header(offset))
-    write_text(path.with_suffix(".tsv"), "\n".join(lines) + "\n")
+    with atomic_path(path.with_suffix(".tsv")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", "utf-8", _NAMES)
     return offset
 
 
@@ -311,7 +315,7 @@ def _finished(shard: Path) -> int | None:
     if not (shard.is_file() and shard.with_suffix(".tsv").is_file()):
         return None
     try:
-        last = shard.with_suffix(".tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")[-1].split("\t")
+        last = shard.with_suffix(".tsv").read_text("utf-8", _NAMES).rstrip("\n").split("\n")[-1].split("\t")
         samples = int(last[COLUMNS.index("offset")]) + int(last[COLUMNS.index("length")])
     except (ValueError, IndexError):
         return None
@@ -434,7 +438,7 @@ class _Shards:
             raise DataError(f"{path}: expected the list of a shard; found nothing there") from None
         if _checksum(content) != checksum:
             raise DataError(f"{path}: expected the list of a shard as it was written; found another checksum")
-        yield from (line.split("\t") for line in content.decode("utf-8").split("\n")[1:-1])
+        yield from (line.split("\t") for line in content.decode("utf-8", _NAMES).split("\n")[1:-1])
 
     def samples(self, row: int, start: int = 0, length: int | None = None) -> Tensor:
         """Samples int16 of an utterance, from ``start``, all or ``length``: a view of the mapped file."""

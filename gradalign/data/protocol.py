@@ -34,10 +34,13 @@ class Utterance:
         return "bonafide" if self.label else "spoof"
 
 
-def read_text(path: Path, kind: str = "protocol file") -> str:
-    """The text of a UTF-8 file, a ``kind``; DataError naming it where there is none, or none that is text."""
+def read_text(path: Path, kind: str = "protocol file", errors: str = "strict") -> str:
+    """The text of a UTF-8 file, a ``kind``; DataError naming it where there is none, or none that is text.
+
+    ``errors`` is that of `open`: ``surrogateescape`` for a file of file names, which need not be UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig", errors=errors)
     except FileNotFoundError:
         raise DataError(f"{path}: expected a {kind}; found nothing there") from None
     except IsADirectoryError:
