@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, 
   const double* source = matrices.const_data_ptr<double>();
   double *found = weights.mutable_data_ptr<double>(), *target = targets.mutable_data_ptr<double>();
   torch::stable::parallel_for(0, num_segments, num_paths > 2 ? 16 : 1024, [&](int64_t begin, int64_t end) {
-    double matrix[kWeighPaths * kWeighPaths], scratch[weigh_scratch(kWeighPaths)];
+    double matrix[kMaxPaths * kMaxPaths], scratch[weigh_scratch(kMaxPaths)];
     const int64_t size = num_paths * num_paths;
     for (int64_t s = begin; s < end; ++s) {
       std::copy_n(source + s * size, size, matrix);
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
   for (const Chunk& chunk : chunks) ++first[chunk.param + 1];
   for (int64_t n = 0; n < num_params; ++n) first[n + 1] += first[n];
   auto weigh_param = [&](int64_t n, double* weights) {
-    double scratch[weigh_scratch(kWeighPaths)];
+    double scratch[weigh_scratch(kMaxPaths)];
     weigh_paths(int(num_paths), {g + n * size, 1}, met, moves ? target + n * size : nullptr, options, {weights, 1}, {scratch, 1});
   };
 
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
   std::vector<int64_t> small, large;
   for (int64_t n = 0; n < num_params; ++n) (first[n + 1] - first[n] <= kSmall ? small : large).push_back(n);
   torch::stable::parallel_for(0, int64_t(small.size()), 1, [&](int64_t begin, int64_t end) {
-    double products[kWeighPaths * (kWeighPaths + 1) / 2], weights[kWeighPaths];
+    double products[kMaxPaths * (kMaxPaths + 1) / 2], weights[kMaxPaths];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = small[i];
       for (int64_t at = first[n]; at < first[n + 1]; ++at) {
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
   std::vector<double> partial;
   for (int64_t n : large) {
     const int64_t count = first[n + 1] - first[n];
-    double weights[kWeighPaths];
+    double weights[kMaxPaths];
     partial.resize(count * pairs);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) paths.multiply(chunks[first[n] + i], &partial[i * pairs]);

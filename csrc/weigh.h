@@ -14,7 +14,7 @@ namespace gradalign {
 // In the order of names in csrc/weigh_options.h.
 enum class Weighing : int { kMean, kPcgrad, kGradvac, kCagrad, kMgda, kDualproj, kUpgrad, kImtlg, kAlignedmtl, kNashmtl, kCount };
 
-constexpr int kWeighPaths = 8;
+constexpr int kMaxPaths = 8;
 
 struct WeighOptions {
   Weighing method;
@@ -550,7 +550,7 @@ GRADALIGN_HD void weigh_nashmtl(int n, const Numbers& gram, const Numbers& weigh
   scale_to_sum_one(n, weights);
 }
 
-// Weights of 3 to kWeighPaths paths; targets [n, n] are GradVac's, which it moves. `scratch` holds weigh_scratch(n) numbers.
+// Weights of 3 to kMaxPaths paths; targets [n, n] are GradVac's, which it moves. `scratch` holds weigh_scratch(n) numbers.
 GRADALIGN_HD void weigh_many(int n, const Numbers& gram, const int64_t* order, double* targets, const WeighOptions& o, const Numbers& weights,
                              const Numbers& scratch) {
   switch (o.method) {

@@ -15,7 +15,7 @@ inline WeighOptions weigh_options(const std::string& method, int64_t num_paths, 
   static_assert(std::size(kNames) == size_t(Weighing::kCount));
   const auto name = std::find(std::begin(kNames), std::end(kNames), method);
   STD_TORCH_CHECK(name != std::end(kNames), "an unknown method; found ", method);
-  STD_TORCH_CHECK(num_paths >= 1 && num_paths <= kWeighPaths, "the number of paths must be 1 to ", kWeighPaths, "; found ", num_paths);
+  STD_TORCH_CHECK(num_paths >= 1 && num_paths <= kMaxPaths, "the number of paths must be 1 to ", kMaxPaths, "; found ", num_paths);
   return {Weighing(name - kNames), always, beta, c};
 }
 

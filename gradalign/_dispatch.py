@@ -26,6 +26,9 @@ _native = torch.library.Library("gradalign_native", "DEF")
 
 # First come, first asked.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+# The most paths that kernels take (kMaxPaths in csrc/weigh.h): sums of K*(K+1)/2 pairs and the matrix of a problem stay
+# in registers.
+MAX_PATHS = 8
 _allowed: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gradalign_backends", default=BACKENDS)
 _ops: dict[str, Op] = {}
 
@@ -83,6 +86,8 @@ class Op:
     fake: Callable[..., Any] | None = None
     # Raises for arguments that no backend may see: kernels do not check what the Python edge can.
     check: Callable[..., None] | None = None
+    # How many paths the arguments have, of ops on gradients.
+    num_paths: Callable[..., int] | None = None
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,6 +157,11 @@ class Op:
         backend = self.backends[name]
         return backend.available() or (backend.supports(*args) if args else "")
 
+    def why_too_many(self, *args: Any) -> str:
+        """Return why kernels do not take these arguments' number of paths, empty where they do."""
+        found = 1 if self.num_paths is None else self.num_paths(*args)
+        return f"takes up to {MAX_PATHS} paths, found {found}" if found > MAX_PATHS else ""
+
     def dispatch(self, *args: Any) -> Any:
         """Run the first allowed backend that takes these arguments."""
         if self.check is not None:
@@ -180,13 +190,22 @@ class Op:
 _announced: dict = {}
 
 
-def first_tensor(args: Sequence[Any]) -> Tensor:
-    """Return the first tensor among an op's arguments, which are tensors, lists of tensors and plain values."""
+def tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among an op's arguments, which are tensors, lists of tensors and plain values."""
+    found: list[Tensor] = []
     for arg in args:
         if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return arg[0]
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            found.extend(arg)
+    return found
+
+
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Return the first of an op's tensors."""
+    for arg in args:
+        if found := tensors([arg]):
+            return found[0]
     raise TypeError("an op needs at least one tensor")
 
 

@@ -15,8 +15,6 @@ from gradalign._dispatch import Op, first_tensor
 
 # What the CUDA kernels take for granted: asynchronous copies, and more shared memory than older devices have.
 _LEAST_CAPABILITY = (8, 0)
-# csrc/weigh.h and csrc/cuda/gradients.cuh take up to this many paths.
-MAX_PATHS = 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,14 +26,6 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the extension gradalign._C is not built or does not load ({error})"
     return _C, ""
-
-
-def _num_paths(op: str, args: tuple[Any, ...]) -> int:
-    if op == "gram":
-        return args[1]
-    if op == "align_":
-        return 1 + len(args[1]) // len(args[0])
-    return args[2].shape[1] if op == "combine_" else args[0].shape[1] if op == "weigh" else 1
 
 
 def _cpp_available() -> str:
@@ -91,19 +81,11 @@ def _supports(device: str, args: tuple[Any, ...]) -> str:
     return _why_not_on(tensor.get_device()) if tensor.is_cuda else ""
 
 
-def _cpp_supports(op: str, args: tuple[Any, ...]) -> str:
-    if op in ("weigh", "align_") and (paths := _num_paths(op, args)) > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {paths}"
-    return _supports("cpu", args)
-
-
-def _cuda_supports(op: str, args: tuple[Any, ...]) -> str:
-    if (paths := _num_paths(op, args)) > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {paths}"
-    return _supports("cuda", args)
-
-
 def register(op: Op) -> None:
     """Offer csrc's kernels of ``op`` as the backends "cpp" and "cuda"."""
-    op.native_backend("cpp", _cpp_available, lambda *args: _cpp_supports(op.name, args))
-    op.native_backend("cuda", _cuda_available, lambda *args: _cuda_supports(op.name, args))
+    # C++ adds up and merges any number of paths.
+    limited = op.name in ("weigh", "align_")
+    op.native_backend(
+        "cpp", _cpp_available, lambda *args: (limited and op.why_too_many(*args)) or _supports("cpu", args)
+    )
+    op.native_backend("cuda", _cuda_available, lambda *args: op.why_too_many(*args) or _supports("cuda", args))

@@ -236,10 +236,21 @@ for _op in (lnl_backward, isd_backward, ssi_backward):
     _op.differentiate(_no_second_derivative)
 rawboost = Op(reference.rawboost, fake=_like_first, check=_check_rawboost)
 rawboost.differentiate(_rawboost_backward)
-gram = Op(reference.gram, check=_check_gram)
-weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh)
-combine_ = Op(reference.combine_, mutates=("out",), check=_check_combine)
-align_ = Op(reference.align_, mutates=("out",), fake=_like_gram, check=_check_align)
+gram = Op(reference.gram, check=_check_gram, num_paths=lambda grads, num_paths, *_: num_paths)
+weigh = Op(reference.weigh, fake=_like_weights, check=_check_weigh, num_paths=lambda gram, *_: gram.shape[1])
+combine_ = Op(
+    reference.combine_,
+    mutates=("out",),
+    check=_check_combine,
+    num_paths=lambda out, others, weights, *_: weights.shape[1],
+)
+align_ = Op(
+    reference.align_,
+    mutates=("out",),
+    fake=_like_gram,
+    check=_check_align,
+    num_paths=lambda out, others, *_: 1 + len(others) // len(out),
+)
 
 for _op in _dispatch.ops().values():
     _extension.register(_op)

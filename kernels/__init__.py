@@ -8,13 +8,13 @@ stored and added in a fixed order, so that the same inputs give the same bits on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradalign import _dispatch
+from gradalign._dispatch import Op, tensors
 
 try:
     import triton
@@ -39,9 +39,19 @@ def available() -> str:
     return "" if interpreting() or torch.cuda.is_available() else "no CUDA device is visible"
 
 
-def why_unsupported(tensors: Iterable[Tensor | None]) -> str:
-    """Return why the kernels do not take these tensors, empty when they do."""
-    present = [t for t in tensors if t is not None]
+def backend(op: Op, why_not: Callable[..., str] | None = None) -> Callable[[Callable], Callable]:
+    """Register a launcher as the backend "triton" of an op; ``why_not`` tells what it does not take beside what no
+    kernel here does.
+    """
+
+    def supports(*args: Any) -> str:
+        return op.why_too_many(*args) or (why_not(*args) if why_not else "") or _why_unsupported(args)
+
+    return op.backend("triton", available, supports)
+
+
+def _why_unsupported(args: Sequence[Any]) -> str:
+    present = tensors(args)
     # Whole passes over the list: a model has thousands of gradients, and each is looked at in every step.
     if not (interpreting() or all(t.is_cuda for t in present)):
         return f"takes cuda tensors, found {next(t.device for t in present if not t.is_cuda)}"
@@ -68,7 +78,7 @@ def launch(
 if _missing:
     # The ops still know a backend "triton" and say why it is not there; its body is never reached.
     for _op in _dispatch.ops().values():
-        _op.backend("triton", available=available, supports=lambda *_: "")(_op.reference)
+        backend(_op)(_op.reference)
 else:
     # Their import registers the launchers.
     from gradalign.kernels import gradients, rawboost, rawboost_backward, weigh  # noqa: F401

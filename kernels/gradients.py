@@ -20,11 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gradalign import ops
-from gradalign.kernels import available, launch, why_unsupported
+from gradalign.kernels import backend, launch
 from gradalign.kernels.weigh import _is_finite, _weigh_two, weigh
 
-# The accumulators of K paths are K*(K+1)/2 registers per element in flight.
-MAX_PATHS = 8
 # Elements per chunk: many, so that few partial sums are left; few, so that a small model still fills the device.
 CHUNK = 32768
 # Plans and address tables kept; a training step uses one of each per op.
@@ -513,13 +511,7 @@ def align__kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-def _supports_gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> str:
-    if num_paths > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {num_paths}"
-    return why_unsupported(grads)
-
-
-@ops.gram.backend("triton", available=available, supports=_supports_gram)
+@backend(ops.gram)
 def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_segments: int) -> Tensor:
     """K*N gradients, path after path -> float64 [S, K, K]. Equivalent to `reference.gram`."""
     num_params, flat = len(segments), list(grads)
@@ -572,13 +564,7 @@ def _gram_block(num_paths: int, dtype: torch.dtype) -> int:
     return block // 2 if dtype == torch.float64 else block
 
 
-def _supports_combine(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> str:
-    if weights.shape[1] > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {weights.shape[1]}"
-    return why_unsupported([*out, *others, weights])
-
-
-@ops.combine_.backend("triton", available=available, supports=_supports_combine)
+@backend(ops.combine_)
 def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, segments: Sequence[int]) -> None:
     """N gradients of path 0, written, (K-1)*N further ones, weights [S, K]. Equivalent to `reference.combine_`."""
     num_params, num_paths = len(segments), weights.shape[1]
@@ -608,22 +594,7 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
             out[n].copy_(flat[n])
 
 
-def _supports_align(
-    out: Sequence[Tensor],
-    others: Sequence[Tensor],
-    method: str,
-    rho: Tensor | None,
-    order: Tensor | None,
-    beta: float,
-    always: bool,
-    c: float,
-) -> str:
-    if 1 + len(others) // len(out) > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {1 + len(others) // len(out)}"
-    return why_unsupported([*out, *others, rho, order])
-
-
-@ops.align_.backend("triton", available=available, supports=_supports_align)
+@backend(ops.align_)
 def align_(
     out: Sequence[Tensor],
     others: Sequence[Tensor],

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradalign import ops, reference
-from gradalign.kernels import available, launch, why_unsupported
+from gradalign.kernels import backend, launch
 
 _STREAM_NOTCH = tl.constexpr(reference.STREAM_NOTCH)
 _STREAM_ISD_BETA = tl.constexpr(reference.STREAM_ISD_BETA)
@@ -332,10 +332,8 @@ def notch_bank_kernel(
         tl.store(filters + i * num_taps + n, bank.to(filters.dtype.element_ty), mask=n < num_taps)
 
 
-def _supports_design(dtype: torch.dtype, *tensors: Tensor) -> str:
-    if dtype not in (torch.float32, torch.float64):
-        return f"designs float32 and float64 filters, found {dtype}"
-    return why_unsupported(tensors)
+def _why_no_design(*args: Any) -> str:
+    return "" if args[-1] in (torch.float32, torch.float64) else f"designs float32 and float64, found {args[-1]}"
 
 
 def _design(
@@ -378,19 +376,7 @@ def _design(
     return filters
 
 
-def _supports_bank(
-    center_hz: Tensor,
-    width_hz: Tensor,
-    taps: Tensor,
-    gain_db: Tensor,
-    sample_rate: float,
-    num_taps: int,
-    dtype: torch.dtype,
-) -> str:
-    return _supports_design(dtype, center_hz, width_hz, taps, gain_db)
-
-
-@ops.notch_bank.backend("triton", available=available, supports=_supports_bank)
+@backend(ops.notch_bank, _why_no_design)
 def notch_bank(
     center_hz: Tensor,
     width_hz: Tensor,
@@ -410,11 +396,7 @@ def notch_bank(
     return _design(filters, center_hz.shape[-1], sample_rate, (*notches, gain_db.double().contiguous()), None)
 
 
-def _supports_filters(seeds: Tensor, *rest: Any) -> str:
-    return _supports_design(rest[-1], seeds)
-
-
-@ops.notch_filters.backend("triton", available=available, supports=_supports_filters)
+@backend(ops.notch_filters, _why_no_design)
 def notch_filters(
     seeds: Tensor,
     filters: Sequence[int],
@@ -653,11 +635,9 @@ def _tile(x: Tensor, num_filters: int) -> dict[str, int]:
     return {"BLOCK": 2048, "COLUMNS": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 2}
 
 
-def _supports_wave(x: Tensor, *others: Tensor | None) -> str:
-    # Positions inside a row are int32.
-    if x.shape[1] >= 2**31 - 2**16:
-        return f"takes utterances under 2**31 samples, found {x.shape[1]}"
-    return why_unsupported([x, *others])
+def why_too_long(x: Tensor, *_: Any) -> str:
+    """Return why waveforms [B, T] are not taken, empty when they are: positions in a row are int32."""
+    return f"takes utterances under 2**31 samples, found {x.shape[1]}" if x.shape[1] >= 2**31 - 2**16 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ lnl
@@ -1064,11 +1044,7 @@ def rawboost_finish_kernel(
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 
 
-def _supports_rawboost(x: Tensor, *rest: Any) -> str:
-    return _supports_wave(x, *rest[:6])
-
-
-@ops.rawboost.backend("triton", available=available, supports=_supports_rawboost)
+@backend(ops.rawboost, why_too_long)
 def rawboost(
     x: Tensor,
     filters: Tensor | None,
@@ -1201,23 +1177,13 @@ _Level = tuple[Tensor | None, Tensor | None, Tensor | None]
 _NO_LEVEL: _Level = (None, None, None)
 
 
-def _supports_lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
-    return _supports_wave(x, filters, lengths)
-
-
-@ops.lnl.backend("triton", available=available, supports=_supports_lnl)
+@backend(ops.lnl, why_too_long)
 def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """x [B, T], filters [B, N_f, P], lengths [B] -> [B, T] like x. Equivalent to `reference.lnl`."""
     return rawboost(x, filters, lengths, None, None, None, None, 1, 0.0, 0.0, 0.0, 0.0)
 
 
-def _supports_isd(
-    x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
-) -> str:
-    return _supports_wave(x, lengths, seeds, factor)
-
-
-@ops.isd.backend("triton", available=available, supports=_supports_isd)
+@backend(ops.isd, why_too_long)
 def isd(
     x: Tensor, lengths: Tensor | None, seeds: Tensor | None, factor: Tensor | None, p: float, g_sd: float
 ) -> Tensor:
@@ -1225,20 +1191,7 @@ def isd(
     return rawboost(x, None, lengths, seeds, factor, None, None, 2, p, g_sd, 0.0, 0.0)
 
 
-def _supports_ssi(
-    x: Tensor,
-    filters: Tensor,
-    lengths: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    snr_db: Tensor | None,
-    snr_min: float,
-    snr_max: float,
-) -> str:
-    return _supports_wave(x, filters, lengths, seeds, noise, snr_db)
-
-
-@ops.ssi.backend("triton", available=available, supports=_supports_ssi)
+@backend(ops.ssi, why_too_long)
 def ssi(
     x: Tensor,
     filters: Tensor,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradalign import ops
-from gradalign.kernels import available, launch
+from gradalign.kernels import backend, launch
 from gradalign.kernels.rawboost import (
     BLOCK,
     TILE_BLOCK,
@@ -27,7 +27,6 @@ from gradalign.kernels.rawboost import (
     _noise_level,
     _rows,
     _sum_of,
-    _supports_wave,
     _tile,
     _wide,
     color_noise,
@@ -35,6 +34,7 @@ from gradalign.kernels.rawboost import (
     in_parts,
     mark,
     scratch,
+    why_too_long,
 )
 
 # No sample: behind every place.
@@ -186,11 +186,7 @@ def lnl_backward_kernel(
     tl.store(out + b * num_samples + n, total.to(out.dtype.element_ty), mask=n < num_samples)
 
 
-def _supports_lnl(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | None) -> str:
-    return _supports_wave(x, grad, filters, lengths)
-
-
-@ops.lnl_backward.backend("triton", available=available, supports=_supports_lnl)
+@backend(ops.lnl_backward, why_too_long)
 def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """grad, x [B, T], filters [B, N_f, P], lengths [B] -> like x. Equivalent to `reference.lnl_backward`."""
     return in_parts(_lnl_backward, x, grad, filters, lengths)
@@ -327,19 +323,7 @@ def isd_backward_kernel(
     tl.store(out + b * num_samples + n, (slope * gain).to(out.dtype.element_ty), mask=n < num_samples)
 
 
-def _supports_isd(
-    grad: Tensor,
-    x: Tensor,
-    lengths: Tensor | None,
-    seeds: Tensor | None,
-    factor: Tensor | None,
-    p: float,
-    g_sd: float,
-) -> str:
-    return _supports_wave(x, grad, lengths, seeds, factor)
-
-
-@ops.isd_backward.backend("triton", available=available, supports=_supports_isd)
+@backend(ops.isd_backward, why_too_long)
 def isd_backward(
     grad: Tensor,
     x: Tensor,
@@ -473,21 +457,7 @@ def ssi_backward_kernel(
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 
 
-def _supports_ssi(
-    grad: Tensor,
-    x: Tensor,
-    filters: Tensor,
-    lengths: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    snr_db: Tensor | None,
-    snr_min: float,
-    snr_max: float,
-) -> str:
-    return _supports_wave(x, grad, filters, lengths, seeds, noise, snr_db)
-
-
-@ops.ssi_backward.backend("triton", available=available, supports=_supports_ssi)
+@backend(ops.ssi_backward, why_too_long)
 def ssi_backward(
     grad: Tensor,
     x: Tensor,

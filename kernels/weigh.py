@@ -16,10 +16,7 @@ from torch import Tensor
 
 from gradalign import ops
 from gradalign.alignment import JACOBI_SWEEPS, NASH_ROUNDS, NASH_SEARCH, ROUNDING, ROUNDS_PER_PATH
-from gradalign.kernels import available, launch, why_unsupported
-
-# A matrix of more paths would not stay in one warp's registers.
-MAX_PATHS = 8
+from gradalign.kernels import backend, launch
 
 
 @triton.jit
@@ -561,15 +558,7 @@ def weigh_many_kernel(
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
-def _supports(
-    gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
-) -> str:
-    if gram.shape[1] > MAX_PATHS:
-        return f"takes up to {MAX_PATHS} paths, found {gram.shape[1]}"
-    return why_unsupported([gram, rho, order])
-
-
-@ops.weigh.backend("triton", available=available, supports=_supports)
+@backend(ops.weigh)
 def weigh(
     gram: Tensor, method: str, rho: Tensor | None, order: Tensor | None, beta: float, always: bool, c: float
 ) -> tuple[Tensor, Tensor]:

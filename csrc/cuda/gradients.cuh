@@ -10,9 +10,6 @@
 
 namespace gradalign::cuda {
 
-// Kernels are built for 2, 4 and 8 paths; other numbers take the next one.
-constexpr int kMaxPaths = 8;
-
 constexpr int pairs_of(int num_paths) { return num_paths * (num_paths + 1) / 2; }
 
 // Pair (i, j), i <= j, counted by j first: the pairs of fewer paths come first.
@@ -61,7 +58,7 @@ struct DevicePaths : Paths {
     flush();
   }
 
-  // Call body(S{}, K) for every dtype that occurs, with K the number of paths that kernels are built for.
+  // Call body(S{}, K) for every dtype that occurs. Kernels are built for K = 2, 4 and 8 paths; other numbers take the next one.
   template <typename Body>
   void for_each_dtype(Body&& body) const {
     for (ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) {
