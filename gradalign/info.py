@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import textwrap
 
 import torch
 
@@ -31,8 +32,8 @@ def versions() -> dict[str, str]:
 
 
 def report() -> str:
-    """Return the report as text: versions, devices, build facts and, per op, which backend serves it and why the others
-    do not.
+    """Return the report as text: versions, devices, build facts, and which backends serve the ops and why the others do
+    not.
 
     >>> print(report().splitlines()[0])
     Versions
@@ -44,17 +45,24 @@ def report() -> str:
         "Devices",
         f"  cpu: {platform.machine()}, {torch.get_num_threads()} threads",
     ]
-    lines += [f"  cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] or [
-        "  cuda: none visible"
-    ]
-    extension, why_not = _extension.load()
+    lines += [
+        "  cuda:{}: {}, compute capability {}.{}".format(
+            i, torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)
+        )
+        for i in range(torch.cuda.device_count())
+    ] or ["  cuda: none visible"]
+    extension, not_there = _extension.load()
     lines += ["", "Extension gradalign._C"]
-    lines += [f"  {why_not}"] if extension is None else _table({k: str(v) for k, v in extension.build_info().items()})
+    lines += [f"  {not_there}"] if extension is None else _table({k: str(v) for k, v in extension.build_info().items()})
     lines += ["", "Ops (backends in the order they are tried)"]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for op in ops().values():
-        states = {name: op.why_not(name) for name in BACKENDS}
-        lines.append(f"  {op.name}: {', '.join(name for name, reason in states.items() if not reason)}")
-        lines += [f"    not {name}: {reason}" for name, reason in states.items() if reason]
+        alike.setdefault(tuple(op.why_not(name) for name in BACKENDS), []).append(op.name)
+    for reasons, names in alike.items():
+        lines += textwrap.wrap(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
+        why_not_by = dict(zip(BACKENDS, reasons, strict=True))
+        lines.append(f"    {', '.join(name for name, reason in why_not_by.items() if not reason)}")
+        lines += [f"    not {name}: {reason}" for name, reason in why_not_by.items() if reason]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """weigh in Triton: Gram matrices to weights. Equivalent to `reference.weigh`; csrc/weigh.h is the same in C++.
 
 gradalign/alignment.py says what each method is and where it comes from. Two paths have closed forms; more are solved by
-the same iterations as there, one program and one warp for a matrix, which lies in registers as a tile [P, P], P a power
-of two. Beyond the K paths it holds zeros.
+the same iterations as there, one program and one warp for a matrix, which lies in registers as a tile [TILE, TILE],
+TILE the next power of two. Beyond the K paths it holds zeros.
 """
 # Triton's language has no starred tuples.
 # ruff: noqa: RUF005
@@ -182,53 +182,53 @@ def weigh_kernel(
 
 @triton.jit
 def _times(matrix, vector):
-    """matrix [P, P] times vector [P]."""
+    """matrix [TILE, TILE] times vector [TILE]."""
     return tl.sum(matrix * vector[None, :], 1)
 
 
 @triton.jit
-def _diagonal(matrix, P: tl.constexpr):
-    own = tl.arange(0, P)
+def _diagonal(matrix, TILE: tl.constexpr):
+    own = tl.arange(0, TILE)
     return tl.sum(tl.where(own[:, None] == own[None, :], matrix, 0.0), 0)
 
 
 @triton.jit
-def _entry(vector, index, P: tl.constexpr):
+def _entry(vector, index, TILE: tl.constexpr):
     """vector[index]."""
-    return tl.sum(tl.where(tl.arange(0, P) == index, vector, 0.0), 0)
+    return tl.sum(tl.where(tl.arange(0, TILE) == index, vector, 0.0), 0)
 
 
 @triton.jit
-def _column(matrix, index, P: tl.constexpr):
+def _column(matrix, index, TILE: tl.constexpr):
     """matrix[:, index]."""
-    return tl.sum(tl.where(tl.arange(0, P)[None, :] == index, matrix, 0.0), 1)
+    return tl.sum(tl.where(tl.arange(0, TILE)[None, :] == index, matrix, 0.0), 1)
 
 
 @triton.jit
-def _factor(matrix, COUNT: tl.constexpr, P: tl.constexpr):
+def _factor(matrix, COUNT: tl.constexpr, TILE: tl.constexpr):
     """L D of a positive definite matrix L D L^T, in and below its diagonal, of the first COUNT rows and columns."""
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     for column in range(COUNT):
-        below = tl.where(own > column, _column(matrix, column, P), 0.0)
-        pivot = _entry(_column(matrix, column, P), column, P)
+        below = tl.where(own > column, _column(matrix, column, TILE), 0.0)
+        pivot = _entry(_column(matrix, column, TILE), column, TILE)
         matrix = matrix - below[:, None] / pivot * below[None, :]
     return matrix
 
 
 @triton.jit
-def _substitute(factors, right, COUNT: tl.constexpr, P: tl.constexpr):
-    """The x [P] with matrix x = right, of the first COUNT rows and columns, from the matrix's `_factor`. A singular
+def _substitute(factors, right, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """The x [TILE] with matrix x = right, of the first COUNT rows and columns, from the matrix's `_factor`. A singular
     matrix gives values that are not finite.
     """
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     for column in range(COUNT):
-        entries = _column(factors, column, P)
-        value = _entry(right, column, P) / _entry(entries, column, P)
+        entries = _column(factors, column, TILE)
+        value = _entry(right, column, TILE) / _entry(entries, column, TILE)
         right = tl.where(own == column, value, right - tl.where(own > column, entries * value, 0.0))
     for turn in range(COUNT):
         column = COUNT - 1 - turn
-        entries = _column(factors, column, P)
-        rest = tl.sum(tl.where(own > column, entries * right, 0.0), 0) / _entry(entries, column, P)
+        entries = _column(factors, column, TILE)
+        rest = tl.sum(tl.where(own > column, entries * right, 0.0), 0) / _entry(entries, column, TILE)
         right = tl.where(own == column, right - rest, right)
     return right
 
@@ -241,18 +241,18 @@ def _quadratic(x, gram, eps):
 
 
 @triton.jit
-def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr):
+def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr):
     """The cosines' factors among the ``free`` paths, with what rounding asks for on the diagonal; the identity in place
     of the others.
     """
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     diagonal = (own[:, None] == own[None, :]).to(tl.float64)
     system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * ROUNDING * diagonal, diagonal)
-    return _factor(system, NUM_PATHS, P)
+    return _factor(system, NUM_PATHS, TILE)
 
 
 @triton.jit
-def _advance(y, z, free, NUM_PATHS: tl.constexpr, P: tl.constexpr):
+def _advance(y, z, free, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
     """From y towards z, the minimum among the ``free`` paths, until the first falls to 0: y there and the step, at
     least 1 where z is reached, 0 where the Gram matrix tells no more because rounding has made it indefinite.
     """
@@ -267,9 +267,9 @@ def _advance(y, z, free, NUM_PATHS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, P: tl.constexpr):
+def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
     """The paths with y > 0 and, where z was reached, that of the most negative slope; whether there is more to do."""
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     free = y > 0
     held = tl.where(free | (own >= NUM_PATHS), float("inf"), slope)
     # Where z was not reached, no slope is below the least number.
@@ -281,12 +281,12 @@ def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _minimize_on_simplex(
-    linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr
+    linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
 ):
     """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; ``linear`` is in the range of G."""
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     mine = own < NUM_PATHS
-    squares = tl.maximum(_diagonal(gram, P), 0.0)
+    squares = tl.maximum(_diagonal(gram, TILE), 0.0)
     shortest = tl.maximum(tl.min(tl.where(mine, squares, float("inf")), 0), 1e-300)
     norms = tl.sqrt(squares + shortest)
     matrix = tl.where(mine[:, None] & mine[None, :], gram + shortest, 0.0)
@@ -296,9 +296,9 @@ def _minimize_on_simplex(
     x = tl.where(free, linear * 0.0 + 1.0, 0.0)
     left = ROUNDS
     while left > 0:
-        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, P)
-        u = _substitute(factors, tl.where(free, 1 / norms, 0.0), NUM_PATHS, P) / norms
-        v = _substitute(factors, tl.where(free, linear / norms, 0.0), NUM_PATHS, P) / norms
+        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, TILE)
+        u = _substitute(factors, tl.where(free, 1 / norms, 0.0), NUM_PATHS, TILE) / norms
+        v = _substitute(factors, tl.where(free, linear / norms, 0.0), NUM_PATHS, TILE) / norms
         one = tl.sum(u, 0)
         total = tl.sum(v, 0)
         x0 = u / one
@@ -311,15 +311,15 @@ def _minimize_on_simplex(
         level = (1 + t * total) / one
         size = tl.sum(z * norms, 0) + (t * tl.abs(linear) + tl.abs(level)) / norms
         slope = (_times(matrix, z) + t * linear - level) / norms + NUM_PATHS * ROUNDING * size
-        x, step = _advance(x, z, free, NUM_PATHS, P)
-        free, more = _free_steepest(x, slope, step, NUM_PATHS, P)
+        x, step = _advance(x, z, free, NUM_PATHS, TILE)
+        free, more = _free_steepest(x, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
     return x / tl.sum(x, 0)
 
 
 @triton.jit
 def _project_to_dual_cone(
-    start, norms, cosines, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, P: tl.constexpr
+    start, norms, cosines, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
 ):
     """Minimise v^T G v over v >= start."""
     lengths = start * norms
@@ -328,12 +328,12 @@ def _project_to_dual_cone(
     free = y > 0
     left = ROUNDS
     while left > 0:
-        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, P)
-        z = _substitute(factors, tl.where(free, -linear, 0.0), NUM_PATHS, P)
+        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, TILE)
+        z = _substitute(factors, tl.where(free, -linear, 0.0), NUM_PATHS, TILE)
         total = lengths + z
         slope = _times(cosines, total) + NUM_PATHS * ROUNDING * tl.sum(total, 0)
-        y, step = _advance(y, z, free, NUM_PATHS, P)
-        free, more = _free_steepest(y, slope, step, NUM_PATHS, P)
+        y, step = _advance(y, z, free, NUM_PATHS, TILE)
+        free, more = _free_steepest(y, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
     return start + tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0)
 
@@ -352,17 +352,18 @@ def _partner(own, turn, NUM_PATHS: tl.constexpr):
 
 
 @triton.jit
-def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, P: tl.constexpr):
-    """Eigenvalues [P] and eigenvectors [P, P] (columns), in no order, by Jacobi's rotations of disjoint pairs."""
-    own = tl.arange(0, P)
+def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.constexpr):
+    """Eigenvalues [TILE] and eigenvectors [TILE, TILE] (columns), in no order, by Jacobi's rotations of disjoint pairs.
+    """
+    own = tl.arange(0, TILE)
     row = own[:, None]
     column = own[None, :]
     ROUNDS: tl.constexpr = NUM_PATHS - 1 + NUM_PATHS % 2
     vectors = tl.where(row == column, matrix * 0.0 + 1.0, 0.0)
     for turn in range(ROUNDS * SWEEPS):
         partner = _partner(own, turn % ROUNDS, NUM_PATHS)
-        across = tl.broadcast_to(partner[None, :], [P, P])
-        down = tl.broadcast_to(partner[:, None], [P, P])
+        across = tl.broadcast_to(partner[None, :], [TILE, TILE])
+        down = tl.broadcast_to(partner[:, None], [TILE, TILE])
         diagonal = tl.sum(tl.where(row == column, matrix, 0.0), 0)
         other = tl.sum(tl.where(row == partner[None, :], diagonal[:, None], 0.0), 0)
         # Both of a pair turn by exactly the same angle.
@@ -377,7 +378,7 @@ def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, P: tl.constexp
         vectors = vectors * cosine[None, :] - tl.gather(vectors, across, 1) * sine[None, :]
         matrix = matrix * cosine[None, :] - tl.gather(matrix, across, 1) * sine[None, :]
         matrix = matrix * cosine[:, None] - tl.gather(matrix, down, 0) * sine[:, None]
-    return _diagonal(matrix, P), vectors
+    return _diagonal(matrix, TILE), vectors
 
 
 @triton.jit
@@ -390,15 +391,15 @@ def _scale_to_sum_one(weights, mine, NUM_PATHS: tl.constexpr):
 
 
 @triton.jit
-def _norms_and_cosines(gram, P: tl.constexpr):
-    norms = tl.sqrt(tl.maximum(_diagonal(gram, P), 0.0))
+def _norms_and_cosines(gram, TILE: tl.constexpr):
+    norms = tl.sqrt(tl.maximum(_diagonal(gram, TILE), 0.0))
     return norms, gram / tl.maximum(norms[:, None] * norms[None, :], 1e-300)
 
 
 @triton.jit
-def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEARCH: tl.constexpr, P: tl.constexpr):
+def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEARCH: tl.constexpr, TILE: tl.constexpr):
     """Nash-MTL: the y > 0 with C y = 1 / y, by Newton's method."""
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     mine = own < NUM_PATHS
     diagonal = (own[:, None] == own[None, :]).to(tl.float64)
     # A choice of two constants would be float32.
@@ -412,7 +413,7 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
         residual = tl.where(mine, 1 - y * product * length, 0.0)
-        z = _substitute(_factor(inner + diagonal, NUM_PATHS, P), residual, NUM_PATHS, P)
+        z = _substitute(_factor(inner + diagonal, NUM_PATHS, TILE), residual, NUM_PATHS, TILE)
         square = tl.maximum(tl.sum(z * _times(inner, z), 0), 0.0)
         # z . residual, but of terms that do not cancel: at the end z is all rounding.
         fall = square + tl.sum(z * z, 0)
@@ -430,17 +431,18 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
 
 @triton.jit
 def _meet(gram, gram_at, rho, order, METHOD: tl.constexpr, BETA: tl.constexpr, ALWAYS: tl.constexpr,
-          NUM_PATHS: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """PCGrad and GradVac: all paths at once, each meeting the others in its order -> weights [P], new targets [P, P].
+          NUM_PATHS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """PCGrad and GradVac: all paths at once, each meeting the others in its order -> weights [TILE], new targets
+    [TILE, TILE].
 
     ``gram_at`` points to the matrix in memory, where rows can be chosen.
     """
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     row = own[:, None]
     column = own[None, :]
     mine = own < NUM_PATHS
     inside = mine[:, None] & mine[None, :]
-    lengths = tl.sqrt(tl.maximum(_diagonal(gram, P), 0.0))
+    lengths = tl.sqrt(tl.maximum(_diagonal(gram, TILE), 0.0))
     rows = tl.where(row == column, gram * 0.0 + 1.0, 0.0)
     for m in range(NUM_PATHS):
         met = own * 0 + m
@@ -485,13 +487,13 @@ def weigh_many_kernel(
     ROUNDS: tl.constexpr,
     ROUNDING: tl.constexpr,
     NASH_SEARCHES: tl.constexpr,
-    P: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One segment per program, of more than two paths: gram [S, K, K] -> weights [S, K]; for GradVac also rho ->
     targets [S, K, K].
     """
     segment = tl.program_id(0).to(tl.int64)
-    own = tl.arange(0, P)
+    own = tl.arange(0, TILE)
     mine = own < NUM_PATHS
     row = own[:, None]
     column = own[None, :]
@@ -507,32 +509,32 @@ def weigh_many_kernel(
         if METHOD == "gradvac" and rho is not None:
             old = tl.load(rho + place, mask=inside, other=0.0)
         # A matrix that is not finite is read as it is; its results are dropped.
-        found, moved = _meet(matrix, gram + at, old, order, METHOD, BETA, ALWAYS, NUM_PATHS, P)
+        found, moved = _meet(matrix, gram + at, old, order, METHOD, BETA, ALWAYS, NUM_PATHS, TILE)
         if METHOD == "gradvac":
             tl.store(targets + place, tl.where(good, moved, old), mask=inside)
     elif METHOD == "cagrad":
         total = tl.sum(matrix, 1)
         k = C * tl.sqrt(tl.maximum(tl.sum(total, 0) / (NUM_PATHS * NUM_PATHS), 0.0))
-        eps = tl.maximum(1e-12 * tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
-        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, P)
+        eps = tl.maximum(1e-12 * tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, 1e-300)
+        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, TILE)
         _, square = _quadratic(x, matrix, eps)
         found = (1.0 / NUM_PATHS + k / tl.sqrt(square) * x) / (1 + C * C)
     elif METHOD == "mgda":
-        eps = tl.maximum(tl.sum(_diagonal(matrix, P), 0) / NUM_PATHS, 1e-300)
-        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, P)
+        eps = tl.maximum(tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, 1e-300)
+        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "dualproj":
-        norms, cosines = _norms_and_cosines(matrix, P)
+        norms, cosines = _norms_and_cosines(matrix, TILE)
         start = tl.where(mine, zero + 1.0 / NUM_PATHS, 0.0)
-        found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, P)
+        found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "upgrad":
-        norms, cosines = _norms_and_cosines(matrix, P)
+        norms, cosines = _norms_and_cosines(matrix, TILE)
         found = zero
         for i in range(NUM_PATHS):
             start = tl.where(own == i, zero + 1.0 / NUM_PATHS, 0.0)
-            found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, P)
+            found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "imtlg":
-        norms, cosines = _norms_and_cosines(matrix, P)
-        values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, P)
+        norms, cosines = _norms_and_cosines(matrix, TILE)
+        values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, TILE)
         kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
         inverse = tl.where(kept, 1 / tl.where(kept, values, 1.0), 0.0)
         # Where the directions cancel, their sum has none of what is left.
@@ -541,7 +543,7 @@ def weigh_many_kernel(
         y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12 * tl.sum(vectors * vectors, 0), sums, 0.0))
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
     elif METHOD == "alignedmtl":
-        values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, P)
+        values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, TILE)
         kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
         least = tl.min(tl.where(kept, values, float("inf")), 0)
         ratio = tl.where(kept, tl.sqrt(tl.where(kept, least / tl.where(kept, values, 1.0), 1.0)), 0.0)
@@ -549,8 +551,8 @@ def weigh_many_kernel(
         # A zero matrix keeps the mean.
         found = tl.where(_is_finite(least), found, 1.0 / NUM_PATHS)
     elif METHOD == "nashmtl":
-        norms, cosines = _norms_and_cosines(matrix, P)
-        y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, NASH_SEARCHES, P)
+        norms, cosines = _norms_and_cosines(matrix, TILE)
+        y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, NASH_SEARCHES, TILE)
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
     tl.store(weights + segment * NUM_PATHS + own, tl.where(good, found, float("nan")), mask=mine)
 
@@ -596,7 +598,7 @@ def weigh(
             ROUNDS=_rounds(method, num_paths),
             ROUNDING=ROUNDING,
             NASH_SEARCHES=NASH_SEARCH,
-            P=triton.next_power_of_2(num_paths),
+            TILE=triton.next_power_of_2(num_paths),
             num_warps=1,
             # Several lanes hold the same number. Of a fused a b + c d one lane rounds a b, another c d: they would go
             # on with different numbers, and might leave a loop apart.
