@@ -1,6 +1,7 @@
 """Files that are whole or not there: written to a temporary name beside the target, then renamed.
 
-Whether a target can be written is asked before hours of work, not after.
+A FIFO or a character device, such as /dev/stdout, is written to as it is. Whether a target can be written is asked
+before hours of work, not after.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,9 +26,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in ``path``'s folder that becomes ``path`` when the block ends, and is removed when it raises.
 
     The temporary name is hidden and keeps the suffix (some writers choose their format by it). Readers, and whoever
-    comes after a kill or a power cut, see the old file or the new one, never a part. The folder must exist.
+    comes after a kill or a power cut, see the old file or the new one, never a part. The folder must exist. A link is
+    followed and stays. A FIFO or a character device is not replaced: there the temporary path is ``path`` itself.
 
     Raises:
+        IsADirectoryError, FileExistsError: ``path`` is a folder, or a block device or a socket.
         OSError: as the block or the rename raised it, with ``filename`` set to ``path`` where it named no file (a full
             disk).
 
@@ -39,19 +43,42 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     >>> folder.cleanup()
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    stream, target = _is_stream(path), _followed(path)
+    name = f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{target.suffix}"
+    temporary = path if stream else target.with_name(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            # Without this, some file systems bring back an empty file after a power cut: the rename outran the data.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if not stream:
+            with temporary.open("rb") as file:
+                # Without this, some file systems bring back an empty file after a power cut: the rename outran the
+                # data.
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not stream:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)) and error.filename2 is None:
             error.filename = str(path)
         raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether ``path`` is written to as it is: a FIFO or a character device. Raises where it is no file either."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path}: expected a file to write; found a folder")
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise FileExistsError(f"{path}: expected a file to write; found a block device or a socket")
+    return not stat.S_ISREG(mode)
+
+
+def _followed(path: Path) -> Path:
+    """Where a link leads to; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -90,10 +117,11 @@ def expect_folder(path: str | Path) -> None:
 
 
 def expect_file_or_nothing(path: str | Path) -> None:
-    """Raise what `expect_folder` raises, and IsADirectoryError where ``path`` itself is a folder."""
-    expect_folder(path)
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: expected a file to write; found a folder")
+    """Raise where `atomic_path` would: what `expect_folder` raises too, for the file that a link leads to."""
+    if not _is_stream(Path(path)):
+        expect_folder(_followed(Path(path)))
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: expected a file that can be written; found one that cannot")
 
 
 def expect_folder_or_nothing(path: str | Path) -> None:

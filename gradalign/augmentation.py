@@ -118,18 +118,19 @@ def augment_files(
     """Augment every ``(name, input, output)`` of `plan`; the seed of each follows from its name.
 
     Existing outputs raise FileExistsError before anything is written, unless ``overwrite`` or ``skip_existing``; an
-    output that would replace its own input is a ValueError always. With ``skip_bad``, files that cannot be augmented
+    output that would replace an input is a ValueError always. With ``skip_bad``, files that cannot be augmented
     are listed in the result instead of raising AudioError. What killed runs left of the same outputs an hour ago or
     earlier is removed.
     """
     planned = list(files)
-    there = [(source, output) for _, source, output in planned if output.exists()]
-    for source, output in there:
-        if output.name == source.name and output.parent.samefile(source.parent):
+    existing = [output for _, _, output in planned if output.exists()]
+    # Links are followed: to any of the inputs.
+    inputs = {source.resolve() for _, source, _ in planned}
+    for output in existing:
+        if output.resolve() in inputs:
             raise ValueError(
-                f"{output}: expected another file than the input; found the input itself, which it would replace"
+                f"{output}: expected another file than the inputs; found one of them, which it would replace"
             )
-    existing = [output for _, output in there]
     if existing and not (overwrite or skip_existing):
         raise FileExistsError(
             f"{existing[0]}: already there ({len(existing)} of {len(planned)} outputs); "

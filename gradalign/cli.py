@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gradalign._files import expect_file_or_nothing, expect_folder, expect_folder_or_nothing
 
@@ -111,12 +111,18 @@ def _score(args: argparse.Namespace) -> int:
     else:
         pairs = zip(utterances, values.tolist(), strict=True)
         write_text(args.output, "".join(f"{u.name} {score:.9g}\n" for u, score in pairs if score == score))
-    print(f"scores: {args.output}")
+    about = _beside(args.output)
+    print(f"scores: {args.output}", file=about)
     if bad:
-        print(f"{len(bad)} skipped:")
+        print(f"{len(bad)} skipped:", file=about)
         for reason in bad:
-            print(f"  {reason}")
+            print(f"  {reason}", file=about)
     return 0
+
+
+def _beside(output: str) -> TextIO:
+    """Where messages about an output go: not into what may be /dev/stdout."""
+    return sys.stdout if Path(output).is_file() else sys.stderr
 
 
 def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset, Path, bool]:
@@ -225,9 +231,10 @@ def _fuse(args: argparse.Namespace) -> int:
             )
         fusion = Fusion.fit([read_scores(path) for path in args.dev])
     write_scores(args.output, fusion(systems), args.format)
+    about = _beside(args.output)
     for path, weight in zip(args.scores, fusion.weights, strict=True):
-        print(f"{weight:+.6g} x {path}")
-    print(f"{fusion.offset:+.6g} as the offset\nscores: {args.output}")
+        print(f"{weight:+.6g} x {path}", file=about)
+    print(f"{fusion.offset:+.6g} as the offset\nscores: {args.output}", file=about)
     return 0
 
 

@@ -30,8 +30,8 @@ class TrainConfig:
             writes, ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, or a folder that `gradalign pack`
             wrote.
         data: folder of the data set; None: the six paths below.
-        test_sets: further data sets to score at the end: from a name for it to ``dataset``, ``data`` and, where it is
-            not "test", ``subset``.
+        test_sets: further data sets to score at the end: from a name for it, other than train, dev and test, to
+            ``dataset``, ``data`` and, where it is not "test", ``subset``.
         train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
             missing.
         train_audio, dev_audio, test_audio: folder of each split's audio files, named by utterance.
@@ -66,7 +66,8 @@ class TrainConfig:
         device: as PyTorch names it, or auto (a GPU where there is one).
         threads: CPU threads of PyTorch; 0 leaves its own choice.
         num_workers: processes that read audio ahead; 0 reads in the training process.
-        cache_mb: memory for decoded audio, so that files are decoded once; without effect where num_workers > 0.
+        cache_mb: memory for decoded training audio, and as much again for dev audio, so that files are decoded once;
+            without effect where num_workers > 0.
         checkpoint_steps: write a checkpoint every so many steps too, not only at the end of an epoch; 0: only there.
         tensorboard: write the metrics for TensorBoard too, into the run's folder.
         skip_bad: leave out and list audio files that cannot be read, instead of stopping.
@@ -170,7 +171,11 @@ class TrainConfig:
         _expect(not self.shard or self.amp != "fp16", "amp", "off or bf16 with `shard`", self.amp)
         for name, test in self.test_sets.items():
             ok = isinstance(test, dict) and {"dataset", "data"} <= set(test) <= {"dataset", "data", "subset"}
+            ok = ok and all(isinstance(value, str) for value in test.values())
             _expect(ok, f"test_sets.{name}", "a section with dataset, data and perhaps subset", test)
+            # Each has a score file of its name beside the run's own.
+            ok = "/" not in name and name not in ("train", "dev", "test")
+            _expect(ok, "test_sets", "names without a slash, other than train, dev and test", name)
 
     def to_json(self) -> str:
         """The configuration as a JSON object, one field a line."""

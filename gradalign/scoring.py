@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradalign import _ranks
-from gradalign._checkpoint import WEIGHTS, load_checkpoint, load_weights
+from gradalign._checkpoint import load_checkpoint, load_weights
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.data.dataset import SpeechDataset, load_batches
@@ -42,11 +42,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def without_pretrained(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a detector without the file of its front end's pretrained weights: trained ones take their place.
+
+    >>> without_pretrained({"frontend": {"name": "tiny", "weights": "tiny.pt"}, "hidden": 64})
+    {'frontend': {'name': 'tiny'}, 'hidden': 64}
+    """
+    frontend = options.get("frontend")
+    if not isinstance(frontend, dict):
+        return options
+    return {**options, "frontend": {name: value for name, value in frontend.items() if name != "weights"}}
+
+
 def load_detector(path: str | Path, device: str = "auto") -> TrainedDetector:
     """Load a trained detector for scoring.
 
     Args:
-        path: ``best.pt`` or ``checkpoint.pt`` of a run, or the run's folder (its ``best.pt``).
+        path: ``best.pt`` of a run, ``checkpoint.pt`` for the weights it goes on from, or the run's folder (its
+            ``best.pt``).
         device: as PyTorch names it, or auto.
 
     Raises:
@@ -58,11 +71,13 @@ def load_detector(path: str | Path, device: str = "auto") -> TrainedDetector:
     path = Path(path)
     if path.is_dir():
         path = path / "best.pt"
-    content = load_checkpoint(path, **WEIGHTS)
+    content = load_checkpoint(path)
+    if not {"config", "model"} <= set(content):
+        raise CheckpointError(f"{path}: expected the keys config and model; found {', '.join(map(str, content))[:80]}")
     config = content["config"]
     try:
-        model = detectors.create(config["detector"], **config["detector_options"])
-    except (KeyError, TypeError, ValueError) as error:
+        model = detectors.create(config["detector"], **without_pretrained(config["detector_options"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected the settings of a detector; found: {error}") from None
     load_weights(model, content["model"], path)
     return TrainedDetector(model.to(choose_device(device)).eval(), config)
@@ -195,6 +210,7 @@ def score(
             raise DataError(f"{data.audio_dir}: expected {sample_rate} Hz, the detector's; found {data.sample_rate} Hz")
         dataset = copy.copy(data)
         dataset.num_samples = num_samples
+        dataset.raw = dataset.random_crop = False
     else:
         dataset = SpeechDataset(data, audio_dir, sample_rate=sample_rate, num_samples=num_samples, resample=resample)
     logits, bad = predict(

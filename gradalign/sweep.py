@@ -39,7 +39,7 @@ def sweep(
 
     Raises:
         ConfigError: for an unknown method, or options of one method given to several.
-        AudioError: for audio files that are not there, unless ``skip_bad``.
+        AudioError: for audio files that are not there, unless ``skip_bad``; those of ``test_sets`` too.
         GradalignError: naming the runs that failed and why; the others are finished first. With one job, the run's own
             error.
     """
@@ -59,7 +59,7 @@ def sweep(
     jobs = min(jobs, len(runs))
     if any(not (run.run_dir / "results.json").exists() for run in runs):
         # Errors that every run would meet are found once, here.
-        for split in ("train", "dev", "test"):
+        for split in ("train", "dev", "test", *config.test_sets):
             open_split(config, split)
     if jobs == 1:
         for run in runs:
@@ -206,7 +206,10 @@ def _child() -> int:
 
 
 def _die_with_parent() -> None:
-    sys.stdin.read()
+    # Not sys.stdin.read(), which holds its buffer's lock: a worker process forked meanwhile closes sys.stdin, and would
+    # wait for the lock for ever.
+    while os.read(0, 4096):
+        pass
     # Nothing to tidy up: a run may be killed at any point.
     os._exit(1)
 

@@ -46,13 +46,14 @@ from gradalign.data.protocol import Utterance, read_protocol
 from gradalign.evaluation import Scores, write_scores
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
-from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of
+from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, without_pretrained
 
 
 def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """Train one detector, or go on where a killed run stopped; returns the run's folder ``config.run_dir``.
 
-    A finished run is left as it is, unless ``epochs`` or ``patience`` allow more than it had.
+    A finished run is left as it is, unless ``epochs`` or ``patience`` allow more than it had; where ``test_sets`` have
+    been added since, only the scoring is done again.
 
     Under torchrun every process calls it. Each takes its part of every step's batch, so that the run is the same on any
     number of processes, up to rounding, and can go on on another number; but for the random numbers of dropout, and for
@@ -84,7 +85,7 @@ def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[s
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether ``config.run_dir`` holds the results of this very run, with all the epochs it may have.
+    """Whether ``config.run_dir`` holds the results of this very run, with all its epochs and test sets.
 
     Raises:
         CheckpointError: it holds a run with other settings or other data; the message names what differs.
@@ -96,6 +97,7 @@ def finished(config: TrainConfig) -> bool:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         epochs, best, digest = int(results["epochs"]), int(results["epochs_to_best"]), results["data_digest"]
+        scored = set(results.get("test_sets", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected the results of a run; found: {error!r}") from None
     _expect_same_run(
@@ -103,7 +105,7 @@ def finished(config: TrainConfig) -> bool:
     )
     if digest != _digest(*_train_and_dev(config)):
         raise CheckpointError(f"{path}: {_OTHER_DATA}")
-    return _over(config, epochs, best)
+    return _over(config, epochs, best) and scored.issuperset(config.test_sets)
 
 
 def _over(config: TrainConfig, epoch: int, best_epoch: int) -> bool:
@@ -119,6 +121,9 @@ def _expect_same_run(path: Path, found: dict[str, Any], config: TrainConfig) -> 
     for name, mine in _plain(config).items():
         # A file of an older version lacks the settings that were added since.
         theirs = found.get(name, default[name])
+        if name == "detector_options":
+            # The checkpoint holds all weights: where the pretrained ones are now does not matter.
+            theirs, mine = without_pretrained(theirs), without_pretrained(mine)
         if name not in _FREE_TO_CHANGE and json.dumps(theirs) != json.dumps(mine):
             raise CheckpointError(
                 f"{path}: this run was started with `{name}` {theirs!r}; found {mine!r} now. Go on with the same "
@@ -146,13 +151,15 @@ def split_source(config: TrainConfig, split: str) -> tuple[Path, Path] | None:
 
 
 def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
-    """The data set of a split as the run reads it; None for a test split that is not there.
+    """The data set of a split, or of one of ``test_sets``, as the run reads it; None for a test split it does not have.
 
-    Raises DataError for a wrong protocol or packed folder, or where train or dev lack one of the classes, and
-    AudioError for audio files that are not there, unless ``skip_bad``.
+    Raises DataError for a wrong protocol, packed folder, data set or subset, or where train or dev lack one of the
+    classes, and AudioError for audio files that are not there, unless ``skip_bad``.
     """
+    if split in config.test_sets:
+        return _open_test_set(config, split)
     if config.data is not None and config.dataset != "corpus":
-        return _open_dataset(config, config.dataset, config.data, split)
+        return _open_dataset(config, config.data, split)
     if config.data is not None and is_packed(config.data):
         return _open_packed_split(config, Path(config.data), split)
     source = split_source(config, split)
@@ -165,38 +172,46 @@ def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
         raise DataError(f"{source[1]}: expected a folder of audio files; found nothing there")
     if not config.skip_bad:
         datasets.expect_files(utterances, source[1], config.dataset, config.data)
-    return SpeechDataset(
-        utterances,
-        source[1],
-        sample_rate=config.sample_rate,
-        num_samples=config.num_samples,
-        seed=config.seed,
-        random_crop=split == "train" and config.crop == "random",
-        resample=config.resample,
-        cache_mb=config.cache_mb,
-    )
+    return _speech(config, utterances, source[1], split)
 
 
-def _open_dataset(config: TrainConfig, name: str, root: str, split: str) -> SpeechDataset | None:
+def _open_dataset(config: TrainConfig, root: str, split: str) -> SpeechDataset | None:
     """A subset of a public data set; None for a test subset that it does not have."""
     try:
-        known = datasets.subsets(name, root)
+        known = datasets.subsets(config.dataset, root)
     except ValueError as error:
         raise ConfigError(f"dataset: {error}") from None
     if split == "test" and split not in known:
         return None
-    utterances = datasets.read_dataset(name, root, split, allow_missing=config.skip_bad)
+    utterances = datasets.read_dataset(config.dataset, root, split, allow_missing=config.skip_bad)
     if split in ("train", "dev"):
         _expect_both_classes(Path(root), utterances)
+    return _speech(config, utterances, root, split)
+
+
+def _open_test_set(config: TrainConfig, name: str) -> SpeechDataset:
+    test = config.test_sets[name]
+    try:
+        utterances = datasets.read_dataset(
+            test["dataset"], test["data"], test.get("subset", "test"), allow_missing=config.skip_bad
+        )
+    except DataError as error:
+        raise type(error)(f"test_sets.{name}: {error}") from None
+    return _speech(config, utterances, test["data"], name)
+
+
+def _speech(config: TrainConfig, utterances: list[Utterance], audio_dir: str | Path, split: str) -> SpeechDataset:
+    # A test set is read once, and a worker process forgets at the end of each epoch.
+    read_again = split in ("train", "dev") and config.num_workers == 0
     return SpeechDataset(
         utterances,
-        root,
+        audio_dir,
         sample_rate=config.sample_rate,
         num_samples=config.num_samples,
         seed=config.seed,
         random_crop=split == "train" and config.crop == "random",
         resample=config.resample,
-        cache_mb=config.cache_mb,
+        cache_mb=config.cache_mb if read_again else 0,
     )
 
 
@@ -327,13 +342,19 @@ class _Training:
         self.test_data = open_split(config, "test")
         if self.test_data is not None:
             _expect_disjoint(train=self.train_data, dev=self.dev_data, test=self.test_data)
+        for name in config.test_sets:
+            # They are read at the end: what is wrong with one is found before the first step.
+            open_split(config, name)
         self.views = make_views(config)
         torch.manual_seed(config.seed)
+        # A run that goes on has all weights from its checkpoint.
+        goes_on = (self.run / "checkpoint.pt").exists()
+        options = without_pretrained(config.detector_options) if goes_on else config.detector_options
         try:
-            model = detectors.create(config.detector, **config.detector_options)
+            model = detectors.create(config.detector, **options)
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"detector: {error}") from None
-        frontend = config.detector_options.get("frontend", {})
+        frontend = config.detector_options.get("frontend") or {}
         if isinstance(model, SSLDetector) and not frontend.get("weights"):
             self._say(
                 "warning: the front end starts from random weights, not pretrained ones; the paper's systems need "
@@ -354,8 +375,11 @@ class _Training:
         self.at = _Progress()
         self._seed_own_dropout()
         self.data_digest = _digest(self.train_data, self.dev_data)
-        if (self.run / "checkpoint.pt").exists():
+        if goes_on:
             self._restore(self.run / "checkpoint.pt")
+            if self.at.position == 0:
+                # A stop may have come after the checkpoint of an epoch's end and before its best weights.
+                self._keep_weights()
         self._write("config.json", config.to_json())
         self._write("environment.json", json.dumps(_environment(self.device), indent=2) + "\n")
         if self.at.history:
@@ -374,7 +398,7 @@ class _Training:
     def fit(self) -> None:
         from tqdm import tqdm
 
-        if self.first:
+        if self.first and not _over(self.config, self.at.epoch, self.at.best_epoch):
             (self.run / "results.json").unlink(missing_ok=True)
         steps = len(self._plan())
         with tqdm(
@@ -544,8 +568,8 @@ class _Training:
         at.history.append(row)
         if loss is not None and loss < at.best_loss:
             at.best_epoch, at.best_loss = at.epoch, loss
-        self._keep_weights(loss)
         self._save()
+        self._keep_weights()
         self._write_metrics()
         if config.tensorboard and self.first:
             self._write_tensorboard(row)
@@ -560,11 +584,18 @@ class _Training:
         rows.sort(key=lambda row: (row["dev_loss"], row["epoch"]))
         return [row["epoch"] for row in rows[: self.config.average_best]]
 
-    def _keep_weights(self, loss: float | None) -> None:
-        """Keep the weights of the epoch that has ended while it is among the best."""
+    def _keep_weights(self) -> None:
+        """Keep the weights of the epoch that has ended while it is among the best.
+
+        Its checkpoint, which holds them too, is written before: no best weights are replaced that may be needed again.
+        """
         best = self._best_epochs()
         if self.at.epoch in best:
-            weights = {"model": _ranks.whole(self.model.state_dict()), "epoch": self.at.epoch, "dev_loss": loss}
+            weights = {
+                "model": _ranks.whole(self.model.state_dict()),
+                "epoch": self.at.epoch,
+                "dev_loss": self.at.history[-1]["dev_loss"],
+            }
             if self.first:
                 save_checkpoint(self._weights_of(self.at.epoch), {"config": _plain(self.config), **weights})
         if not self.first:
@@ -625,19 +656,17 @@ class _Training:
                 if self.first:
                     write_scores(self.run / f"scores_{split}.txt", Scores.of(data.utterances, scores))
                 results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
-        for name, test in self.config.test_sets.items():
-            results.setdefault("test_sets", {})[name] = self._score_set(name, **test)
+        for name in self.config.test_sets:
+            results.setdefault("test_sets", {})[name] = self._score_set(name)
         self._write_conflict_map()
         results["bad_files"] = len(at.bad)
         if at.bad:
             self._write("skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
         self._write("results.json", json.dumps(results, indent=2) + "\n")
 
-    def _score_set(self, name: str, dataset: str, data: str, subset: str = "test") -> dict[str, Any]:
+    def _score_set(self, name: str) -> dict[str, Any]:
         """Score a further test set; returns its errors."""
-        opened = _open_dataset(self.config, dataset, data, subset)
-        if opened is None:
-            raise ConfigError(f"test_sets.{name}: {dataset} must have the subset {subset!r}; found none")
+        opened = _open_test_set(self.config, name)
         logits, bad = self._predict(opened, f"{self.run.name} {name}")
         expect_finite(logits, bad, opened)
         if self.first:

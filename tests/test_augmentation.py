@@ -123,8 +123,11 @@ def test_outputs_inside_the_input_folder_are_no_inputs(folder):
 def test_an_input_is_never_replaced(folder, tmp_path, options):
     before = (folder / "a.wav").read_bytes()
     (tmp_path / "link").symlink_to(folder)
-    for source, target in ((folder, folder), (folder, tmp_path / "link"), (folder / "a.wav", folder)):
-        with pytest.raises(ValueError, match=r"a\.wav: expected another file than the input; found the input itself"):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.wav").symlink_to(folder / "a.wav")
+    targets = [folder, tmp_path / "link", tmp_path / "links"]
+    for source, target in [(folder / "a.wav", folder), *((folder, target) for target in targets)]:
+        with pytest.raises(ValueError, match=r"a\.wav: expected another file than the inputs; found one of them"):
             run(source, target, **options)
     assert (folder / "a.wav").read_bytes() == before
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 
@@ -356,6 +357,51 @@ def test_files_that_cannot_be_written_are_found_before_work(command, capsys, tmp
         line = fails(capsys, command.format("folder").split())
         assert "folder: expected a file to write; found a folder" in line
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def read_in_the_background(path):
+    """A thread that reads a FIFO to its end, and what it has read."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(path.read_text()), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_scores_go_into_a_fifo(runs, corpus, tmp_path, capsys):
+    fifo, file = tmp_path / "fifo", tmp_path / "file"
+    os.mkfifo(fifo)
+    scores = runs / "pcgrad-seed0" / "scores_test.txt"
+    for command in (["score", runs / "pcgrad-seed0", corpus, "--device", "cpu"], ["fuse", scores, scores]):
+        thread, found = read_in_the_background(fifo)
+        for output in (file, fifo):
+            assert cli.main([str(a) for a in [*command, "-o", output]]) == 0
+        thread.join(30)
+        assert found == [file.read_text()]
+        printed = capsys.readouterr()
+        assert f"scores: {file}" in printed.out
+        assert f"scores: {fifo}" in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "file"}
+    assert fifo.is_fifo()
+
+
+def test_scores_go_to_stdout(runs, corpus, tmp_path):
+    # As /dev/stdout, which no test may touch.
+    stdout, file = tmp_path / "stdout", tmp_path / "file"
+    stdout.symlink_to("/proc/self/fd/1")
+    command = [sys.executable, "-m", "gradalign", "score", str(runs / "pcgrad-seed0"), str(corpus), "--device", "cpu"]
+    piped, _ = (
+        subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=True).stdout
+        for output in (stdout, file)
+    )
+    assert piped == file.read_text()
+    assert stdout.is_symlink()
+
+
+def test_jobs_whose_runs_have_worker_processes_end(corpus, tmp_path):
+    command = [sys.executable, "-m", "gradalign", "train", str(corpus), "--out", str(tmp_path / "runs"), *SMALL]
+    command += ["--align", "none,pcgrad", "--epochs", "1", "--jobs", "2", "--num-workers", "1"]
+    subprocess.run(command, check=True, timeout=120)
+    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import ConfigError, DataError
 from gradalign.cli import main
 from gradalign.config import TrainConfig, read_sweep
+from gradalign.sweep import sweep
 from gradalign.trainer import train, training_views
 
 CLIPS = Path(__file__).parent / "data" / "clips"
@@ -101,6 +102,9 @@ def test_committed_configurations_are_whole(path):
         ("views: [clean]", (), r"`views` must be at least two; found \['clean'\]"),
         ("accumulate: 5", (), "`accumulate` must be a divisor of 24; found 5"),
         ("test_sets: {a: {data: b}}", (), "`test_sets.a` must be a section with dataset, data and perhaps subset"),
+        ("test_sets: {a: {dataset: csv, data: 5}}", (), "`test_sets.a` must be a section with .*; found .*5"),
+        ("test_sets: {a/b: {dataset: csv, data: c}}", (), "`test_sets` must be names without a slash, .*; found 'a/b'"),
+        ("test_sets: {dev: {dataset: csv, data: c}}", (), "`test_sets` must be names .* dev .*; found 'dev'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, changes, message):
@@ -235,6 +239,61 @@ def test_public_data_sets_and_further_test_sets(tmp_path):
         train(config_of(tmp_path / "bad", dataset="vctk"), progress=False)
     with pytest.raises(DataError):
         train(config_of(tmp_path / "bad", dataset="csv", data=str(tmp_path / "absent.csv")), progress=False)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    return Path(shutil.copytree(CLIPS, tmp_path / "clips"))
+
+
+def test_test_sets_that_cannot_be_read_are_found_before_training(clips, tmp_path):
+    (clips / "flac" / f"{(clips / 'protocols' / 'test.txt').read_text().split()[1]}.flac").unlink()
+    for values, message in (
+        ({"dataset": "corpus", "data": str(tmp_path / "absent")}, f"{tmp_path / 'absent'}: expected .* no such folder"),
+        ({"dataset": "csv", "data": str(tmp_path / "a.csv")}, f"{tmp_path / 'a.csv'}: .*found nothing there"),
+        ({"dataset": "vctk", "data": str(clips)}, "expected a data set among corpus, .*; found 'vctk'"),
+        (
+            {"dataset": "corpus", "data": str(clips), "subset": "half"},
+            "corpus: expected a subset among .*; found 'half'",
+        ),
+        (
+            {"dataset": "corpus", "data": str(clips)},
+            ".*test.txt: expected an audio file for each of .* found none for 1, such as",
+        ),
+    ):
+        config = config_of(tmp_path / "absent" / "runs", test_sets={"more": values})
+        with pytest.raises(DataError, match=rf"^test_sets\.more: {message}"):
+            sweep(config, ["none", "pcgrad"], [0], progress=False)
+        assert not Path(config.out).exists()
+        config = replace(config, out=str(tmp_path / "runs"))
+        with pytest.raises(DataError, match=rf"^test_sets\.more: {message}"):
+            train(config, progress=False)
+        assert not list(config.run_dir.iterdir())
+    run = train(replace(config, skip_bad=True, epochs=1), progress=False)
+    assert json.loads((run / "results.json").read_text())["bad_files"] == 1
+
+
+def test_test_sets_of_a_finished_run_are_scored_without_training(clips, tmp_path):
+    config = config_of(tmp_path / "runs", epochs=1)
+    run = train(config, progress=False)
+    before, scores = (run / "checkpoint.pt").stat().st_mtime_ns, (run / "scores_test.txt").read_text()
+    tests = {"more": {"dataset": "corpus", "data": str(clips)}}
+    with_more = replace(config, test_sets=tests)
+    sweep(with_more, ["pcgrad"], [0], progress=False)
+    assert (run / "checkpoint.pt").stat().st_mtime_ns == before
+    assert (run / "scores_more.txt").read_text() == scores == (run / "scores_test.txt").read_text()
+    results = json.loads((run / "results.json").read_text())
+    assert results["test_sets"]["more"]["eer"] == results["test_eer"]
+    written = (run / "results.json").stat().st_mtime_ns
+    # Once, and a set that is no longer asked for is no reason to score again.
+    train(with_more, progress=False)
+    train(config, progress=False)
+    assert (run / "results.json").stat().st_mtime_ns == written
+    # A set that cannot be scored leaves what is there.
+    (clips / "flac" / f"{scores.split()[0]}.flac").write_bytes(b"no audio")
+    with pytest.raises(DataError, match="expected a readable audio file"):
+        train(replace(config, test_sets=tests | {"again": tests["more"]}), progress=False)
+    assert (run / "results.json").stat().st_mtime_ns == written
 
 
 def test_tensorboard_gets_the_metrics(tmp_path):

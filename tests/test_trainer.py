@@ -18,15 +18,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradalign import _files, trainer
-from gradalign._checkpoint import load_checkpoint
+from gradalign._checkpoint import load_checkpoint, save_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
 from gradalign.config import METHODS, TrainConfig
 from gradalign.data import SpeechDataset, Utterance, fit_length, read_protocol
+from gradalign.data.packed import PackedDataset, pack
+from gradalign.detectors import frontend
+from gradalign.detectors.frontend import create_frontend
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import load_detector, predict, score, scores_of
 from gradalign.sweep import sweep
-from gradalign.trainer import augmented_view, train, training_views
+from gradalign.trainer import augmented_view, open_split, train, training_views
 
 SPLITS = {"train": (16, ("tts",)), "dev": (8, ("tts",)), "test": (12, ("tts", "vc"))}
 
@@ -323,6 +326,25 @@ def test_scores_agree_with_the_run_and_bad_files_have_none(finished, tmp_path):
         score(run, files, device="cpu", progress=False)
 
 
+def test_packed_data_are_scored_from_their_start_whatever_they_are_opened_for(finished, tmp_path):
+    config, run = finished
+    data = Path(config.data)
+    utterances = read_protocol(data / "protocols" / "test.txt")
+    pack({"test": utterances}, tmp_path / "packed", audio_dir=data / "flac")
+    opened = PackedDataset(tmp_path / "packed", "test", num_samples=2000, raw=True, random_crop=True)
+    found, _ = score(run, opened, batch_size=4, device="cpu", progress=False)
+    expected = [float(line.split()[3]) for line in (run / "scores_test.txt").read_text().splitlines()]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (opened.num_samples, opened.raw, opened.random_crop) == (2000, True, True)
+
+
+def test_a_run_is_scored_by_its_last_checkpoint_too(finished):
+    config, run = finished
+    detector = load_detector(run / "checkpoint.pt", device="cpu")
+    assert_same_weights(detector.model.state_dict(), weights(run / "checkpoint.pt"))
+    assert detector.config["num_samples"] == config.num_samples
+
+
 def test_a_finished_run_is_left_alone_and_more_epochs_go_on_as_if_unbroken(finished, config):
     _, done = finished
     shutil.copytree(done, config.run_dir)
@@ -344,6 +366,15 @@ def test_training_is_the_same_every_time_with_workers_and_without_the_cache(fini
     assert without_seconds(rows(run)) == without_seconds(rows(again))
     other = train(replace(config, epochs=3, seed=1), progress=False)
     assert rows(other)[0]["train_loss"] != rows(run)[0]["train_loss"]
+
+
+def test_audio_is_kept_in_memory_only_where_it_is_read_again(config):
+    def kept(split, **changes):
+        return open_split(replace(config, cache_mb=3, **changes), split)._cache_bytes_left
+
+    assert [kept(split) for split in ("train", "dev", "test")] == [3 * 2**20, 3 * 2**20, 0]
+    # Worker processes end with the epoch, and what they keep with them.
+    assert [kept(split, num_workers=1) for split in ("train", "dev", "test")] == [0, 0, 0]
 
 
 def test_training_learns(config):
@@ -526,6 +557,36 @@ def test_a_front_end_without_pretrained_weights_is_not_silent(config, tmp_path, 
         assert ("warning: the front end starts from random weights" in capsys.readouterr().err) is warned
 
 
+def test_an_empty_front_end_is_the_default_one(config, monkeypatch):
+    monkeypatch.setitem(frontend.ARCHITECTURES, "xlsr-300m", frontend.ARCHITECTURES["tiny"])
+    settings = {"detector": "xlsr-mlp", "detector_options": {"frontend": None}, "num_samples": 2000, "epochs": 1}
+    run = train(replace(config, **settings), progress=False)
+    assert load_detector(run, device="cpu").config["detector_options"] == {"frontend": None}
+
+
+def test_a_trained_detector_needs_no_pretrained_weights(config, tmp_path):
+    pretrained = tmp_path / "pretrained.pt"
+    torch.save(create_frontend("tiny").model.state_dict(), pretrained)
+
+    def at(path, **changes):
+        options = {"frontend": {"name": "tiny", "tune": 1, "weights": str(path)}}
+        return replace(config, detector="xlsr-mlp", detector_options=options, num_samples=2000, **changes)
+
+    unbroken = train(at(pretrained, out=config.out + "-unbroken"), progress=False)
+    run = train(at(pretrained, epochs=1), progress=False)
+    pretrained.rename(tmp_path / "moved.pt")
+    # Finished, then gone on with; by the old name and by another one.
+    train(at(tmp_path / "absent.pt", epochs=1), progress=False)
+    train(at(pretrained), progress=False)
+    assert_same_weights(weights(run / "checkpoint.pt"), weights(unbroken / "checkpoint.pt"))
+    assert (run / "scores_test.txt").read_text() == (unbroken / "scores_test.txt").read_text()
+    assert_same_weights(load_detector(run, device="cpu").model.state_dict(), weights(run / "best.pt"))
+    with pytest.raises(CheckpointError, match="this run was started with `detector_options`"):
+        train(replace(at(pretrained), detector_options={"frontend": {"name": "tiny"}}), progress=False)
+    with pytest.raises(GradalignError, match=r"absent\.pt"):
+        train(at(tmp_path / "absent.pt", out=config.out + "-new"), progress=False)
+
+
 def test_another_sample_rate_stops_training_by_name_or_is_converted(own_corpus, config):
     config = replace(config, data=str(own_corpus))
     soundfile.write(own_corpus / "flac" / "dev01.flac", 0.1 * np.random.default_rng(0).standard_normal(4000), 8000)
@@ -627,9 +688,11 @@ def test_weights_that_do_not_fit_are_named(finished, tmp_path):
     torch.save(content, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match=rf"unexpected key surprise\.weight; missing key {name}"):
         load_detector(tmp_path / "best.pt")
-    del content["epoch"]
-    torch.save(content | {"surprise": 1}, tmp_path / "best.pt")
-    with pytest.raises(CheckpointError, match=r"best\.pt: expected the keys .*; missing epoch; unexpected surprise"):
+    del content["config"]
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(
+        CheckpointError, match=r"best\.pt: expected the keys config and model; found model, epoch, dev_"
+    ):
         load_detector(tmp_path / "best.pt")
 
 
@@ -661,6 +724,35 @@ def test_a_full_disk_is_one_error_and_the_old_checkpoint_stays(config, monkeypat
     run = train(config, progress=False)
     unbroken = train(replace(config, out=config.out + "-unbroken"), progress=False)
     assert_same_weights(weights(run / "checkpoint.pt"), weights(unbroken / "checkpoint.pt"))
+
+
+@pytest.mark.parametrize("average_best", [1, 2])
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("full", ["checkpoint", "best"])
+def test_a_stop_between_checkpoint_and_best_weights_loses_nothing(config, monkeypatch, full, epochs, average_best):
+    config = replace(config, average_best=average_best)
+    unbroken = train(replace(config, epochs=3, out=config.out + "-unbroken"), progress=False)
+    first, second, third = (row["dev_loss"] for row in rows(unbroken))
+    assert first > second > third
+    train(config, progress=False)
+
+    def save(path, content):
+        if path.name.startswith(full) and content.get("epoch", 3) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_checkpoint(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(replace(config, epochs=3), progress=False)
+    run = train(replace(config, epochs=epochs), progress=False)
+    # Where only its best weights could not be written, the third epoch was finished.
+    assert json.loads((run / "results.json").read_text())["epochs"] == (3 if full == "best" else epochs)
+    run = train(replace(config, epochs=3), progress=False)
+    for name in ("checkpoint.pt", "best.pt"):
+        assert_same_weights(weights(run / name), weights(unbroken / name))
+    assert (run / "scores_test.txt").read_text() == (unbroken / "scores_test.txt").read_text()
+    assert {path.name for path in run.glob("*.pt")} == {path.name for path in unbroken.glob("*.pt")}
 
 
 LITTLE_SPACE = """
