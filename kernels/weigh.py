@@ -353,7 +353,7 @@ def _partner(own, turn, NUM_PATHS: tl.constexpr):
 
 @triton.jit
 def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.constexpr):
-    """Eigenvalues [TILE] and eigenvectors [TILE, TILE] (columns), in no order, by Jacobi's rotations of disjoint pairs."""
+    """Eigenvalues [TILE], in no order, and eigenvectors, in columns, by Jacobi's rotations of disjoint pairs."""
     own = tl.arange(0, TILE)
     row = own[:, None]
     column = own[None, :]
