@@ -113,7 +113,8 @@ class AlignedOptimizer(Optimizer):
     its own share of the samples times the number of ranks.
 
     Args:
-        optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS).
+        optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS). It may be wrapped
+            again, for another method after some epochs, say.
         method: a name in `alignment.METHODS` or a callable that maps a Gram matrix float64 [K, K] to weights [K].
         scope: "model" (one Gram matrix), "parameter" (one per parameter tensor), or groups of parameters, as a mapping
             from name to parameters or a sequence of sequences (one Gram matrix each; parameters in none of them form
@@ -362,9 +363,9 @@ class AlignedOptimizer(Optimizer):
         before = self._paths[k] if k < len(self._paths) else None
         self._inside = True
         try:
-            self._restore(before)
+            marks = self._restore(before)
             yield
-            self._paths[k : k + 1] = [self._send(self._take(f"path {k}"), k, before)]
+            self._paths[k : k + 1] = [self._send(self._take(f"path {k}", marks), k, before)]
         except BaseException:
             self._drop()
             if before is not None:
@@ -419,9 +420,9 @@ class AlignedOptimizer(Optimizer):
         try:
             for k, loss in enumerate(losses):
                 before = paths[k] if paths else None
-                self._restore(before)
+                marks = self._restore(before)
                 loss.backward(retain_graph=k + 1 < len(losses))
-                self._paths.append(self._send(self._take(f"losses[{k}]"), k, before))
+                self._paths.append(self._send(self._take(f"losses[{k}]", marks), k, before))
         except BaseException:
             self._drop()
             self._paths, self._joint = [], False
@@ -439,17 +440,19 @@ class AlignedOptimizer(Optimizer):
             )
         if self._inside:
             raise RuntimeError(f"{what} cannot be called inside path(); found an open path {len(self._paths)}")
-        for n, param in enumerate(self._params()):
+        params = self._params()
+        self._check_count(params)
+        for n, param in enumerate(params):
             if param.grad is not None:
                 raise RuntimeError(
                     f"{what}: zero_grad() must first clear to None what was not accumulated in a path; "
                     f"found .grad of {self._name(n)}"
                 )
 
-    def _take(self, source: str) -> Gradients:
-        """Move all gradients out of ``.grad``, by reference."""
+    def _take(self, source: str, marks: list[Any]) -> Gradients:
+        """Move all gradients out of ``.grad``, by reference; ``marks`` are those that `_restore` has left there."""
         params = self._params()
-        self._check_count(self._paths, params)
+        self._check_count(params)
         grads: Gradients = [param.grad for param in params]
         for n, grad in enumerate(grads):
             if grad is not None and grad.layout != torch.strided:
@@ -464,18 +467,20 @@ class AlignedOptimizer(Optimizer):
         if len(devices) > 1:
             raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(map(str, devices)))}")
         # One rank of several may have run out of batches.
-        if self._averager is None and all(grad is None for grad in grads):
+        if self._averager is None and all(_mark(grad) == mark for grad, mark in zip(grads, marks, strict=False)):
             raise RuntimeError(
                 f"{source} must give a gradient to at least one parameter; found none (was backward() called?)"
             )
         self._drop()
         return grads
 
-    def _restore(self, before: Gradients | Averaged | None) -> None:
-        """Put back what a path has collected so far, for its next backward to accumulate into."""
-        if isinstance(before, list):
-            for param, grad in zip(self._params(), before, strict=True):
-                param.grad = grad
+    def _restore(self, before: Gradients | Averaged | None) -> list[Any]:
+        """Put back what a path has collected so far, for its next backward to accumulate into; return its marks."""
+        params = self._params()
+        grads = before if isinstance(before, list) else [None] * len(params)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        return [_mark(grad) for grad in grads]
 
     def _send(self, grads: Gradients, k: int, before: Gradients | Averaged | None) -> Gradients | Averaged:
         """What is kept of path k after a backward; ``before`` is what earlier ones have left of it."""
@@ -490,11 +495,10 @@ class AlignedOptimizer(Optimizer):
             return before
         return sent
 
-    @staticmethod
-    def _check_count(paths: list[Gradients | Averaged], params: list[Tensor]) -> None:
-        if paths and len(params) != len(paths[0]):
+    def _check_count(self, params: list[Tensor]) -> None:
+        if self._paths and len(params) != len(self._paths[0]):
             raise RuntimeError(
-                f"the paths of a step share their parameters, {len(paths[0])} so far; found {len(params)}"
+                f"the paths of a step share their parameters, {len(self._paths[0])} so far; found {len(params)}"
             )
 
     def _drop(self) -> None:
@@ -573,7 +577,6 @@ class AlignedOptimizer(Optimizer):
         if self._num_paths is not None and len(paths) != self._num_paths:
             raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(paths)}")
         params = self._params()
-        self._check_count(paths, params)
         # Whole gradients, or this rank's parts of their averages.
         found = [path.wait(params) if isinstance(path, Averaged) else path for path in paths]
         merged: Gradients = [next((g for g in grads if g is not None), None) for grads in zip(*found, strict=True)]
@@ -919,6 +922,14 @@ def _by_subset(paths: list[Gradients]) -> dict[tuple[int, ...], list[int]]:
         if present := tuple(k for k, grad in enumerate(grads) if grad is not None):
             subsets.setdefault(present, []).append(n)
     return subsets
+
+
+def _mark(grad: Tensor | None) -> Any:
+    """What a backward changes: the tensor, or its version where it accumulates in place (FSDP2: that of its part)."""
+    if grad is not None and grad.is_inference():
+        # It has no version: nothing equals this.
+        return object()
+    return None if grad is None else (id(grad), grad._version, getattr(grad, "_local_tensor", grad)._version)
 
 
 def _embed(gram: Tensor, present: tuple[int, ...], num_paths: int) -> Tensor:

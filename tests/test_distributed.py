@@ -723,9 +723,20 @@ def distributed_checkpoint_resumes_bit_for_bit():
 
 @check
 def averaging_starts_when_a_path_ends():
-    """Every path is on its way before the next one runs, and what is sent is K reduce-scatters and one all-gather."""
+    """Every path is on its way before the next one runs, and nobody waits for it before the last one has run; what is
+    sent is K reduce-scatters and one all-gather.
+    """
     log = []
     sent = {}
+
+    class Work:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            log.append("wait")
+            self.work.wait()
+
     with pytest.MonkeyPatch.context() as patch:
         names = ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce")
         calls = {name: getattr(dist, name) for name in names}
@@ -734,7 +745,8 @@ def averaging_starts_when_a_path_ends():
             def logged(*args, name=name, call=calls[name], **kwargs):
                 log.append(name)
                 sent[name] = sent.get(name, 0) + max(t.nbytes for t in args if isinstance(t, torch.Tensor))
-                return call(*args, **kwargs)
+                work = call(*args, **kwargs)
+                return work and Work(work)
 
             patch.setattr(dist, name, logged)
         model, opt, _ = with_group(make_model(), "pcgrad", "model")
@@ -744,7 +756,8 @@ def averaging_starts_when_a_path_ends():
                 loss_of(model, view, labels).backward()
             log.append("path")
         opt.step()
-    assert log == [*["reduce_scatter_tensor", "all_reduce", "path"] * 2, "all_reduce", "all_gather_into_tensor"]
+    paths = ["reduce_scatter_tensor", "all_reduce", "path"] * 2
+    assert log == [*paths, *["wait"] * 4, "all_reduce", "all_gather_into_tensor"]
     model_bytes = sum(p.nbytes for p in model.parameters())
     padded = sent["all_gather_into_tensor"]
     assert model_bytes <= padded <= model_bytes + 16 * (6 + dist.get_world_size())
@@ -792,6 +805,12 @@ def what_would_be_wrong_is_refused():
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     separate = make_model()
     train(separate, make_optimizer(separate, process_group=alone), mode="backward", steps=1)
+    for wrap in (with_ddp, with_fsdp):
+        model, opt, _ = wrap(make_model(), "pcgrad", "model")
+        with opt.path():
+            loss_of(model, views[0], labels).backward()
+        with pytest.raises(RuntimeError, match=r"path 0 must give a gradient .* found none"), opt.path(0):
+            pass
     with pytest.raises(TypeError, match="ProcessGroup or None; found str"):
         make_optimizer(make_model(), process_group="gloo")
     with pytest.raises(ValueError, match="`process_group` must be None where parameters are DTensors"):

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import measure
 import numpy as np
 import pytest
 import torch
@@ -257,6 +258,16 @@ def test_gradients_accumulate_inside_a_path_and_over_backward_calls():
     assert_same(merged["backward"], merged["whole"], rtol=1e-12, atol=1e-14)
 
 
+def test_gradients_without_a_version_accumulate():
+    param = nn.Parameter(torch.zeros(2))
+    opt = AlignedOptimizer(torch.optim.SGD([param], lr=1.0))
+    for _ in range(2):
+        with opt.path(0), torch.inference_mode():
+            param.grad = torch.ones(2) if param.grad is None else param.grad.add_(1)
+    opt.step()
+    assert param.tolist() == [-2, -2]
+
+
 # ---- parameters that not every path reaches ----
 
 
@@ -434,6 +445,19 @@ def test_exactly_one_more_gradient_set_for_two_paths():
     assert opt._paths == []
 
 
+@pytest.mark.parametrize(("scope", "exclude"), [("model", False), ("parameter", False), ("groups", True)])
+def test_a_merge_allocates_less_than_a_hundredth_of_a_gradient_set(scope, exclude):
+    """No flattened copy, in one pass (parameters on their own) or in turn, where path 1 does not reach all."""
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((300, 500), (100_000,), (50_000,))]
+    chosen = {"front": params[:1]} if scope == "groups" else scope
+    opt = AlignedOptimizer(torch.optim.SGD(params, lr=0.1), scope=chosen, exclude=params[1:2] if exclude else ())
+    for k in range(2):
+        reached = params if k == 0 or scope == "parameter" else params[:2]
+        with opt.path():
+            sum((p + 1).square().sum() for p in reached).backward()
+    assert measure.peak_bytes(opt.align, torch.device("cpu")) < 0.01 * sum(p.nbytes for p in params)
+
+
 def assert_split_needs_less(model, views, labels, peak_saved_bytes):
     opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.001))
 
@@ -565,6 +589,38 @@ def test_a_nonfinite_path_skips_the_whole_step(inner, bad, first):
     assert torch.equal(opt._counters["rho"], twin._counters["rho"])
 
 
+def assert_only_skipped_moved(opt, before):
+    """Of the counts and the method's state; before the first step there is none, which is zero."""
+    for name in opt._counters.keys() - {"skipped"}:
+        counter = opt._counters[name]
+        assert torch.equal(counter, before.get(name, torch.zeros_like(counter))), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("scope", ["model", "parameter", "groups"])
+def test_a_nonfinite_step_only_counts_as_skipped(scope, exclude, bad):
+    """Although other parameters, with inf all together, conflict in it, from which the paper's GradVac would learn."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    opt = AlignedOptimizer(
+        torch.optim.SGD(params, lr=0.1),
+        "gradvac",
+        scope={"front": params[:1]} if scope == "groups" else scope,
+        exclude=params[2:] if exclude else (),
+        variant="paper",
+    )
+    one = torch.ones(2)
+    agreeing, skipped = [[one] * 3] * 2, [[one, one, one * bad], [-one] * 3]
+    for paths in (skipped, agreeing, skipped):
+        before = copy.deepcopy(opt._counters)
+        set_paths(opt, params, paths)
+        opt.step()
+        opt.zero_grad()
+        if paths is skipped:
+            assert_only_skipped_moved(opt, before)
+    assert (opt.stats.steps, opt.stats.skipped) == (1, 2)
+
+
 @pytest.mark.parametrize("method", alignment.METHODS)
 @pytest.mark.parametrize("scope", ["model", "parameter", "groups"])
 @pytest.mark.parametrize(("mode", "count"), [("path", 2), ("backward", 3)])
@@ -574,7 +630,8 @@ def test_step_never_reads_a_value_on_the_host(method, scope, mode, count):
         model = make_model()
         chosen = {"front": list(model[0].parameters())} if scope == "groups" else scope
         inner = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-        opt = AlignedOptimizer(inner, method, scope=chosen, exclude=[model[4].bias])
+        # Parameters on their own are merged in one pass where none is excluded.
+        opt = AlignedOptimizer(inner, method, scope=chosen, exclude=[model[4].bias] if count == 3 else [])
         # As after its first step, in which the state is created and the flag is read once.
         opt._stepped = set(range(6))
         train(model, opt, 2, mode, count)
@@ -947,18 +1004,30 @@ def test_copies_are_independent_and_continue_alike(clone):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler(fused):
-    """Scaled losses, aligned, unscaled and clipped equal unscaled ones; an overflow skips and lowers the scale."""
+    """Scaled losses, aligned, unscaled and clipped equal unscaled ones; an overflow skips and lowers the scale.
+
+    In a path it only counts as skipped, although the paths conflict. After alignment only the scaler sees it, in the
+    first step of a fused optimizer, which reads whether to skip, and in later ones.
+    """
     models = [make_model(), make_model()]
     opts = [AlignedOptimizer(torch.optim.AdamW(m.parameters(), lr=0.05, fused=fused), "gradvac") for m in models]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
-    for step in range(6):
+    for step in range(7):
         views, labels = make_batch(step)
-        overflow = step in (0, 3)
+        overflow = {0: "path", 1: "merged", 3: "path", 5: "merged"}.get(step)
+        counted = copy.deepcopy(opts[0]._counters)
         opts[0].zero_grad()
-        for view in views:
+        for k, view in enumerate(views):
             with opts[0].path():
-                scaler.scale(loss_of(models[0], view, labels) * (float("inf") if overflow else 1.0)).backward()
+                loss = loss_of(models[0], views[0] if overflow == "path" else view, labels)
+                scaler.scale(-loss if overflow == "path" and k else loss).backward()
+                if overflow == "path" and not k:
+                    models[0][4].bias.grad *= float("inf")
         opts[0].align()
+        if overflow == "path":
+            assert_only_skipped_moved(opts[0], counted)
+        elif overflow == "merged":
+            models[0][0].weight.grad[0, 0] = float("inf")
         scaler.unscale_(opts[0])
         nn.utils.clip_grad_norm_(models[0].parameters(), 0.5)
         before = [p.detach().clone() for p in models[0].parameters()]
@@ -966,15 +1035,17 @@ def test_grad_scaler(fused):
         scaler.update()
         if overflow:
             assert_same(list(models[0].parameters()), before)
+        if overflow == "path":
             continue
         opts[1].zero_grad()
         opts[1].backward([loss_of(models[1], view, labels) for view in views])
         opts[1].align()
         nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
-        opts[1].step()
+        if not overflow:
+            opts[1].step()
     assert_same(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-4, atol=1e-5)
-    assert (opts[0].stats.steps, opts[0].stats.skipped) == (4, 2)
-    assert scaler.get_scale() == 2.0**8
+    assert (opts[0].stats.steps, opts[0].stats.skipped) == (5, 2)
+    assert scaler.get_scale() == 2.0**6
     torch.testing.assert_close(opts[0]._counters["rho"], opts[1]._counters["rho"], rtol=1e-5, atol=1e-7)
 
 
@@ -1285,6 +1356,21 @@ def test_what_can_be_wrapped(setup):
         AlignedOptimizer(opt.optimizer, scope=[twice, twice])
 
 
+def test_an_optimizer_can_be_wrapped_again():
+    """For another method later on; each wrapper counts its own steps, and the state goes on."""
+    found = []
+    for again in (False, True):
+        model = make_model()
+        opt = AlignedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05))
+        train(model, opt, 2)
+        if again:
+            opt = AlignedOptimizer(opt.optimizer)
+        opt.zero_grad()
+        found.append(train(model, opt, 2))
+        assert opt.stats.steps == (2 if again else 4)
+    assert_same(*found)
+
+
 def test_a_missing_path_is_an_error(setup):
     model, opt, loss = setup
     train(model, opt, 1)
@@ -1301,6 +1387,14 @@ def test_path_errors(setup):
     model, opt, loss = setup
     with pytest.raises(RuntimeError, match=r"path 0 must give a gradient .* found none"), opt.path():
         pass
+    with opt.path():
+        loss().backward()
+    # Nor does a further block that adds nothing to a path; as after any error in it, the step starts anew.
+    with pytest.raises(RuntimeError, match=r"path 0 must give a gradient .* found none"), opt.path(0):
+        pass
+    opt.backward([loss()])
+    with pytest.raises(RuntimeError, match=r"losses\[0\] must give a gradient .* found none"):
+        opt.backward([torch.zeros((), requires_grad=True) * 1])
     with pytest.raises(RuntimeError, match=r"path\(\) cannot be called inside path\(\)"), opt.path(), opt.path():
         pass
     with pytest.raises(RuntimeError, match=r"backward\(losses\) cannot be called inside path\(\)"), opt.path():
@@ -1424,10 +1518,17 @@ def test_parameters_added_between_paths(setup):
     with pytest.raises(RuntimeError, match="found 1 paths"):
         opt.add_param_group({"params": [extra]})
     opt.optimizer.add_param_group({"params": [extra]})
-    with pytest.raises(RuntimeError, match="share their parameters, 6 so far; found 7"), opt.path():
-        loss(1).backward()
+    for index in (None, 0):
+        with pytest.raises(RuntimeError, match="share their parameters, 6 so far; found 7"), opt.path(index):
+            loss(1).backward()
     with pytest.raises(RuntimeError, match="share their parameters, 6 so far; found 7"):
         opt.step()
+    with pytest.warns(UserWarning, match="dropped the gradients"):
+        opt.zero_grad()
+    opt.backward([loss(), loss(1)])
+    opt.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(RuntimeError, match="share their parameters, 7 so far; found 8"):
+        opt.backward([loss(), loss(1)])
 
 
 def test_sparse_gradients_are_refused():

@@ -614,7 +614,16 @@ __global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, 
 
 // ---------------------------------------------------------------------------------------------------------------------------- the chain
 
-// Writes what `rawboost` returns into batch.out.
+// Writes what `rawboost` returns into batch.out. After the impulses' marks and the filters' spectra, the launches of float32 are
+//
+//   1     filter x by LnL                        -> finish: mean, norm
+//   2     pass: impulses on x                    -> finish: norm
+//   3     filter the noise                       -> finish: noise
+//   4     filter x and the noise together        -> pass: mean, norm, impulses  -> finish: norm, noise
+//   5     filter x by LnL                        -> pass: mean, norm, impulses  -> finish: norm
+//   6     filter x and the noise together        -> pass: mean, norm            -> finish: norm, noise
+//   7     pass: impulses on x                    -> filter the noise            -> finish: norm, noise
+//   8     pass: impulses on x -> finish: norm; then filter x by LnL -> pass: mean, norm, plus what the first two left -> finish: norm
 void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& seeds,
            const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
            double g_sd, double snr_min, double snr_max) {
@@ -657,8 +666,13 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
       const Tensor boosted = batch.scratch();
       pass(source, {}, impulses, {}, boosted);
       finish(wave_of(boosted), {}, true, {}, {}, {});
-      (steps.parallel ? addend : source) = wave_of(batch.out), impulses = {};
       if (is_loud && !steps.ssi) return;
+      // Their result lies where the last pass will write.
+      if (steps.parallel)
+        addend = wave_of(batch.out);
+      else
+        source = wave_of(batch.out);
+      impulses = {};
     }
     // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
     const bool passes = (steps.isd && !is_loud) || (steps.lnl && steps.ssi);
