@@ -242,7 +242,7 @@ GRADALIGN_HD void active_set(int n, PathSet free, const Numbers& y, const Number
     double step = INFINITY;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {
-      // A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+      // Where the matrix is singular, too: the coordinate freed last is at 0, so that the step has length 0.
       if (!good) z[i] = -1;
       if (holds(free, i) && z[i] < 0) step = smaller(step, y[i] / (y[i] - z[i]));
     }

@@ -69,7 +69,7 @@ _ENDLESS = 1e-24
 # GradVac's target cosine is never taken above this: at a target of 1 no finite multiple of the other gradient reaches
 # it.
 _MAX_TARGET = 1.0 - 1e-6
-# Of the lengths that were added up to a path: a shorter sum is rounding.
+# A projected gradient shorter than this share of the lengths it was summed from is rounding noise.
 _NOTHING = 1e-7
 # GradVac's rate by variant.
 _BETA = {"dual_path": 0.5, "paper": 0.01}
@@ -501,7 +501,7 @@ def _active_set(y: Tensor, minimum: Callable[[Tensor], tuple[Tensor, Tensor]]) -
     free = y > 0
     for _ in range(ROUNDS_PER_PATH * y.shape[-1]):
         z, slope = minimum(free)
-        # A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+        # Where the matrix is singular, too: the coordinate freed last is at 0, so that the step has length 0.
         z = torch.where(z.isfinite().all(-1, keepdim=True), z, -1.0)
         ratio = torch.where(free & (z < 0), y / (y - z), torch.inf)
         step = ratio.amin(-1, keepdim=True)

@@ -99,8 +99,8 @@ class AlignedOptimizer(Optimizer):
     - DistributedDataParallel with forward and backward inside ``path()`` needs nothing: DDP averages each path's
       gradients over the ranks during its backward, before they are aligned.
     - Anything else under DDP, and a model without it, needs ``process_group=torch.distributed.group.WORLD``. DDP
-      averages one backward after a forward only: the second of ``backward(losses)``, and the second of two forwards
-      made before their backwards, it leaves each rank's own. With a process group the optimizer averages every path
+      averages the first backward after a forward only: the gradients of the second loss of ``backward(losses)``, or of
+      the second of two forwards, stay each rank's own. With a process group the optimizer averages every path
       itself, from the moment it is finished, while the next one runs, whatever DDP does (``with model.no_sync():``
       spares the second averaging). It sends K + 1 halves of an all-reduce in place of K whole ones, each rank keeps and
       aligns its own part of each path's gradients, and a rank that has run out of batches enters ``with opt.path():
@@ -133,9 +133,10 @@ class AlignedOptimizer(Optimizer):
 
     Skipping without the host: the test is ``isfinite`` of the Gram matrix, on the device. Inner optimizers made with
     ``fused=True`` (SGD, Adam, AdamW) take that flag as ``found_inf`` and skip on the device, so that a step never
-    waits for it. Other optimizers have no way to skip on the device short of a copy of the parameters and of all their
-    state; for them, and until each parameter has taken its first step (in which optimizers create their state), the
-    flag is read: one float per step, free on the CPU, one wait on a GPU.
+    waits for it. Other optimizers cannot skip on the device: for them the flag is read on the host, one float per step
+    (free on the CPU, one wait on a GPU); for fused ones too until each parameter has taken its first step, in which
+    optimizers create their state. What is tested are the paths' gradients: a merge of float16 gradients that is more
+    than float16 holds is not noticed.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, already wrapped, or one of FullyShardedDataParallel's parameters

@@ -257,7 +257,7 @@ def _advance(y, z, free, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
     least 1 where z is reached, 0 where the Gram matrix tells no more because rounding has made it indefinite.
     """
     wrong = tl.sum(tl.where(_is_finite(z), 0, 1), 0)
-    # A singular matrix, too: whatever was freed last is 0, and the step towards it is none.
+    # Where the matrix is singular, too: the coordinate freed last is at 0, so that the step has length 0.
     z = tl.where(wrong == 0, z, -1.0)
     falls = free & (z < 0)
     ratio = tl.where(falls, y / tl.where(falls, y - z, 1.0), float("inf"))
