@@ -240,7 +240,7 @@ class RawBoost(nn.Module):
             seeds = to_device(_check_seeds(seeds if batched else _row(seeds), x.shape[0]), x.device)
         notches = self._notches()
         filters = ops.notch_filters(seeds, **notches, **self._design(x)) if notches["filters"] else None
-        y = self._run(x, filters, lengths, seeds, RawBoostDraws())
+        y = self._run(x, filters, lengths, seeds)
         return y if batched else y[0]
 
     def draw(self, seeds: Tensor, num_samples: int, lengths: Tensor | None = None) -> RawBoostDraws:
@@ -287,7 +287,7 @@ class RawBoost(nn.Module):
 
         Args:
             x: waveforms [B, T] or one waveform [T], as in ``forward``.
-            draws: `RawBoostDraws` for the batch, on x's device.
+            draws: `RawBoostDraws` for the batch, on x's device. They carry no gradient.
             lengths: as in ``forward``.
 
         Returns:
@@ -309,9 +309,11 @@ class RawBoost(nn.Module):
             banks.append(tuple(value[:, None] for value in _numbers(draws.ssi)))
         filters = None
         if banks:
-            center_hz, width_hz, taps, gain_db = (torch.cat(values, dim=1) for values in zip(*banks, strict=True))
+            joined = (torch.cat(values, dim=1).detach() for values in zip(*banks, strict=True))
+            center_hz, width_hz, taps, gain_db = joined
             filters = ops.notch_bank(center_hz, width_hz, taps, gain_db, **self._design(x))
-        y = self._run(x, filters, lengths, None, draws)
+        drawn = (draws.isd_factor, draws.ssi_noise, draws.snr_db)
+        y = self._run(x, filters, lengths, None, *(None if value is None else value.detach() for value in drawn))
         return y if batched else y[0]
 
     def _notches(self) -> dict[str, Any]:
@@ -338,7 +340,14 @@ class RawBoost(nn.Module):
         return {"sample_rate": float(self.config.sample_rate), "num_taps": self.config.num_taps, "dtype": wide}
 
     def _run(
-        self, x: Tensor, filters: Tensor | None, lengths: Tensor | None, seeds: Tensor | None, draws: RawBoostDraws
+        self,
+        x: Tensor,
+        filters: Tensor | None,
+        lengths: Tensor | None,
+        seeds: Tensor | None,
+        factor: Tensor | None = None,
+        noise: Tensor | None = None,
+        snr_db: Tensor | None = None,
     ) -> Tensor:
         c = self.config
         if c.algo == 0:
@@ -348,9 +357,9 @@ class RawBoost(nn.Module):
             filters,
             lengths,
             seeds,
-            factor=draws.isd_factor,
-            noise=draws.ssi_noise,
-            snr_db=draws.snr_db,
+            factor=factor,
+            noise=noise,
+            snr_db=snr_db,
             algo=c.algo,
             p=float(c.p),
             g_sd=float(c.g_sd),

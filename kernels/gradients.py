@@ -308,7 +308,7 @@ def gram_kernel(
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def gram_finish_kernel(
+def gram_sum_kernel(
     partials, bounds, gram, num_chunks, NUM_PATHS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per (segment, pair): its chunks' partial sums in order -> gram [S, K, K], both halves."""
@@ -334,7 +334,7 @@ def gram_finish_kernel(
 
 
 @triton.jit(do_not_specialize=["num_params", "first_row"])
-def combine__kernel(
+def combine_kernel(
     addresses,
     rows,
     weights,
@@ -377,7 +377,7 @@ def combine__kernel(
 
 
 @triton.jit(do_not_specialize=["num_params", "num_slots", "first_row", "index", "num_launches"])
-def align__kernel(
+def align_kernel(
     addresses,
     rows,
     counters,
@@ -538,7 +538,7 @@ def gram(grads: Sequence[Tensor], num_paths: int, segments: Sequence[int], num_s
         )
     out = torch.empty(num_segments, num_paths, num_paths, dtype=torch.float64, device=device)
     launch(
-        gram_finish_kernel,
+        gram_sum_kernel,
         num_segments * pairs,
         device,
         partials,
@@ -573,7 +573,7 @@ def combine_(out: Sequence[Tensor], others: Sequence[Tensor], weights: Tensor, s
     weights = weights.contiguous()
     for dtype, first_row, count in walk.plan.launches:
         launch(
-            combine__kernel,
+            combine_kernel,
             count,
             weights.device,
             walk.addresses,
@@ -626,7 +626,7 @@ def align_(
     targets = torch.empty(matrices.shape if moves else (0,), dtype=torch.float64, device=device)
     for index, (dtype, first_row, count) in enumerate(plan.launches):
         launch(
-            align__kernel,
+            align_kernel,
             count,
             device,
             walk.addresses,

@@ -649,7 +649,8 @@ def test_a_batch_is_prepared_one_step_early_between_the_right_waits(folder, boos
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(log.append(f"in {stream.name}")))
-    monkeypatch.setattr(loader_module, "to_device", lambda tensor, device: tensor)
+    copied = []
+    monkeypatch.setattr(loader_module, "to_device", lambda tensor, device: copied.append(tensor) or tensor)
     data = packed(folder, raw=True)
     views = DeviceLoader(load_batches(data, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]), boost, device="cpu")
     views.device, views.num_samples = SimpleNamespace(type="cuda"), SAMPLES
@@ -658,6 +659,10 @@ def test_a_batch_is_prepared_one_step_early_between_the_right_waits(folder, boos
         log.append("step")
         seen.append(batch)
     assert_expected(seen, expected[0])
+    # Samples cross as they are stored: scaled and repeated they would be a multiple of the bytes.
+    waves = [(tensor.dtype, tensor.shape) for tensor in copied if tensor.dtype != torch.int64]
+    own = [min(length, SAMPLES) for length in LENGTHS]
+    assert waves == [(torch.int16, (sum(own[i : i + 4]),)) for i in (0, 4, 8)]
     prepare = ["side waits for consumer", "in side", "side has prepared a batch"]
     hand_over = [[f"consumer waits for batch {i}", "step"] for i in (1, 2, 3)]
     assert log == prepare + prepare + hand_over[0] + prepare + hand_over[1] + hand_over[2]

@@ -1,6 +1,12 @@
 """Every backend of every op against the float64 reference, on awkward inputs; the ops' schemas and fake kernels."""
 
+import functools
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import inputs
 import pytest
@@ -73,15 +79,137 @@ def test_same_bits_for_every_thread_count():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("algo", range(9))
 def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
-    boost, seeds = ga.RawBoost(algo), inputs.seeds()
-    x = inputs.wave(700, torch.float32)
+    # A gradient is computed in three parts: the last two are an utterance that is whole and one that is not.
+    boost, rows = ga.RawBoost(algo), torch.arange(5) % 3
+    x, seeds = inputs.wave(700, torch.float32)[rows], inputs.seeds()[rows]
     broken = x.clone()
-    broken[1, 100] = bad
-    with ga.use_backends(backend):
-        clean, dirty = boost(x, seeds=seeds), boost(broken, seeds=seeds)
-    assert torch.equal(clean[0], dirty[0])
-    assert torch.equal(clean[2], dirty[2])
-    assert not bool(torch.isfinite(dirty[1]).all())
+    broken[2:4, 100] = bad
+    results = []
+    for wave in (x, broken):
+        wave.requires_grad_()
+        with ga.use_backends(backend):
+            y = boost(wave, seeds=seeds)
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wave)])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean[[0, 1, 4]], dirty[[0, 1, 4]])
+        assert not bool(torch.isfinite(dirty[2:4]).all(1).any())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("algo", range(1, 9))
+def test_nothing_beyond_an_utterances_end_reaches_its_gradient(algo, backend):
+    boost, seeds, lengths = ga.RawBoost(algo), inputs.seeds(), inputs.lengths(700)
+    towards, outside = inputs.wave(700, torch.float32).flip(0, 1), torch.arange(700) >= lengths[:, None]
+
+    def run(scale, value):
+        wave = inputs.wave(700, torch.float32, scale=scale).masked_fill(outside, value).requires_grad_()
+        y = boost(wave, lengths, seeds)
+        return torch.autograd.grad(y, wave, towards.masked_fill(outside, value))[0]
+
+    # At the first level the sum of algorithm 8 is divided by its peak, at the second each step's result.
+    for scale in (0.3, 2.0):
+        with ga.use_backends(backend):
+            expected, *others = [run(scale, value) for value in (0.0, float("nan"), float("inf"))]
+        assert bool(expected[:2].any(1).all())
+        assert not bool(expected[outside].any())
+        assert all(torch.equal(found, expected) for found in others), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_takes_at_most_two_batches_beside_itself(dtype):
+    import measure
+
+    wave, seeds, found = torch.full((64, 16000), 0.1, dtype=dtype), torch.arange(64), {}
+    with ga.use_backends("cpp"):
+        for algo in range(1, 9):
+            leaf = wave.clone().requires_grad_()
+            run = functools.partial(torch.autograd.grad, ga.RawBoost(algo)(leaf, seeds=seeds), leaf, wave)
+            found[algo] = measure.peak_bytes(run, torch.device("cpu")) / wave.nbytes - 1
+    assert max(found.values()) <= 2, found
+
+
+COUNTER = r"""
+#include <dlfcn.h>
+#include <cstddef>
+
+static long count = 0;
+extern "C" long allocations() { return count; }
+
+#define COUNTED(result, name, parameters, arguments)                        \
+  extern "C" result name parameters {                                       \
+    static const auto next = (result(*) parameters)dlsym(RTLD_NEXT, #name); \
+    ++count;                                                                \
+    return next arguments;                                                  \
+  }
+COUNTED(void*, malloc, (size_t size), (size))
+COUNTED(void*, realloc, (void* old, size_t size), (old, size))
+COUNTED(void*, aligned_alloc, (size_t alignment, size_t size), (alignment, size))
+COUNTED(int, posix_memalign, (void** out, size_t alignment, size_t size), (out, alignment, size))
+
+// dlsym itself calls it.
+extern "C" void* __libc_calloc(size_t, size_t);
+extern "C" void* calloc(size_t number, size_t size) {
+  ++count;
+  return __libc_calloc(number, size);
+}
+"""
+
+COUNT = """
+import ctypes, gc, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import inputs
+import gradalign as ga
+from gradalign import ops
+torch.set_num_threads(1)
+counted = ctypes.CDLL(None).allocations
+gc.disable()
+for algo in (4, 8):
+    for dtype in (torch.float32, torch.float16):
+        found = []
+        for batch in (32, 4, 32):
+            rows = torch.arange(batch) % inputs.BATCH
+            x, bank = inputs.wave(3000, dtype)[rows], inputs.bank(dtype)[rows]
+            with ga.use_backends("cpp"):
+                before = counted()
+                ops.rawboost(x, bank, None, rows, None, None, None, algo, 30.0, 2.0, 10.0, 20.0)
+                found.append(counted() - before)
+        # The first call makes the thread's buffers.
+        print(algo, dtype, *found[1:])
+"""
+
+
+def test_the_number_of_allocations_does_not_grow_with_the_batch(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler; g++ is not there")
+    (tmp_path / "counter.cpp").write_text(COUNTER)
+    library = tmp_path / "counter.so"
+    build = ["g++", "-O1", "-fPIC", "-shared", "-D_GNU_SOURCE", tmp_path / "counter.cpp", "-o", library, "-ldl"]
+    subprocess.run(build, check=True)
+    command, environment = [sys.executable, "-c", COUNT, Path(__file__).parent], {**os.environ, "LD_PRELOAD": library}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [line.rsplit(" ", 2) for line in done.stdout.splitlines()]
+    assert len(found) == 4
+    for case, few, many in found:
+        assert 0 < int(few) == int(many), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algo", range(1, 9))
+def test_a_batchs_gradient_is_that_of_its_utterances_bit_for_bit(algo, dtype):
+    # A gradient is computed a part of the batch at a time; some parts are empty here.
+    boost, seeds, lengths = ga.RawBoost(algo), torch.arange(9), torch.tensor([300, 0, 299, 1, 150, 300, 2, 77, 300])
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def run(rows):
+        wave = x[rows].requires_grad_()
+        return torch.autograd.grad(boost(wave, lengths[rows], seeds[rows]), wave, x[rows].flip(1))[0]
+
+    with ga.use_backends("cpp"):
+        expected = torch.cat([run(slice(i, i + 1)) for i in range(9)])
+        for size in (1, 2, 3, 5, 9):
+            assert torch.equal(run(slice(9 - size, 9)), expected[9 - size :]), size
 
 
 def test_a_nan_leaves_an_utterance_without_a_peak_on_every_backend():

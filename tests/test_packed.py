@@ -262,15 +262,36 @@ def test_a_run_that_stops_between_any_two_files_goes_on(folder, tmp_path, monkey
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damaged", ["00000.npy", "00001.tsv"])
-def test_a_shard_damaged_before_the_end_is_written_anew(folder, packed, damaged):
+def change(old, new):
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "damage"),
+    [
+        ("00001.npy", lambda path: os.truncate(path, 60)),
+        ("00001.npy", lambda path: flip(path, 128 + 2 * 4000 + 1)),
+        ("00001.npy", lambda path: flip(path, 100)),
+        ("00001.npy", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
+        ("00001.tsv", lambda path: os.truncate(path, 60)),
+        ("00001.tsv", lambda path: os.truncate(path, path.stat().st_size - 1)),
+        ("00001.tsv", change(b"label", b"label2")),
+        ("00001.tsv", change(b"\tspoof", b"\tbonafide")),
+        ("00001.tsv", change(b"\t4000\t1001\t", b"\t4001\t1001\t")),
+        ("00001.tsv", change(b"\t4000\t1001\t", b"\t4000\t1002\t")),
+    ],
+    ids=["cut", "sample", "header", "more", "list cut", "no line end", "columns", "label", "offset", "length"],
+)
+def test_a_shard_damaged_before_the_end_is_written_anew(folder, packed, damaged, damage):
     whole = content(packed)
     # As a kill before the index leaves it.
     plan = json.loads((packed / "index.json").read_text())["plan"]
     (packed / "plan.json").write_text(json.dumps({"plan": plan}))
     (packed / "index.json").unlink()
-    os.truncate(packed / "train" / damaged, 60)
-    pack({"train": utterances()}, packed, audio_dir=folder, shard_utterances=3)
+    damage(packed / "train" / damaged)
+    assert content(packed)[f"train/{damaged}"] != whole[f"train/{damaged}"]
+    # The others are kept: all utterances but the three of this shard.
+    assert pack({"train": utterances()}, packed, audio_dir=folder, shard_utterances=3).kept == len(LENGTHS) - 3
     assert content(packed) == whole
 
 

@@ -1,6 +1,7 @@
 """RawBoost: the published outputs, independence of everything but the seed, the sampled distributions, misuse."""
 
 import ast
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -175,6 +176,35 @@ def test_compiles_without_graph_breaks(algo, lengths):
     draws = boost.draw(seeds, x.shape[1], lengths)
     compiled = torch.compile(boost.apply, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, draws, lengths), boost.apply(x, draws, lengths))
+
+
+def test_compiles_with_inductor(monkeypatch, tmp_path):
+    # Without lengths the graph is the ops alone, for which no C++ has to be compiled.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    boost, x, seeds = ga.RawBoost(4), wave(), torch.tensor([1, 2, 3])
+    with ga.use_backends("cpp"):
+        compiled = torch.compile(boost, fullgraph=True, backend="inductor", options={"compile_threads": 1})
+        assert torch.equal(compiled(x, None, seeds), boost(x, None, seeds))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algo", [4, 8])
+def test_draws_carry_no_gradient(algo, backend):
+    boost, towards = ga.RawBoost(algo), wave().flip(1)
+    draws = boost.draw(torch.tensor([1, 2, 3]), T)
+    parts = [*vars(draws).values(), *(vars(draws.lnl).values()), *(vars(draws.ssi).values() if draws.ssi else ())]
+    leaves = [part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point()]
+    with ga.use_backends(backend), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = wave().requires_grad_()
+        (expected,) = torch.autograd.grad(boost.apply(x, draws), x, towards)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        boost.apply(x, draws).backward(towards)
+        assert torch.equal(x.grad, expected)
+        assert all(leaf.grad is None for leaf in leaves)
+        # Nor is anything kept for a gradient that nobody can ask for.
+        assert not boost.apply(x.detach(), draws).requires_grad
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])

@@ -86,10 +86,10 @@ def pack(
     """Write a packed data set, or go on where a killed run stopped; a finished one is left as it is.
 
     Killed at any point and run again, the folder holds the same bytes in the end: shards are written whole or not at
-    all, and what is in which shard follows from the arguments alone. Finished shards that are still as they were
-    written are kept, and their audio is not read again: where it has changed, remove the folder. To go on after a file
-    that was refused, ``resample``,
-    ``round_samples`` and ``skip_bad`` may be added; none that a folder was begun with may be left out.
+    all, and what is in which shard follows from the arguments alone. Finished shards are kept where they are as they
+    were written, and their audio is not read again: where it has changed, remove the folder. To go on after a file that
+    was refused, ``resample``, ``round_samples`` and ``skip_bad`` may be added; none that a folder was begun with may be
+    left out.
 
     Args:
         splits: utterances by split, from `read_dataset` or `read_protocol`.
@@ -242,7 +242,7 @@ def _pack_shards(
             for first in range(0, len(utterances), shard_utterances):
                 part = utterances[first : first + shard_utterances]
                 shard = folder / f"{len(shards):05d}.npy"
-                samples = _finished(shard)
+                samples = _finished(shard, part)
                 if samples is None:
                     decoded = pool.map(packer.decode, part, [folders[split]] * len(part))
                     samples = _write_shard(shard, part, decoded, bar)
@@ -298,8 +298,7 @@ def _write_shard(
         for u, (samples, note) in zip(utterances, decoded, strict=True):
             content = samples.astype("<i2", copy=False).tobytes()
             file.write(content)
-            checksum = hashlib.blake2b(content, digest_size=8).hexdigest()
-            row = (u.name, u.label_name, u.attack, u.speaker, u.codec, offset, len(samples), checksum, note)
+            row = (*_names(u), offset, len(samples), _checksum(content, 8), note)
             lines.append("\t".join(map(str, row)))
             offset += len(samples)
             bar.update()
@@ -310,16 +309,32 @@ def _write_shard(
     return offset
 
 
-def _finished(shard: Path) -> int | None:
-    """The samples of a shard that an earlier run finished, by its list, which is written last; None for any other."""
-    if not (shard.is_file() and shard.with_suffix(".tsv").is_file()):
-        return None
+def _names(u: Utterance) -> tuple[str, ...]:
+    """What an utterance's line in a list begins with."""
+    return u.name, u.label_name, u.attack, u.speaker, u.codec
+
+
+def _finished(shard: Path, utterances: Sequence[Utterance]) -> int | None:
+    """The samples of a shard that an earlier run finished with its list, which is written last.
+
+    None for any other, and for one that has changed since.
+    """
+    offset = 0
     try:
-        last = shard.with_suffix(".tsv").read_text("utf-8", _NAMES).rstrip("\n").split("\n")[-1].split("\t")
-        samples = int(last[COLUMNS.index("offset")]) + int(last[COLUMNS.index("length")])
-    except (ValueError, IndexError):
-        return None
-    return samples if shard.stat().st_size == _HEADER_BYTES + 2 * samples else None
+        columns, *lines, end = shard.with_suffix(".tsv").read_text("utf-8", _NAMES).split("\n")
+        with shard.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+            for u, line in zip(utterances, lines, strict=True):
+                *names, start, length, checksum, _ = line.split("\t")
+                content = file.read(2 * int(length))
+                if (*names, start, checksum) != (*_names(u), str(offset), _checksum(content, 8)):
+                    return None
+                offset += int(length)
+            if (columns, end, header, file.read(1)) == ("\t".join(COLUMNS), "", _header(offset), b""):
+                return offset
+    except (FileNotFoundError, ValueError):
+        pass
+    return None
 
 
 def _header(samples: int) -> bytes:
@@ -328,8 +343,8 @@ def _header(samples: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
 
 
-def _checksum(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _checksum(content: bytes, size: int = 16) -> str:
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
 def _cores() -> int:
@@ -538,7 +553,7 @@ def verify(folder: str | Path, progress: bool = False) -> PackResult:
                         raise DataError(f"{path}: expected the header of {size} samples; found another")
             for row, utterance in enumerate(shards.utterances):
                 content = shards.samples(row).numpy()
-                if hashlib.blake2b(content.tobytes(), digest_size=8).hexdigest() != shards.checksums[row]:
+                if _checksum(content.tobytes(), 8) != shards.checksums[row]:
                     raise DataError(
                         f"{shards.paths[shards.places[row, 0]]}: expected the samples of {utterance.name!r} as they "
                         "were written; found another checksum"
