@@ -347,7 +347,7 @@ def _pack(args: argparse.Namespace) -> int:
     print(f"{args.out}: {found.utterances} utterances, {state}")
     if found.kept:
         print(
-            f"{found.kept} of them in shards that were finished before, which are kept, and their audio is not read again "
+            f"{found.kept} of them in shards that were finished before, which are kept: their audio is not read again "
             f"(where their audio has changed since, remove {args.out} and pack again)"
         )
     if found.rounded:
@@ -836,8 +836,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  gradalign train packed --out runs\n"
         "  gradalign pack --verify packed\n\n"
         "Run the same command again to go on where it was stopped, or after a file that is refused, with --resample,\n"
-        "--round or --skip-bad added. Shards that are finished are kept, and their audio is not read again: audio that has changed since is not\n"
-        "packed anew; remove OUT for that.",
+        "--round or --skip-bad added. Shards that are finished are kept: audio that has changed since is not packed\n"
+        "anew; remove OUT for that.",
     )
     pack.add_argument("data", type=Path, nargs="?", metavar="DATA", help="the data set's folder")
     pack.add_argument("out", type=_folder, metavar="OUT", help="the folder to write: new, or begun by the same command")
