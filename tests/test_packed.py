@@ -470,11 +470,11 @@ def test_the_command_says_what_it_kept_unread_and_how_to_pack_it_anew(corpus, tm
     assert "kept" not in capsys.readouterr().out
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert "4 of them in shards that were finished before, which are kept unread" in printed
+    assert "4 of them in shards that were finished before, which are kept: their audio is not read again" in printed
     assert f"(where their audio has changed since, remove {tmp_path / 'packed'} and pack again)" in printed
     assert cli.main(["pack", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "finished are kept unread: audio that has changed since is not packed anew; remove OUT for that" in text
+    assert "finished are kept: audio that has changed since is not packed anew; remove OUT for that" in text
 
 
 # ---- what is wrong is named ----------------------------------------------------------------------------------------
