@@ -392,22 +392,22 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rotations of disjoint pairs; `torch.linalg.eigh` would read an error code on the host.
     """
     num_paths = matrix.shape[-1]
-    own = torch.arange(num_paths, device=matrix.device)
+    index = torch.arange(num_paths, device=matrix.device)
     vectors = torch.eye(num_paths, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
     rounds = num_paths - 1 + num_paths % 2
     for i in range(rounds * (1 if num_paths == 2 else JACOBI_SWEEPS)):
         # A round-robin tournament: i meets (round - i) modulo an odd number; who would meet itself meets the last.
-        partner = (i % rounds - own) % rounds
+        partner = (i % rounds - index) % rounds
         if num_paths % 2 == 0:
-            idle = partner == own
+            idle = partner == index
             partner = torch.where(idle, num_paths - 1, partner)
-            partner = torch.where(own == num_paths - 1, (idle * own).sum(), partner)
+            partner = torch.where(index == num_paths - 1, (idle * index).sum(), partner)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         off = matrix.gather(-1, partner[:, None].expand_as(matrix))[..., 0]
         # Both of a pair turn by exactly the same angle.
-        off = torch.where(partner == own, 0.0, 0.5 * (off + off.index_select(-1, partner)))
+        off = torch.where(partner == index, 0.0, 0.5 * (off + off.index_select(-1, partner)))
         tau = (diagonal.index_select(-1, partner) - diagonal) / (2 * off)
-        side = torch.where(tau == 0, torch.where(own < partner, 1.0, -1.0).to(tau), tau.sign())
+        side = torch.where(tau == 0, torch.where(index < partner, 1.0, -1.0).to(tau), tau.sign())
         tangent = torch.where(off == 0, 0.0, side / (tau.abs() + (1 + tau.square()).sqrt()))
         cosine = 1 / (1 + tangent.square()).sqrt()
         sine = tangent * cosine
@@ -497,7 +497,7 @@ def _active_set(y: Tensor, minimum: Callable[[Tensor], tuple[Tensor, Tensor]]) -
     A Gram matrix that rounding has made indefinite may send a coordinate that was just freed below 0: y stays where it
     is then, and the coordinate is freed and held in turn until the rounds are over.
     """
-    own = torch.arange(y.shape[-1], device=y.device)
+    index = torch.arange(y.shape[-1], device=y.device)
     free = y > 0
     for _ in range(ROUNDS_PER_PATH * y.shape[-1]):
         z, slope = minimum(free)
@@ -508,7 +508,7 @@ def _active_set(y: Tensor, minimum: Callable[[Tensor], tuple[Tensor, Tensor]]) -
         part = torch.where(ratio <= step, 0.0, (y + step * (z - y)).clamp_min(0.0))
         y = torch.where(free, torch.where(step < 1, part, z), 0.0)
         least, best = torch.where(y > 0, torch.inf, slope).min(-1, keepdim=True)
-        free = (y > 0) | ((step >= 1) & (least < 0) & (own == best))
+        free = (y > 0) | ((step >= 1) & (least < 0) & (index == best))
     return y
 
 
@@ -577,9 +577,9 @@ def _rows_and_steps(gram: Tensor, order: Tensor | None) -> tuple[Tensor, list[tu
     """
     num_paths = gram.shape[-1]
     eye = torch.eye(num_paths, dtype=gram.dtype, device=gram.device)
-    own = torch.arange(num_paths, device=gram.device)
-    order = own.expand(num_paths, num_paths) if order is None else order
-    return eye.expand_as(gram), [(eye.index_select(0, met), met != own) for met in order.unbind(-1)]
+    index = torch.arange(num_paths, device=gram.device)
+    order = index.expand(num_paths, num_paths) if order is None else order
+    return eye.expand_as(gram), [(eye.index_select(0, met), met != index) for met in order.unbind(-1)]
 
 
 @dataclass(frozen=True)
@@ -617,8 +617,8 @@ class Method:
         """Weights [..., M] for the parameters that only the M paths in ``present`` reach, from the weights [..., K] of
         all.
         """
-        own = torch.stack([weights[..., k] for k in present], -1)
-        return {"average": own, "sum": own * weights.shape[-1], "apart": torch.ones_like(own)}[self.partial]
+        chosen = torch.stack([weights[..., k] for k in present], -1)
+        return {"average": chosen, "sum": chosen * weights.shape[-1], "apart": torch.ones_like(chosen)}[self.partial]
 
 
 METHODS: dict[str, Method] = {

@@ -132,7 +132,7 @@ def _chain_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, alg
     of_isd, of_ssi = (lengths, seeds, factor, p, g_sd), (ssi_filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
     if algo == 8:
         both = lnl(x, lnl_filters, lengths).add_(isd(x, *of_isd))
-        grad = reference.cond_norm_backward(reference.own(grad, lengths)[1], both)
+        grad = reference.cond_norm_backward(reference.mask_padding(grad, lengths)[1], both)
         del both
         return lnl_backward(grad, x, lnl_filters, lengths).add_(isd_backward(grad, x, *of_isd))
     run = {"lnl": (lnl, lnl_backward, (lnl_filters, lengths)), "isd": (isd, isd_backward, of_isd)}

@@ -351,7 +351,7 @@ class RawBoost(nn.Module):
     ) -> Tensor:
         c = self.config
         if c.algo == 0:
-            return reference.own(x, lengths)[1].clone()
+            return reference.mask_padding(x, lengths)[1].clone()
         return ops.rawboost(
             x,
             filters,

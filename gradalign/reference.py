@@ -254,7 +254,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def own(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def mask_padding(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the mask [B, T] of the samples inside the utterances and x with 0 outside them."""
     if lengths is None:
         return torch.ones(x.shape, dtype=torch.bool, device=x.device), x.contiguous()
@@ -295,7 +295,7 @@ def lnl(x: Tensor, filters: Tensor, lengths: Tensor | None) -> Tensor:
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(wide(x), lengths)
+    mask, wave = mask_padding(wide(x), lengths)
     return cond_norm(_lnl_before_norm(wave, mask, filters)).to(x.dtype)
 
 
@@ -321,7 +321,7 @@ def isd(
     """
     if x.numel() == 0:
         return x.clone()
-    _, wave = own(wide(x), lengths)
+    _, wave = mask_padding(wide(x), lengths)
     return cond_norm(wave * _isd_gain(wave, lengths, seeds, factor, p, g_sd)).to(x.dtype)
 
 
@@ -369,7 +369,7 @@ def ssi(
     """
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(wide(x), lengths)
+    mask, wave = mask_padding(wide(x), lengths)
     colored, gain = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
     return (wave + colored * (gain * _norm(wave)).to(wave.dtype)).to(x.dtype)
 
@@ -433,9 +433,9 @@ def lnl_backward(grad: Tensor, x: Tensor, filters: Tensor, lengths: Tensor | Non
     """Gradient of `lnl` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(wide(x), lengths)
+    mask, wave = mask_padding(wide(x), lengths)
     centered = _lnl_before_norm(wave, mask, filters)
-    grad = torch.where(mask, cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], centered), 0.0)
+    grad = torch.where(mask, cond_norm_backward(mask_padding(grad.to(wave.dtype), lengths)[1], centered), 0.0)
     grad = torch.where(mask, grad - grad.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.0)
     num_taps = filters.shape[-1]
     # Correlation with a filter is filtering with its mirror image.
@@ -456,10 +456,10 @@ def isd_backward(
     """Gradient of `isd` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    _, wave = own(wide(x), lengths)
+    _, wave = mask_padding(wide(x), lengths)
     gain = _isd_gain(wave, lengths, seeds, factor, p, g_sd)
-    grad = cond_norm_backward(own(grad.to(wave.dtype), lengths)[1], wave * gain) * gain
-    return own(grad, lengths)[1].to(x.dtype)
+    grad = cond_norm_backward(mask_padding(grad.to(wave.dtype), lengths)[1], wave * gain) * gain
+    return mask_padding(grad, lengths)[1].to(x.dtype)
 
 
 def ssi_backward(
@@ -476,9 +476,9 @@ def ssi_backward(
     """Gradient of `ssi` in ``x``: ``grad`` [B, T] is the loss's gradient in its result; returns [B, T]."""
     if x.numel() == 0:
         return x.clone()
-    mask, wave = own(wide(x), lengths)
+    mask, wave = mask_padding(wide(x), lengths)
     colored, gain = _ssi_noise(wave, mask, filters, seeds, noise, snr_db, snr_min, snr_max)
-    grad = own(grad.to(wave.dtype), lengths)[1]
+    grad = mask_padding(grad.to(wave.dtype), lengths)[1]
     norm = _norm(wave)
     dot = (grad.double() * colored).sum(1, keepdim=True)
     toward_x = torch.where(norm > 0, dot * gain / norm, 0.0).to(wave.dtype)

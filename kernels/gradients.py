@@ -110,8 +110,8 @@ def align_items(
     launches, num_slots = [], 0
     for dtype in dict.fromkeys(dtypes):
         start, waiting = len(rows), []
-        for n, (size, own) in enumerate(zip(sizes, dtypes, strict=True)):
-            if own != dtype:
+        for n, (size, of_tensor) in enumerate(zip(sizes, dtypes, strict=True)):
+            if of_tensor != dtype:
                 continue
             # A parameter without elements has a Gram matrix too.
             begins = range(0, max(size, 1), ALIGN_CHUNK)
@@ -369,11 +369,11 @@ def combine_kernel(
             total += w[k] * tl.load(bases[k] + at + offset).to(WIDE)
         tl.store(bases[0] + at + offset, total.to(TYPE))
     if full < size:
-        own = offset < size - full
-        total = w[0] * tl.load(bases[0] + full + offset, mask=own, other=0.0).to(WIDE)
+        mask = offset < size - full
+        total = w[0] * tl.load(bases[0] + full + offset, mask=mask, other=0.0).to(WIDE)
         for k in tl.static_range(1, NUM_PATHS):
-            total += w[k] * tl.load(bases[k] + full + offset, mask=own, other=0.0).to(WIDE)
-        tl.store(bases[0] + full + offset, total.to(TYPE), mask=own)
+            total += w[k] * tl.load(bases[k] + full + offset, mask=mask, other=0.0).to(WIDE)
+        tl.store(bases[0] + full + offset, total.to(TYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_params", "num_slots", "first_row", "index", "num_launches"])
@@ -448,13 +448,13 @@ def align_kernel(
             sum_bb = tl.zeros([256], tl.float64)
             for at in range(0, num_chunks, 256):
                 place = at + tl.arange(0, 256)
-                own = partials + first_slot + place
+                at = partials + first_slot + place
                 # Past the first-level cache, which may hold what was there before.
-                sum_aa += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
-                own += num_slots
-                sum_ab += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
-                own += num_slots
-                sum_bb += tl.load(own, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                sum_aa += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                at += num_slots
+                sum_ab += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                at += num_slots
+                sum_bb += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
             total_aa = tl.sum(sum_aa, 0)
             total_ab = tl.sum(sum_ab, 0)
             total_bb = tl.sum(sum_bb, 0)
@@ -502,10 +502,10 @@ def align_kernel(
             total = w_a * tl.load(base_a + at + offset).to(WIDE) + w_b * tl.load(base_b + at + offset).to(WIDE)
             tl.store(base_a + at + offset, total.to(TYPE))
         if full < size:
-            own = offset < size - full
-            a = tl.load(base_a + full + offset, mask=own, other=0.0).to(WIDE)
-            b = tl.load(base_b + full + offset, mask=own, other=0.0).to(WIDE)
-            tl.store(base_a + full + offset, (w_a * a + w_b * b).to(TYPE), mask=own)
+            mask = offset < size - full
+            a = tl.load(base_a + full + offset, mask=mask, other=0.0).to(WIDE)
+            b = tl.load(base_b + full + offset, mask=mask, other=0.0).to(WIDE)
+            tl.store(base_a + full + offset, (w_a * a + w_b * b).to(TYPE), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers

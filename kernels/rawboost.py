@@ -460,8 +460,8 @@ def _fir(
         start = first + 1 - d
         if MASKED:
             # Positions before the row are huge when unsigned: one comparison for both ends.
-            own = (start + offset).to(tl.uint32) < length.to(tl.uint32)
-            x = tl.load(row + start + offset, mask=own, other=0.0).to(WIDE)
+            mask = (start + offset).to(tl.uint32) < length.to(tl.uint32)
+            x = tl.load(row + start + offset, mask=mask, other=0.0).to(WIDE)
         else:
             x = tl.load(row + start + offset).to(WIDE)
         p = x * tl.load(tap + (NUM_FILTERS - 1) * num_taps + d)
@@ -496,8 +496,8 @@ def _toeplitz(
     z = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, 2 * reach + COLUMNS, DEPTH):
         # Positions before the row are huge when unsigned: one comparison for both ends.
-        own = (start + k + place).to(tl.uint32) < length.to(tl.uint32)
-        x = tl.load(row + (start + k) + place, mask=own, other=0.0).to(tl.float32)
+        mask = (start + k + place).to(tl.uint32) < length.to(tl.uint32)
+        x = tl.load(row + (start + k) + place, mask=mask, other=0.0).to(tl.float32)
         d = tap + (reach - k)
         inside = tl.abs(d) <= reach
         power = x
@@ -684,11 +684,11 @@ def lnl_kernel(
         DEPTH,
     )
     n = first + tl.arange(0, BLOCK)
-    own = n < length
-    tl.store(z + b * num_samples + n, value, mask=own)
-    tl.store(sums + program, tl.sum(tl.where(own, value, 0.0).to(tl.float64), 0))
-    tl.store(largest + program, tl.max(tl.where(own, value, float("-inf")), 0))
-    tl.store(smallest + program, tl.max(tl.where(own, -value, float("-inf")), 0))
+    mask = n < length
+    tl.store(z + b * num_samples + n, value, mask=mask)
+    tl.store(sums + program, tl.sum(tl.where(mask, value, 0.0).to(tl.float64), 0))
+    tl.store(largest + program, tl.max(tl.where(mask, value, float("-inf")), 0))
+    tl.store(smallest + program, tl.max(tl.where(mask, -value, float("-inf")), 0))
 
 
 def filter_powers(
@@ -795,15 +795,15 @@ def _isd_gain(
     WIDE: tl.constexpr,
 ):
     """1 + g_sd * f at the positions n of utterance b: f given, drawn where it is marked, or 0; 1 beyond its length."""
-    own = n < length
+    mask = n < length
     if marks is not None:
-        word = tl.load(marks + b * words + n // 32, mask=own, other=0)
+        word = tl.load(marks + b * words + n // 32, mask=mask, other=0)
         word1, word2, _, _ = _philox(tl.load(seeds + b), _STREAM_ISD_FACTOR, n, 0)
         u1 = (word1 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
         u2 = (word2 >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
         f = tl.where(((word >> (n % 32)) & 1) != 0, u1 * u2, 0.0)
     elif factor is not None:
-        f = tl.load(factor + b * factor_stride + n, mask=own, other=0.0)
+        f = tl.load(factor + b * factor_stride + n, mask=mask, other=0.0)
     else:
         f = tl.zeros([BLOCK], WIDE)
     return 1 + G_SD * f.to(WIDE)
@@ -843,17 +843,17 @@ def isd_kernel(
     b = (program // num_blocks).to(tl.int64)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     length = _length(lengths, b, num_samples)
-    own = n < length
+    mask = n < length
     wide = peaks.dtype.element_ty
-    value = tl.load(source + b * source_stride + n, mask=own, other=0.0).to(wide)
+    value = tl.load(source + b * source_stride + n, mask=mask, other=0.0).to(wide)
     if sums is not None:
         mean, peak = _level(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
-        value = tl.where(own, (value - mean) / tl.where(peak > 1, peak, 1.0), 0.0)
+        value = tl.where(mask, (value - mean) / tl.where(peak > 1, peak, 1.0), 0.0)
     if (marks is not None) or (factor is not None):
         value *= _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
     if addend is not None:
-        value += tl.load(addend + b * num_samples + n, mask=own, other=0.0).to(wide)
-    tl.store(y + b * num_samples + n, value.to(y.dtype.element_ty), mask=own)
+        value += tl.load(addend + b * num_samples + n, mask=mask, other=0.0).to(wide)
+    tl.store(y + b * num_samples + n, value.to(y.dtype.element_ty), mask=mask)
     tl.store(peaks + program, _largest(tl.abs(value)))
     if squares is not None:
         square = value.to(tl.float64)
@@ -915,12 +915,12 @@ def ssi_kernel(
     row = noise + b * noise_stride
     value = _fir_tile(row, filters + b * filters_stride, first, length, num_taps, 1, TAPS_BLOCK, BLOCK, COLUMNS, DEPTH)
     n = first + tl.arange(0, BLOCK)
-    own = n < length
-    tl.store(colored + b * num_samples + n, value, mask=own)
-    value = tl.where(own, value, 0.0).to(tl.float64)
+    mask = n < length
+    tl.store(colored + b * num_samples + n, value, mask=mask)
+    value = tl.where(mask, value, 0.0).to(tl.float64)
     tl.store(noise_squares + program, tl.sum(value * value, 0))
     if signal_squares is not None:
-        wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(tl.float64)
+        wave = tl.load(x + b * x_stride + n, mask=mask, other=0.0).to(tl.float64)
         tl.store(signal_squares + program, tl.sum(wave * wave, 0))
 
 
@@ -939,7 +939,7 @@ def color_noise(
     The noise [B, T] is drawn from seeds [B] where it is not given, into ``room`` [B, T], which is free again after it.
     """
     batch, num_samples = x.shape
-    own = filters[:, -1]
+    last = filters[:, -1]
     if noise is None:
         noise = room.view(torch.float32)[:, :num_samples]
         blocks = triton.cdiv(num_samples, BLOCK)
@@ -966,18 +966,18 @@ def color_noise(
         x.device,
         x,
         noise,
-        own,
+        last,
         lengths,
         colored,
         of_x if signal else None,
         of_noise,
         num_samples,
         tiles,
-        own.shape[-1],
+        last.shape[-1],
         x.stride(0),
         noise.stride(0),
-        own.stride(0),
-        TAPS_BLOCK=triton.next_power_of_2(own.shape[-1]),
+        last.stride(0),
+        TAPS_BLOCK=triton.next_power_of_2(last.shape[-1]),
         **tile,
     )
     return colored, of_x if signal else None, of_noise
@@ -1022,7 +1022,7 @@ def rawboost_finish_kernel(
     b = (program // num_blocks).to(tl.int64)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     length = _length(lengths, b, num_samples)
-    own = n < length
+    mask = n < length
     mean = tl.full([], 0.0, WIDE)
     divisor = tl.full([], 1.0, WIDE)
     if sums is not None:
@@ -1037,10 +1037,10 @@ def rawboost_finish_kernel(
         noise = tl.sqrt(_sum_of(noise_squares + b * noise_tiles, noise_tiles, TILE_BLOCK))
         level = _noise_level(seeds, snr_db, b, SNR_MIN, SNR_MAX)
         scale = tl.where(noise > 0, signal / noise * level, 0.0).to(WIDE)
-    value = (tl.load(source + b * source_stride + n, mask=own, other=0.0).to(WIDE) - mean) / divisor
+    value = (tl.load(source + b * source_stride + n, mask=mask, other=0.0).to(WIDE) - mean) / divisor
     if colored is not None:
-        value += tl.load(colored + b * num_samples + n, mask=own, other=0.0) * scale
-    value = tl.where(own, value, 0.0)
+        value += tl.load(colored + b * num_samples + n, mask=mask, other=0.0) * scale
+    value = tl.where(mask, value, 0.0)
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 
 

@@ -100,9 +100,9 @@ def lnl_backward_sums_kernel(
     wide = z.dtype.element_ty
     mean, peak = _level(sums, largest, smallest, b, length, num_tiles, wide, TILE_BLOCK)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < length
-    value = tl.where(own, tl.load(z + b * num_samples + n, mask=own, other=0.0) - mean, 0.0)
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(tl.float64)
+    mask = n < length
+    value = tl.where(mask, tl.load(z + b * num_samples + n, mask=mask, other=0.0) - mean, 0.0)
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(tl.float64)
     tl.store(dots + program, tl.sum(slope * value.to(tl.float64), 0))
     tl.store(grad_sums + program, tl.sum(slope, 0))
     tl.store(places + program, _first_place(value, peak, n))
@@ -136,11 +136,11 @@ def lnl_backward_center_kernel(
     total = _sum_of(grad_sums + b * num_blocks, num_blocks, TILE_BLOCK)
     place = _min_of(places + b * num_blocks, num_blocks, TILE_BLOCK)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < length
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(wide)
+    mask = n < length
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(wide)
     slope, correction = _norm_backward(slope, n, dot, peak, place)
     mean = (total / tl.where(peak > 1, peak, 1.0).to(tl.float64) - correction) / tl.maximum(length, 1)
-    tl.store(z + b * num_samples + n, tl.where(own, slope - mean.to(wide), 0.0), mask=n < num_samples)
+    tl.store(z + b * num_samples + n, tl.where(mask, slope - mean.to(wide), 0.0), mask=n < num_samples)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_taps", "x_stride"])
@@ -276,11 +276,11 @@ def isd_backward_sums_kernel(
     b = (program // num_blocks).to(tl.int64)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     length = _length(lengths, b, num_samples)
-    own = n < length
+    mask = n < length
     wide = gains.dtype.element_ty
     gain = _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
-    value = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide) * gain
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(tl.float64)
+    value = tl.load(x + b * x_stride + n, mask=mask, other=0.0).to(wide) * gain
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(tl.float64)
     peak = _largest(tl.abs(value))
     tl.store(gains + b * num_samples + n, gain, mask=n < num_samples)
     tl.store(dots + program, tl.sum(slope * value.to(tl.float64), 0))
@@ -316,10 +316,10 @@ def isd_backward_kernel(
         highest = tl.load(peaks + b * num_blocks + i, mask=there, other=0.0) == peak
         place = tl.minimum(place, tl.load(places + b * num_blocks + i, mask=there & highest, other=_NOWHERE))
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < _length(lengths, b, num_samples)
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(wide)
+    mask = n < _length(lengths, b, num_samples)
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(wide)
     slope, _ = _norm_backward(slope, n, dot, peak, tl.min(place, 0))
-    gain = tl.load(gains + b * num_samples + n, mask=own, other=0.0)
+    gain = tl.load(gains + b * num_samples + n, mask=mask, other=0.0)
     tl.store(out + b * num_samples + n, (slope * gain).to(out.dtype.element_ty), mask=n < num_samples)
 
 
@@ -410,9 +410,9 @@ def ssi_backward_sums_kernel(grad, colored, lengths, dots, num_samples, num_bloc
     program = tl.program_id(0)
     b = (program // num_blocks).to(tl.int64)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < _length(lengths, b, num_samples)
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(tl.float64)
-    noise = tl.load(colored + b * num_samples + n, mask=own, other=0.0).to(tl.float64)
+    mask = n < _length(lengths, b, num_samples)
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(tl.float64)
+    noise = tl.load(colored + b * num_samples + n, mask=mask, other=0.0).to(tl.float64)
     tl.store(dots + program, tl.sum(slope * noise, 0))
 
 
@@ -449,10 +449,10 @@ def ssi_backward_kernel(
     norms = tl.where(sounds, tl.sqrt(signal) * tl.sqrt(noise), 1.0)
     toward_x = tl.where(sounds, dot / norms * level, 0.0)
     n = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    own = n < _length(lengths, b, num_samples)
+    mask = n < _length(lengths, b, num_samples)
     wide = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
-    slope = tl.load(grad + b * grad_stride + n, mask=own, other=0.0).to(wide)
-    wave = tl.load(x + b * x_stride + n, mask=own, other=0.0).to(wide)
+    slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(wide)
+    wave = tl.load(x + b * x_stride + n, mask=mask, other=0.0).to(wide)
     value = slope + wave * toward_x.to(wide)
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 

@@ -143,11 +143,11 @@ def weigh_kernel(
     for GradVac also rho -> targets [S, K, K].
     """
     segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    own = segment < num_segments
+    mask = segment < num_segments
     matrix = gram + segment * (NUM_PATHS * NUM_PATHS)
-    good = own
+    good = mask
     for i in range(NUM_PATHS * NUM_PATHS):
-        good = good & _is_finite(tl.load(matrix + i, mask=own, other=0.0))
+        good = good & _is_finite(tl.load(matrix + i, mask=mask, other=0.0))
     total = ()
     if NUM_PATHS == 2:
         aa = tl.load(matrix, mask=good, other=1.0)
@@ -156,13 +156,13 @@ def weigh_kernel(
         rho_ab = aa * 0.0
         rho_ba = aa * 0.0
         if METHOD == "gradvac" and rho is not None:
-            rho_ab = tl.load(rho + segment * 4 + 1, mask=own, other=0.0)
-            rho_ba = tl.load(rho + segment * 4 + 2, mask=own, other=0.0)
+            rho_ab = tl.load(rho + segment * 4 + 1, mask=mask, other=0.0)
+            rho_ba = tl.load(rho + segment * 4 + 2, mask=mask, other=0.0)
         one, two, new_ab, new_ba = _weigh_two(aa, ab, bb, rho_ab, rho_ba, METHOD, BETA, ALWAYS, C)
         total = (one, two)
         if METHOD == "gradvac":
-            tl.store(targets + segment * 4 + 1, tl.where(good, new_ab, rho_ab), mask=own)
-            tl.store(targets + segment * 4 + 2, tl.where(good, new_ba, rho_ba), mask=own)
+            tl.store(targets + segment * 4 + 1, tl.where(good, new_ab, rho_ab), mask=mask)
+            tl.store(targets + segment * 4 + 2, tl.where(good, new_ba, rho_ba), mask=mask)
     else:
         for _ in tl.static_range(NUM_PATHS):
             total = total + (tl.full([BLOCK], 1.0 / NUM_PATHS, tl.float64),)
@@ -171,10 +171,10 @@ def weigh_kernel(
         for i in tl.static_range(NUM_PATHS):
             old = tl.zeros([BLOCK], tl.float64)
             if rho is not None:
-                old = tl.load(rho + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), mask=own, other=0.0)
-            tl.store(targets + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), old, mask=own)
+                old = tl.load(rho + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), mask=mask, other=0.0)
+            tl.store(targets + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), old, mask=mask)
     for k in tl.static_range(NUM_PATHS):
-        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, total[k], float("nan")), mask=own)
+        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, total[k], float("nan")), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------- more than two paths
@@ -188,8 +188,8 @@ def _times(matrix, vector):
 
 @triton.jit
 def _diagonal(matrix, TILE: tl.constexpr):
-    own = tl.arange(0, TILE)
-    return tl.sum(tl.where(own[:, None] == own[None, :], matrix, 0.0), 0)
+    index = tl.arange(0, TILE)
+    return tl.sum(tl.where(index[:, None] == index[None, :], matrix, 0.0), 0)
 
 
 @triton.jit
@@ -207,9 +207,9 @@ def _column(matrix, index, TILE: tl.constexpr):
 @triton.jit
 def _factor(matrix, COUNT: tl.constexpr, TILE: tl.constexpr):
     """L D of a positive definite matrix L D L^T, in and below its diagonal, of the first COUNT rows and columns."""
-    own = tl.arange(0, TILE)
+    index = tl.arange(0, TILE)
     for column in range(COUNT):
-        below = tl.where(own > column, _column(matrix, column, TILE), 0.0)
+        below = tl.where(index > column, _column(matrix, column, TILE), 0.0)
         pivot = _entry(_column(matrix, column, TILE), column, TILE)
         matrix = matrix - below[:, None] / pivot * below[None, :]
     return matrix
@@ -220,16 +220,16 @@ def _substitute(factors, right, COUNT: tl.constexpr, TILE: tl.constexpr):
     """The x [TILE] with matrix x = right, of the first COUNT rows and columns, from the matrix's `_factor`. A singular
     matrix gives values that are not finite.
     """
-    own = tl.arange(0, TILE)
+    index = tl.arange(0, TILE)
     for column in range(COUNT):
         entries = _column(factors, column, TILE)
         value = _entry(right, column, TILE) / _entry(entries, column, TILE)
-        right = tl.where(own == column, value, right - tl.where(own > column, entries * value, 0.0))
+        right = tl.where(index == column, value, right - tl.where(index > column, entries * value, 0.0))
     for turn in range(COUNT):
         column = COUNT - 1 - turn
         entries = _column(factors, column, TILE)
-        rest = tl.sum(tl.where(own > column, entries * right, 0.0), 0) / _entry(entries, column, TILE)
-        right = tl.where(own == column, right - rest, right)
+        rest = tl.sum(tl.where(index > column, entries * right, 0.0), 0) / _entry(entries, column, TILE)
+        right = tl.where(index == column, right - rest, right)
     return right
 
 
@@ -245,14 +245,14 @@ def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constex
     """The cosines' factors among the ``free`` paths, with what rounding asks for on the diagonal; the identity in place
     of the others.
     """
-    own = tl.arange(0, TILE)
-    diagonal = (own[:, None] == own[None, :]).to(tl.float64)
+    index = tl.arange(0, TILE)
+    diagonal = (index[:, None] == index[None, :]).to(tl.float64)
     system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * ROUNDING * diagonal, diagonal)
     return _factor(system, NUM_PATHS, TILE)
 
 
 @triton.jit
-def _advance(y, z, free, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
+def _advance(y, z, free):
     """From y towards z, the minimum among the ``free`` paths, until the first falls to 0: y there and the step, at
     least 1 where z is reached, 0 where the Gram matrix tells no more because rounding has made it indefinite.
     """
@@ -269,12 +269,12 @@ def _advance(y, z, free, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
     """The paths with y > 0 and, where z was reached, that of the most negative slope; whether there is more to do."""
-    own = tl.arange(0, TILE)
+    index = tl.arange(0, TILE)
     free = y > 0
-    held = tl.where(free | (own >= NUM_PATHS), float("inf"), slope)
+    held = tl.where(free | (index >= NUM_PATHS), float("inf"), slope)
     # Where z was not reached, no slope is below the least number.
     least = tl.where(step < 1, float("-inf"), 0.0)
-    steepest = (own == tl.argmin(held, 0)) & (held < least)
+    steepest = (index == tl.argmin(held, 0)) & (held < least)
     more = (tl.sum(steepest.to(tl.int32), 0) > 0) | ((step > 0) & (step < 1))
     return free | steepest, more
 
@@ -284,15 +284,15 @@ def _minimize_on_simplex(
     linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
 ):
     """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; ``linear`` is in the range of G."""
-    own = tl.arange(0, TILE)
-    mine = own < NUM_PATHS
+    index = tl.arange(0, TILE)
+    valid = index < NUM_PATHS
     squares = tl.maximum(_diagonal(gram, TILE), 0.0)
-    shortest = tl.maximum(tl.min(tl.where(mine, squares, float("inf")), 0), 1e-300)
+    shortest = tl.maximum(tl.min(tl.where(valid, squares, float("inf")), 0), 1e-300)
     norms = tl.sqrt(squares + shortest)
-    matrix = tl.where(mine[:, None] & mine[None, :], gram + shortest, 0.0)
+    matrix = tl.where(valid[:, None] & valid[None, :], gram + shortest, 0.0)
     cosines = matrix / (norms[:, None] * norms[None, :])
-    values = tl.where(mine, linear + k * tl.sqrt(squares + eps), float("inf"))
-    free = own == tl.argmin(values, 0)
+    values = tl.where(valid, linear + k * tl.sqrt(squares + eps), float("inf"))
+    free = index == tl.argmin(values, 0)
     x = tl.where(free, linear * 0.0 + 1.0, 0.0)
     left = ROUNDS
     while left > 0:
@@ -311,7 +311,7 @@ def _minimize_on_simplex(
         level = (1 + t * total) / one
         size = tl.sum(z * norms, 0) + (t * tl.abs(linear) + tl.abs(level)) / norms
         slope = (_times(matrix, z) + t * linear - level) / norms + NUM_PATHS * ROUNDING * size
-        x, step = _advance(x, z, free, NUM_PATHS, TILE)
+        x, step = _advance(x, z, free)
         free, more = _free_steepest(x, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
     return x / tl.sum(x, 0)
@@ -332,35 +332,35 @@ def _project_to_dual_cone(
         z = _substitute(factors, tl.where(free, -linear, 0.0), NUM_PATHS, TILE)
         total = lengths + z
         slope = _times(cosines, total) + NUM_PATHS * ROUNDING * tl.sum(total, 0)
-        y, step = _advance(y, z, free, NUM_PATHS, TILE)
+        y, step = _advance(y, z, free)
         free, more = _free_steepest(y, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
     return start + tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0)
 
 
 @triton.jit
-def _partner(own, turn, NUM_PATHS: tl.constexpr):
+def _partner(index, turn, NUM_PATHS: tl.constexpr):
     """Whom each path meets in a round of a round-robin tournament; itself where it is idle."""
     ROUNDS: tl.constexpr = NUM_PATHS - 1 + NUM_PATHS % 2
-    partner = (turn - own + 2 * ROUNDS) % ROUNDS
+    partner = (turn - index + 2 * ROUNDS) % ROUNDS
     if NUM_PATHS % 2 == 0:
         # Who would meet itself meets the last.
-        idle = tl.sum(tl.where((partner == own) & (own < ROUNDS), own, 0), 0)
-        partner = tl.where(partner == own, ROUNDS, partner)
-        partner = tl.where(own == ROUNDS, idle, partner)
-    return tl.where(own < NUM_PATHS, partner, own)
+        idle = tl.sum(tl.where((partner == index) & (index < ROUNDS), index, 0), 0)
+        partner = tl.where(partner == index, ROUNDS, partner)
+        partner = tl.where(index == ROUNDS, idle, partner)
+    return tl.where(index < NUM_PATHS, partner, index)
 
 
 @triton.jit
 def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.constexpr):
     """Eigenvalues [TILE], in no order, and eigenvectors, in columns, by Jacobi's rotations of disjoint pairs."""
-    own = tl.arange(0, TILE)
-    row = own[:, None]
-    column = own[None, :]
+    index = tl.arange(0, TILE)
+    row = index[:, None]
+    column = index[None, :]
     ROUNDS: tl.constexpr = NUM_PATHS - 1 + NUM_PATHS % 2
     vectors = tl.where(row == column, matrix * 0.0 + 1.0, 0.0)
     for turn in range(ROUNDS * SWEEPS):
-        partner = _partner(own, turn % ROUNDS, NUM_PATHS)
+        partner = _partner(index, turn % ROUNDS, NUM_PATHS)
         across = tl.broadcast_to(partner[None, :], [TILE, TILE])
         down = tl.broadcast_to(partner[:, None], [TILE, TILE])
         diagonal = tl.sum(tl.where(row == column, matrix, 0.0), 0)
@@ -368,9 +368,9 @@ def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.const
         # Both of a pair turn by exactly the same angle.
         above = tl.sum(tl.where(row == partner[None, :], matrix, 0.0), 0)
         below = tl.sum(tl.where(column == partner[:, None], matrix, 0.0), 1)
-        off = tl.where(partner == own, 0.0, 0.5 * (above + below))
+        off = tl.where(partner == index, 0.0, 0.5 * (above + below))
         tau = (other - diagonal) / tl.where(off == 0, 1.0, 2 * off)
-        side = tl.where((tau < 0) | ((tau == 0) & (own > partner)), -1.0, 1.0)
+        side = tl.where((tau < 0) | ((tau == 0) & (index > partner)), -1.0, 1.0)
         tangent = tl.where(off == 0, 0.0, side / (tl.abs(tau) + tl.sqrt(1 + tau * tau)))
         cosine = 1 / tl.sqrt(1 + tangent * tangent)
         sine = tangent * cosine
@@ -381,7 +381,7 @@ def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def _scale_to_sum_one(weights, mine, NUM_PATHS: tl.constexpr):
+def _scale_to_sum_one(weights, NUM_PATHS: tl.constexpr):
     """Divide by the sum; 1/K where it vanishes."""
     weights = weights / tl.maximum(tl.max(tl.abs(weights), 0), 1e-300)
     total = tl.sum(weights, 0)
@@ -398,20 +398,20 @@ def _norms_and_cosines(gram, TILE: tl.constexpr):
 @triton.jit
 def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEARCH: tl.constexpr, TILE: tl.constexpr):
     """Nash-MTL: the y > 0 with C y = 1 / y, by Newton's method."""
-    own = tl.arange(0, TILE)
-    mine = own < NUM_PATHS
-    diagonal = (own[:, None] == own[None, :]).to(tl.float64)
+    index = tl.arange(0, TILE)
+    valid = index < NUM_PATHS
+    diagonal = (index[:, None] == index[None, :]).to(tl.float64)
     # A choice of two constants would be float32.
-    ridge = tl.where(mine, (norms == 0).to(tl.float64) + 1e-6, 0.0)
+    ridge = tl.where(valid, (norms == 0).to(tl.float64) + 1e-6, 0.0)
     matrix = cosines + diagonal * ridge[:, None]
-    y = tl.where(mine, norms * 0.0 + 1.0, 0.0)
+    y = tl.where(valid, norms * 0.0 + 1.0, 0.0)
     for _ in range(ROUNDS):
         product = _times(matrix, y)
         # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
         length = tl.sqrt(NUM_PATHS / tl.maximum(tl.sum(y * product, 0), 1e-6 * tl.sum(y * y, 0)))
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
-        residual = tl.where(mine, 1 - y * product * length, 0.0)
+        residual = tl.where(valid, 1 - y * product * length, 0.0)
         z = _substitute(_factor(inner + diagonal, NUM_PATHS, TILE), residual, NUM_PATHS, TILE)
         square = tl.maximum(tl.sum(z * _times(inner, z), 0), 0.0)
         # z . residual, but of terms that do not cancel: at the end z is all rounding.
@@ -436,18 +436,18 @@ def _meet(gram, gram_at, rho, order, METHOD: tl.constexpr, BETA: tl.constexpr, A
 
     ``gram_at`` points to the matrix in memory, where rows can be chosen.
     """
-    own = tl.arange(0, TILE)
-    row = own[:, None]
-    column = own[None, :]
-    mine = own < NUM_PATHS
-    inside = mine[:, None] & mine[None, :]
+    index = tl.arange(0, TILE)
+    row = index[:, None]
+    column = index[None, :]
+    valid = index < NUM_PATHS
+    inside = valid[:, None] & valid[None, :]
     lengths = tl.sqrt(tl.maximum(_diagonal(gram, TILE), 0.0))
     rows = tl.where(row == column, gram * 0.0 + 1.0, 0.0)
     for m in range(NUM_PATHS):
-        met = own * 0 + m
+        met = index * 0 + m
         if order is not None:
-            met = tl.load(order + own * NUM_PATHS + m, mask=mine, other=0).to(tl.int32)
-        meets = mine & (met != own) & (met >= 0) & (met < NUM_PATHS)
+            met = tl.load(order + index * NUM_PATHS + m, mask=valid, other=0).to(tl.int32)
+        meets = valid & (met != index) & (met >= 0) & (met < NUM_PATHS)
         met = tl.where(meets, met, 0)
         chosen = (column == met[:, None]) & meets[:, None]
         # Row i: G's row of the path that i meets.
@@ -492,13 +492,13 @@ def weigh_many_kernel(
     targets [S, K, K].
     """
     segment = tl.program_id(0).to(tl.int64)
-    own = tl.arange(0, TILE)
-    mine = own < NUM_PATHS
-    row = own[:, None]
-    column = own[None, :]
+    index = tl.arange(0, TILE)
+    valid = index < NUM_PATHS
+    row = index[:, None]
+    column = index[None, :]
     at = segment * (NUM_PATHS * NUM_PATHS)
     place = at + row * NUM_PATHS + column
-    inside = mine[:, None] & mine[None, :]
+    inside = valid[:, None] & valid[None, :]
     matrix = tl.load(gram + place, mask=inside, other=0.0)
     good = tl.sum(tl.sum(tl.where(_is_finite(matrix), 0, 1), 1), 0) == 0
     matrix = tl.where(good, matrix, 0.0)
@@ -523,13 +523,13 @@ def weigh_many_kernel(
         found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "dualproj":
         norms, cosines = _norms_and_cosines(matrix, TILE)
-        start = tl.where(mine, zero + 1.0 / NUM_PATHS, 0.0)
+        start = tl.where(valid, zero + 1.0 / NUM_PATHS, 0.0)
         found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "upgrad":
         norms, cosines = _norms_and_cosines(matrix, TILE)
         found = zero
         for i in range(NUM_PATHS):
-            start = tl.where(own == i, zero + 1.0 / NUM_PATHS, 0.0)
+            start = tl.where(index == i, zero + 1.0 / NUM_PATHS, 0.0)
             found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
     elif METHOD == "imtlg":
         norms, cosines = _norms_and_cosines(matrix, TILE)
@@ -540,7 +540,7 @@ def weigh_many_kernel(
         # A constant that is compared would be float32.
         sums = tl.sum(vectors, 0)
         y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12 * tl.sum(vectors * vectors, 0), sums, 0.0))
-        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
+        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), NUM_PATHS)
     elif METHOD == "alignedmtl":
         values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, TILE)
         kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
@@ -552,8 +552,8 @@ def weigh_many_kernel(
     elif METHOD == "nashmtl":
         norms, cosines = _norms_and_cosines(matrix, TILE)
         y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, NASH_SEARCHES, TILE)
-        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), mine, NUM_PATHS)
-    tl.store(weights + segment * NUM_PATHS + own, tl.where(good, found, float("nan")), mask=mine)
+        found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), NUM_PATHS)
+    tl.store(weights + segment * NUM_PATHS + index, tl.where(good, found, float("nan")), mask=valid)
 
 
 # ------------------------------------------------------------------------------------------------------------ launcher
