@@ -552,21 +552,39 @@ def _sum_of(partials, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _largest(values):
-    """The largest of all values, NaN where one is NaN: a GPU's maximum of two leaves NaN out."""
-    broken = tl.max((values != values).to(tl.int32), 0) > 0
-    return tl.where(broken, float("nan"), tl.max(values, 0))
-
-
-@triton.jit
 def _max_of(partials, count, BLOCK: tl.constexpr):
-    """`_largest` of partials [count], -inf where there is none."""
+    """Maximum of partials [count], -inf where there is none."""
     largest = tl.full([BLOCK], float("-inf"), partials.dtype.element_ty)
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        found = tl.load(partials + i, mask=i < count, other=float("-inf"))
-        largest = tl.where((found > largest) | (found != found), found, largest)
-    return _largest(largest)
+        largest = tl.maximum(largest, tl.load(partials + i, mask=i < count, other=float("-inf")))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _bits(values):
+    """|values| as whole numbers in the same order, behind them NaN, which a GPU's maximum of numbers leaves out."""
+    if values.dtype == tl.float64:
+        bits = tl.abs(values).to(tl.int64, bitcast=True)
+    else:
+        bits = tl.abs(values).to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def _peak(values):
+    """The largest magnitude, and NaN where there is one."""
+    return tl.max(_bits(values), 0).to(values.dtype, bitcast=True)
+
+
+@triton.jit
+def _peak_of(peaks, count, BLOCK: tl.constexpr):
+    """`_peak` of peaks [count], 0 where there is none."""
+    largest = _bits(tl.zeros([BLOCK], peaks.dtype.element_ty))
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, _bits(tl.load(peaks + i, mask=i < count, other=0.0)))
+    return tl.max(largest, 0).to(peaks.dtype.element_ty, bitcast=True)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -854,7 +872,7 @@ def isd_kernel(
     if addend is not None:
         value += tl.load(addend + b * num_samples + n, mask=mask, other=0.0).to(wide)
     tl.store(y + b * num_samples + n, value.to(y.dtype.element_ty), mask=mask)
-    tl.store(peaks + program, _largest(tl.abs(value)))
+    tl.store(peaks + program, _peak(value))
     if squares is not None:
         square = value.to(tl.float64)
         tl.store(squares + program, tl.sum(square * square, 0))
@@ -1029,7 +1047,7 @@ def rawboost_finish_kernel(
         mean, peak = _level(sums, largest, smallest, b, length, num_tiles, WIDE, TILE_BLOCK)
         divisor = tl.where(peak > 1, peak, 1.0)
     if peaks is not None:
-        peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
+        peak = _peak_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
         divisor = tl.where(peak > 1, peak, 1.0)
     scale = tl.full([], 0.0, WIDE)
     if colored is not None:

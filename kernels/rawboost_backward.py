@@ -20,11 +20,11 @@ from gradalign.kernels.rawboost import (
     _dense,
     _fir_tile,
     _isd_gain,
-    _largest,
     _length,
     _level,
-    _max_of,
     _noise_level,
+    _peak,
+    _peak_of,
     _rows,
     _sum_of,
     _tile,
@@ -281,7 +281,7 @@ def isd_backward_sums_kernel(
     gain = _isd_gain(marks, seeds, factor, b, n, length, words, factor_stride, BLOCK, G_SD, wide)
     value = tl.load(x + b * x_stride + n, mask=mask, other=0.0).to(wide) * gain
     slope = tl.load(grad + b * grad_stride + n, mask=mask, other=0.0).to(tl.float64)
-    peak = _largest(tl.abs(value))
+    peak = _peak(value)
     tl.store(gains + b * num_samples + n, gain, mask=n < num_samples)
     tl.store(dots + program, tl.sum(slope * value.to(tl.float64), 0))
     tl.store(peaks + program, peak)
@@ -307,7 +307,7 @@ def isd_backward_kernel(
     program = tl.program_id(0)
     b = (program // num_blocks).to(tl.int64)
     wide = gains.dtype.element_ty
-    peak = _max_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
+    peak = _peak_of(peaks + b * num_blocks, num_blocks, TILE_BLOCK)
     dot = _sum_of(dots + b * num_blocks, num_blocks, TILE_BLOCK)
     place = tl.full([TILE_BLOCK], _NOWHERE, tl.int64)
     for first in range(0, num_blocks, TILE_BLOCK):

@@ -70,7 +70,7 @@ def test_works_without_the_extension():
         "print(bool(torch.isfinite(y).all())); print(info.report())"
     )
     assert out.startswith("True\n")
-    assert "lnl: reference" in out
+    assert "align_\n    reference\n" in out
     assert "not cpp: the extension gradalign._C is not built or does not load" in out
 
 
