@@ -102,7 +102,7 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
     xlsr = ("--detector", "xlsr-aasist", "--autocast", "bfloat16", "--ways", *ways)
     data = ("--batch", "24", "--samples", "64600", "--workers", "8", "--detector", "aasist", "--steps", "8", *loader)
     merging = ("--parameters", "aasist", "xlsr-300m", "--methods", "pcgrad", "--paths", "2", "--seconds", "3")
-    # 84 comparisons, each after a float64 reference.
+    # 82 comparisons, each after a float64 reference.
     each = ("--batch", "1", "64", "--samples", "16000", "64600", "400000", "--seconds", "0.15", "--rounds", "10")
     return [
         Stage("what serves what", ((sys.executable, "-m", "gradalign.info"),), 15),
