@@ -204,8 +204,9 @@ def tensors(args: Sequence[Any]) -> list[Tensor]:
 def first_tensor(args: Sequence[Any]) -> Tensor:
     """Return the first of an op's tensors."""
     for arg in args:
-        if found := tensors([arg]):
-            return found[0]
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(first, Tensor):
+            return first
     raise TypeError("an op needs at least one tensor")
 
 

@@ -478,10 +478,11 @@ class AlignedOptimizer(Optimizer):
     def _restore(self, before: Gradients | Averaged | None) -> list[Any]:
         """Put back what a path has collected so far, for its next backward to accumulate into; return its marks."""
         params = self._params()
-        grads = before if isinstance(before, list) else [None] * len(params)
-        for param, grad in zip(params, grads, strict=True):
+        if not isinstance(before, list):
+            return [None] * len(params)
+        for param, grad in zip(params, before, strict=True):
             param.grad = grad
-        return [_mark(grad) for grad in grads]
+        return [_mark(grad) for grad in before]
 
     def _send(self, grads: Gradients, k: int, before: Gradients | Averaged | None) -> Gradients | Averaged:
         """What is kept of path k after a backward; ``before`` is what earlier ones have left of it."""
@@ -597,13 +598,13 @@ class AlignedOptimizer(Optimizer):
 
     def _merge(self, paths: list[Gradients], merged: Gradients) -> None:
         """Combine the paths' gradients into ``merged``, the first that each parameter has, and count. No host sync."""
-        subsets = _by_subset(paths)
+        subsets, segments = _by_subset(paths), self._segments()
         if self._takes_one_pass(subsets, merged):
             gram, rho = self._merge_in_one_pass(paths)
             finite = self._check_gram(gram)
         else:
-            gram, rho, finite = self._merge_in_turn(paths, merged, subsets)
-        self._count(gram, rho, finite)
+            gram, rho, finite = self._merge_in_turn(paths, merged, subsets, *segments)
+        self._count(gram, rho, finite, *segments)
 
     def _takes_one_pass(self, subsets: dict[tuple[int, ...], list[int]], merged: Gradients) -> bool:
         """Whether each parameter is merged on its own, by a method that has kernels, all paths reach all parameters,
@@ -635,7 +636,12 @@ class AlignedOptimizer(Optimizer):
         return gram, rho if "rho" in counters else None
 
     def _merge_in_turn(
-        self, paths: list[Gradients], merged: Gradients, subsets: dict[tuple[int, ...], list[int]]
+        self,
+        paths: list[Gradients],
+        merged: Gradients,
+        subsets: dict[tuple[int, ...], list[int]],
+        segments: list[int],
+        num_segments: int,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gram matrices, weights, combination; return what `_count` takes."""
         num_paths, complete = len(paths), tuple(range(len(paths)))
@@ -654,7 +660,6 @@ class AlignedOptimizer(Optimizer):
         gram = reduce(torch.add, grams.values())
         finite = self._check_gram(gram)
 
-        segments, num_segments = self._segments()
         counters = self._allocate(gram, num_segments)
         weighed = grams.get(complete, torch.zeros_like(gram)) if self._method.partial == "apart" else gram
         of_segments = self._sum_segments(weighed, segments, num_segments)
@@ -681,11 +686,10 @@ class AlignedOptimizer(Optimizer):
             raise FloatingPointError(self._describe_nonfinite(gram))
         return finite
 
-    def _count(self, gram: Tensor, rho: Tensor | None, finite: Tensor) -> None:
+    def _count(self, gram: Tensor, rho: Tensor | None, finite: Tensor, segments: list[int], num_segments: int) -> None:
         """Keep a step's Gram matrices, the method's new state and the counts; a step that is not finite only counts as
         skipped.
         """
-        segments, num_segments = self._segments()
         counters = self._allocate(gram, num_segments)
         self._gram, self._nonfinite = gram, (~finite).float()
         if rho is not None:
