@@ -230,14 +230,14 @@ class Averaged:
         self.counts += more.counts
         self.reached = [a or b for a, b in zip(self.reached, more.reached, strict=True)]
 
-    def wait(self, params: Sequence[Tensor]) -> Gradients:
+    def wait(self) -> Gradients:
         """This rank's part of each parameter's average gradient (it may be empty); None where no rank reaches it.
 
         Raises:
             RuntimeError: if no rank reaches any parameter.
         """
         self._finish()
-        if any(param.requires_grad and not here for param, here in zip(params, self.reached, strict=True)):
+        if not all(self.reached[n] for bucket in self.buckets for n in bucket.members):
             self.reached = [count > 0 for count in self.counts.tolist()]
             if not any(self.reached):
                 raise RuntimeError("a path must give a gradient to at least one parameter on some rank; found none")
@@ -282,9 +282,13 @@ class Averager:
         self._buckets: list[_Bucket] = []
         self._flags: dict[tuple[bool, ...], Tensor] = {}
 
-    def start(self, params: Sequence[Tensor], grads: Gradients) -> Averaged:
-        """Send a finished path, without waiting. What it does not reach on this rank counts as zero here."""
-        buckets = self._layout(params)
+    def start(self, params: Sequence[Tensor], grads: Gradients, first: bool) -> Averaged:
+        """Send a finished path, without waiting. What it does not reach on this rank counts as zero here.
+
+        Raises:
+            RuntimeError: if parameters were frozen, say, since the ``first`` path of the step.
+        """
+        buckets = self._layout(params, first)
         reached = tuple(grad is not None for grad in grads)
         parts: list[Tensor] = []
         pending: list[tuple[Any, Tensor]] = []
@@ -323,10 +327,16 @@ class Averager:
             self._flags[reached] = torch.tensor(reached, dtype=torch.int32, device=device)
         return self._flags[reached]
 
-    def _layout(self, params: Sequence[Tensor]) -> list[_Bucket]:
+    def _layout(self, params: Sequence[Tensor], may_change: bool) -> list[_Bucket]:
         key = [(id(param), param.requires_grad, param.dtype) for param in params]
         if key == self._key:
             return self._buckets
+        if not may_change:
+            changed = next(i for i, (a, b) in enumerate(zip(key, self._key, strict=True)) if a != b)
+            raise RuntimeError(
+                "with `process_group`, each parameter's requires_grad and dtype must be the same in all paths of a "
+                f"step; found another in parameter {changed}"
+            )
         self._buckets, self._key, self._flags = [], key, {}
         dtypes = dict.fromkeys(param.dtype for param in params if param.requires_grad)
         for dtype in dtypes:

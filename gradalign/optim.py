@@ -309,14 +309,10 @@ class AlignedOptimizer(Optimizer):
                 f"parameters can be added before the first path or after step(); found {len(self._paths)} paths"
             )
         self.optimizer.add_param_group(param_group)
-        if self._num_paths and self._counters:
-            segments, num_segments = self._segments()
-            added = len(segments) - len(self._counters["parameter_conflicts"])
-            like = self._counters["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
-            self._allocate(like, num_segments)
-            if self._gram is not None:
-                self._gram = torch.cat([self._gram, self._gram.new_zeros(added, *self._gram.shape[1:])])
 
+    # torch.compile of a whole training step leaves out what changes the optimizer: Dynamo cannot trace that. As in
+    # torch.optim; torch.compiler.disable would make `import gradalign` load Dynamo.
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients and forget the paths of an unfinished step (with a warning, where there are any).
 
@@ -326,13 +322,15 @@ class AlignedOptimizer(Optimizer):
             warnings.warn(
                 f"zero_grad() dropped the gradients of {len(self._paths)} finished path(s) that no step has used: "
                 "call it once per step, before the first path",
-                stacklevel=2,
+                # The caller's line, beyond the two frames of the decorator.
+                stacklevel=4,
             )
         self._paths, self._joint, self._nonfinite = [], False, None
         self.optimizer.zero_grad(set_to_none=True)
 
     # ---- paths ----
 
+    @torch._disable_dynamo
     @contextmanager
     def path(self, index: int | None = None) -> Iterator[None]:
         """Collect the gradients of one path: call ``loss.backward()`` inside, several times to accumulate.
@@ -375,6 +373,7 @@ class AlignedOptimizer(Optimizer):
         finally:
             self._inside = False
 
+    @torch._disable_dynamo
     def backward(self, losses: Sequence[Tensor]) -> None:
         """Differentiate one scalar loss per path; the losses may share their graph.
 
@@ -455,15 +454,23 @@ class AlignedOptimizer(Optimizer):
         params = self._params()
         self._check_count(params)
         grads: Gradients = [param.grad for param in params]
+        places: set[Any] = set()
         for n, grad in enumerate(grads):
-            if grad is not None and grad.layout != torch.strided:
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
                 layout = str(grad.layout).removeprefix("torch.")
                 raise TypeError(
                     f"gradients must be dense; found {layout} in {self._name(n)} (nn.Embedding: use sparse=False)"
                 )
-            if grad is not None and not grad.is_floating_point():
+            if not grad.is_floating_point():
                 dtype = str(grad.dtype).removeprefix("torch.")
                 raise TypeError(f"gradients must be real floating-point numbers; found {dtype} in {self._name(n)}")
+            # Autograd may give two parameters views of one gradient (that of a.view(2, 2) + b.view(2, 2), say).
+            place = (grad.untyped_storage()._cdata, grad.storage_offset())
+            if place in places:
+                grads[n] = grad.clone()
+            places.add(place)
         devices = {grad.device for grad in grads if grad is not None}
         if len(devices) > 1:
             raise ValueError(f"all gradients must be on one device; found {', '.join(sorted(map(str, devices)))}")
@@ -491,7 +498,7 @@ class AlignedOptimizer(Optimizer):
                 return _distributed.settled(grads)
             _distributed.check_apart(grads, k, self._paths, self._name)
             return grads
-        sent = self._averager.start(self._params(), grads)
+        sent = self._averager.start(self._params(), grads, first=not self._paths and before is None)
         if isinstance(before, Averaged):
             before.add(sent)
             return before
@@ -519,6 +526,7 @@ class AlignedOptimizer(Optimizer):
 
     # ---- one step ----
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Align the paths' gradients and take the inner optimizer's step; without paths, just that step.
 
@@ -562,6 +570,7 @@ class AlignedOptimizer(Optimizer):
             del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
         return loss
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def align(self) -> None:
         """Merge the finished paths' gradients into ``.grad``, in place of the first path's.
@@ -575,12 +584,12 @@ class AlignedOptimizer(Optimizer):
         if hasattr(self, "grad_scale"):
             self._refuse("call align() before scaler.step(optimizer); found paths that are not aligned")
         self._begin("align()")
+        if self._num_paths is not None and len(self._paths) != self._num_paths:
+            raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(self._paths)}")
         paths, self._paths, self._joint, self._nonfinite = self._paths, [], False, None
-        if self._num_paths is not None and len(paths) != self._num_paths:
-            raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(paths)}")
         params = self._params()
         # Whole gradients, or this rank's parts of their averages.
-        found = [path.wait(params) if isinstance(path, Averaged) else path for path in paths]
+        found = [path.wait() if isinstance(path, Averaged) else path for path in paths]
         merged: Gradients = [next((g for g in grads if g is not None), None) for grads in zip(*found, strict=True)]
         if len(found) > 1:
             self._merge(found, merged)
@@ -770,6 +779,17 @@ class AlignedOptimizer(Optimizer):
                 self._counters[name] = new
         return self._counters
 
+    def _grow(self) -> None:
+        """Make what was counted longer, where parameters were added since."""
+        if self._num_paths is None:
+            return
+        segments, num_segments = self._segments()
+        like = self._counters["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
+        self._allocate(like, num_segments)
+        if self._gram is not None and len(self._gram) < len(segments):
+            added = self._gram.new_zeros(len(segments) - len(self._gram), *self._gram.shape[1:])
+            self._gram = torch.cat([self._gram, added])
+
     def _shapes(self, num_paths: int, num_params: int, num_segments: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             "steps": (),
@@ -799,11 +819,13 @@ class AlignedOptimizer(Optimizer):
 
         Float64 [K, K] on the gradients' device, without a host sync.
         """
+        self._grow()
         return None if self._gram is None else _cosine(self._whole(self._gram))
 
     @property
     def stats(self) -> Stats:
         """A snapshot of what alignment saw; reading it waits for the device."""
+        self._grow()
         counters = {name: tensor.to("cpu", copy=True) for name, tensor in self._counters.items()}
         steps, skipped, conflicts = (
             int(counters[name]) if name in counters else 0 for name in ("steps", "skipped", "conflicts")
@@ -836,6 +858,7 @@ class AlignedOptimizer(Optimizer):
         that `torch.distributed.checkpoint` carries them like any setting of a group, also into an optimizer that has
         not seen a path yet. `torch.load` reads it with ``weights_only=True``.
         """
+        self._grow()
         counters = {
             name: self._counters[name].tolist() if name in self._counters else [] for name in self._shapes(0, 0, 0)
         }

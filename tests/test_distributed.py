@@ -526,6 +526,20 @@ def parameters_missing_on_some_ranks():
         assert_same(results[1], results[0])
 
 
+@check
+def frozen_after_the_paths():
+    """What is frozen before the step is still averaged over the ranks, one of which has not reached it."""
+    params = [nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
+    opt = AlignedOptimizer(torch.optim.SGD(params, lr=1.0), process_group=dist.group.WORLD)
+    for _ in range(2):
+        with opt.path():
+            for param in params[: 1 if dist.get_rank() else 2]:
+                param.grad = torch.ones_like(param)
+    params[1].requires_grad_(False)
+    opt.step()
+    assert_same(params, [torch.full((4,), -1.0).double(), torch.full((4,), -1.0 / dist.get_world_size()).double()])
+
+
 class TwoHeads(nn.Sequential):
     """A trunk, and one head per path."""
 
@@ -801,6 +815,19 @@ def what_would_be_wrong_is_refused():
     with pytest.raises(RuntimeError, match=r"on several ranks needs `process_group`.*found None"):
         opt.backward([loss_of(model, view, labels) for view in views])
     opt.backward([loss_of(model, views[0], labels)])
+    opt.step()
+    model, opt, _ = with_group(make_model(), "pcgrad", "model")
+    with opt.path():
+        loss_of(model, views[0], labels).backward()
+    model[2].requires_grad_(False)
+    with (
+        pytest.raises(RuntimeError, match=r"the same in all paths of a step; found another in parameter 2"),
+        opt.path(),
+    ):
+        loss_of(model, views[1], labels).backward()
+    model[2].requires_grad_(True)
+    with opt.path():
+        loss_of(model, views[1], labels).backward()
     opt.step()
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     separate = make_model()

@@ -288,6 +288,22 @@ def partial_setup(method, scope="model", seed=0):
     return params, paths, opt
 
 
+@pytest.mark.parametrize("add", [lambda a, b: torch.stack([a, b]).sum(0), lambda a, b: a[None] + b[None]])
+@pytest.mark.parametrize("scope", ["model", "parameter"])
+def test_gradients_that_autograd_lets_share_memory(add, scope):
+    """Each is merged once: the gradients of both parameters are views of one tensor."""
+    params = [nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
+    opt = AlignedOptimizer(torch.optim.SGD(params, lr=1.0), "mean", scope=scope)
+    factors = torch.randn(2, 4, dtype=torch.float64)
+    for _ in range(2):
+        for k, factor in enumerate(factors):
+            with opt.path(k):
+                (add(*params) * factor).sum().backward()
+    opt.step()
+    assert params[0].grad.data_ptr() != params[1].grad.data_ptr()
+    assert_same(params, [-factors.sum(0)] * 2, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("scope", ["model", "parameter"])
 def test_unreached_and_frozen_parameters_are_left_alone(scope):
     for method in ("mean", "pcgrad", "gradvac", "cagrad"):
@@ -809,7 +825,8 @@ def test_add_param_group_grows_the_state():
 
 
 @pytest.mark.parametrize("what", ["model", "scope", "exclude"])
-def test_statistics_and_checkpoints_right_after_add_param_group(what):
+@pytest.mark.parametrize("inner", [False, True])
+def test_statistics_and_checkpoints_right_after_add_param_group(what, inner):
     def build():
         model = make_model()
         front = list(model[0].parameters())
@@ -819,7 +836,8 @@ def test_statistics_and_checkpoints_right_after_add_param_group(what):
     model, opt = build()
     train(model, opt, 2)
     cosine = opt.cosine
-    opt.add_param_group({"params": list(model[4].parameters())})
+    (opt.optimizer if inner else opt).add_param_group({"params": list(model[4].parameters())})
+    assert torch.equal(opt.cosine, cosine)
     assert opt.stats.steps == 2
     assert torch.equal(opt.stats.cosine, cosine)
     assert opt.stats.parameter_cosine.shape == (6, 2, 2)
@@ -1148,6 +1166,34 @@ def test_compiled_model(mode):
     assert_same(list(compiled.parameters()), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["path", "backward"])
+def test_compiled_training_step(mode):
+    """The graph breaks where the optimizer is called; what is compiled is the model."""
+
+    def run(compiler):
+        model = make_model()
+        opt = AlignedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), "gradvac")
+
+        def step(views, labels):
+            opt.zero_grad()
+            if mode == "path":
+                for view in views:
+                    with opt.path():
+                        loss_of(model, view, labels).backward()
+            else:
+                opt.backward([loss_of(model, view, labels) for view in views])
+            opt.align()
+            opt.step()
+
+        step = compiler(step)
+        for k in range(3):
+            step(*make_batch(k))
+        assert opt.stats.steps == 3
+        return list(model.parameters())
+
+    assert_same(run(lambda f: torch.compile(f, backend="eager")), run(lambda f: f), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad"])
 @pytest.mark.parametrize("scope", ["model", "parameter"])
@@ -1224,8 +1270,9 @@ def test_zero_grad_between_paths_is_noticed():
     opt.zero_grad()
     with opt.path():
         loss_of(model, views[0], labels).backward()
-    with pytest.warns(UserWarning, match=r"dropped the gradients of 1 finished path\(s\).*once per step"):
+    with pytest.warns(UserWarning, match=r"dropped the gradients of 1 finished path\(s\).*once per step") as caught:
         opt.zero_grad()
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, opt, 2)
@@ -1381,6 +1428,11 @@ def test_a_missing_path_is_an_error(setup):
     with pytest.raises(RuntimeError, match="takes 2 paths, as the steps before; found 1"):
         opt.step()
     assert_same(list(model.parameters()), before)
+    # The path that is there is kept for it.
+    with opt.path():
+        loss(1).backward()
+    opt.step()
+    assert opt.stats.steps == 2
 
 
 def test_path_errors(setup):
