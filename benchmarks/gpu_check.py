@@ -128,7 +128,8 @@ def stages(gpu: str, rawboost: Path | None, aligners: Path | None, pytorch_pcgra
             # Every tensor an allocation of its own: within a larger one nothing is out of bounds.
             (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         ),
-        # align_ is left out: its warps tell each other with flags and fences, of which racecheck knows nothing.
+        # align_ is left out: its warps tell each other with flags and fences, of which racecheck knows nothing, but
+        # tests/test_cuda_races.py does.
         Stage(
             "racecheck",
             (

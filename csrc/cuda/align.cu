@@ -281,8 +281,11 @@ class Mover {
     using Its = Board<S, K>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int at = multiplied_.number % Its::kSums, turn = multiplied_.number / Its::kSums;
-    if (lane == 0)
+    if (lane == 0) {
       while (*static_cast<volatile int*>(board_.emptied + at) != turn) __nanosleep(20);
+      // Those who have read it are done before it is written again.
+      __threadfence_block();
+    }
     __syncwarp();
 #pragma unroll
     for (int pair = 0; pair < pairs_of(K); ++pair) {
@@ -297,8 +300,8 @@ class Mover {
     }
     if (__shfl_sync(kAllLanes, before, 0) != (turn + 1) * Its::kWarps - 1) return;
     // What lane 0 has seen to be there, all lanes read.
-    __syncwarp();
     __threadfence_block();
+    __syncwarp();
     GRADALIGN_LOOP
     for (int pair = lane; pair < pairs_of(num_paths_); pair += kWarp) {
       double total = 0;

@@ -2,10 +2,12 @@
 "cuda" of every op, on CPU tensors.
 
 `cuda_runtime.h` is what the sources see, `runtime.cpp` runs a grid's threads in an order that `schedule` chooses, and
-`memory.cpp` puts every tensor between pages that nobody may touch.
+`memory.cpp` puts every tensor between pages that nobody may touch. A second build of the same sources, slower, tells
+`races.cpp` of every access to memory: functions take `races=True` for it.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -32,15 +34,27 @@ ROOT = HERE.parent.parent
 COMPILER = "g++"
 # What g++ does not take as it is.
 REPLACED = (
-    (r"STABLE_TORCH_LIBRARY_IMPL\(gradalign_native, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(gradalign_on_host, CPU,"),
+    (r"STABLE_TORCH_LIBRARY_IMPL\(gradalign_native, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(GRADALIGN_NAMESPACE, CPU,"),
     (r"extern __shared__ ([\w:]+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_memory());"),
 )
 # More than -O2 costs more seconds than it saves. -fno-gnu-unique keeps the library's variables its own.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fsanitize=bounds-strict", "-include", "cuda_runtime.h")
+# For races.cpp: every access calls a function there. No loop becomes a memset, which would not; calls return to where
+# they were, which says in which line that is.
+RACES = (
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-optimize-sibling-calls",
+    "-g1",
+)
 # Block after block and thread after thread, both backwards, and both mixed: a seed.
 ORDERS = ("ascending", "descending", 1)
 
-_on_host = torch.library.Library("gradalign_on_host", "DEF")
+# The two builds, by whether they find races.
+NAMES = {False: "gradalign_on_host", True: "gradalign_on_host_races"}
+_on_host = {races: torch.library.Library(name, "DEF") for races, name in NAMES.items()}
 
 
 def why_not() -> str:
@@ -63,18 +77,23 @@ def _sources() -> dict[str, str]:
     return texts
 
 
-def _build() -> Path:
+def _build(races: bool) -> Path:
     """Compile the library, unless one of the same sources is there; return where it lies."""
     sources = _sources()
     own = {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.suffix in (".h", ".cpp", ".cu")}
     abi = re.search(r'TORCH_ABI = "(\w+)"', (ROOT / "setup.py").read_text())[1]
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr((sources, own, FLAGS, abi, version, torch.__version__)).encode()).hexdigest()[:16]
-    library = ROOT / "build" / "cuda_on_host" / f"{key}.so"
+    key = hashlib.sha256(repr((sources, own, FLAGS, RACES, abi, version, torch.__version__)).encode()).hexdigest()[:16]
+    library = ROOT / "build" / "cuda_on_host" / NAMES[races] / f"{key}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+    lock = (library.parent / "lock").open("w")
+    with lock, tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Other processes wait for this one's.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return library
         folder = Path(name)
         for source, text in sources.items():
             path = folder / source
@@ -84,7 +103,9 @@ def _build() -> Path:
 
         def compile_one(path: Path) -> Path:
             target = folder / f"{path.name}.o"
-            command = [COMPILER, *FLAGS, f"-DGRADALIGN_TORCH_ABI={abi}", *paths, "-x", "c++", "-c", path, "-o", target]
+            flags = [*FLAGS, *(RACES if races and path.suffix == ".cu" else ())]
+            defined = [f"-DGRADALIGN_TORCH_ABI={abi}", f"-DGRADALIGN_NAMESPACE={NAMES[races]}"]
+            command = [COMPILER, *flags, *defined, *paths, "-x", "c++", "-c", path, "-o", target]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{path.name} does not compile for the CPU:\n{done.stderr}"
             return target
@@ -92,23 +113,29 @@ def _build() -> Path:
         kernels = [folder / source for source in sources if source.endswith(".cu")]
         # The longest first.
         kernels.sort(key=lambda path: -path.stat().st_size)
-        objects = pool.map(compile_one, [*kernels, *(HERE / source for source in own if not source.endswith(".h"))])
+        objects = [*pool.map(compile_one, [*kernels, *(HERE / name for name in own if not name.endswith(".h"))])]
+        # The runtime's first: what it shares with kernels, of the standard library, tells of no accesses then.
+        objects.reverse()
         command = [COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *(f"-L{path}" for path in library_paths())]
-        # Under its name once it is whole: other processes may build it too.
+        # Under its name once it is whole.
         whole = library.with_suffix(f".{os.getpid()}")
         subprocess.run([*command, "-ltorch_cpu", "-lc10", "-ldl", "-o", whole], check=True)
-    for old in library.parent.glob("*.so"):
-        old.unlink(missing_ok=True)
-    whole.replace(library)
+        for old in library.parent.glob("*.so"):
+            old.unlink(missing_ok=True)
+        whole.replace(library)
     return library
 
 
+def load(races: bool = False) -> ctypes.CDLL:
+    """Build the library and load it: `torch.ops` then has every op under its name."""
+    return _load(races)
+
+
 @functools.cache
-def load() -> ctypes.CDLL:
-    """Build the library and load it: `torch.ops.gradalign_on_host` then has every op."""
+def _load(races: bool) -> ctypes.CDLL:
     for name, op in ops().items():
-        _on_host.define(name + op.schema)
-    path = _build()
+        _on_host[races].define(name + op.schema)
+    path = _build(races)
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     library.cuda_on_host_set_schedule.argtypes = [ctypes.c_int64]
@@ -123,13 +150,13 @@ def load() -> ctypes.CDLL:
 
 
 @contextmanager
-def as_backend() -> Iterator[None]:
+def as_backend(races: bool = False) -> Iterator[None]:
     """The backend "cuda" of every op runs on the host inside the block, and takes CPU tensors."""
-    library, supports = load(), _extension._supports
+    library, supports = load(races), _extension._supports
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "_supports", lambda device, args: supports("cpu", args))
         for name, op in ops().items():
-            run = getattr(torch.ops.gradalign_on_host, name).default
+            run = getattr(getattr(torch.ops, NAMES[races]), name).default
             patch.setitem(op.backends, "cuda", replace(op.backends["cuda"], run=run, available=lambda: ""))
         library.cuda_on_host_fence_memory(True)
         try:
@@ -139,13 +166,14 @@ def as_backend() -> Iterator[None]:
 
 
 @contextmanager
-def schedule(order: str | int) -> Iterator[None]:
+def schedule(order: str | int, races: bool = False) -> Iterator[None]:
     """Run blocks and threads "ascending", "descending", or in the random order of a positive seed."""
-    load().cuda_on_host_set_schedule({"ascending": 0, "descending": -1}.get(order, order))
+    library = load(races)
+    library.cuda_on_host_set_schedule({"ascending": 0, "descending": -1}.get(order, order))
     try:
         yield
     finally:
-        load().cuda_on_host_set_schedule(0)
+        library.cuda_on_host_set_schedule(0)
 
 
 def launched() -> list[str]:

@@ -86,9 +86,10 @@ cudaError_t allow_dynamic_memory(const void* kernel, int bytes);
 const std::string& last_error();
 
 void wait_for_block(Place place);
-// Wait for the lanes of `mask`; each gives 8 bytes, and `bytes` become those of the lane `from`.
-void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, Place place);
+// Wait for the lanes of `mask`; each gives 8 bytes, and `bytes` become those of the lane `from`. Only a barrier orders their accesses to memory.
+void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, bool is_barrier, Place place);
 void let_others_run(Place place);
+void fence(bool device);
 unsigned lane();
 void* dynamic_memory();
 
@@ -136,7 +137,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   char nothing[8] = {};
-  cuda_on_host::wait_for_warp(mask, nothing, cuda_on_host::lane(), {"__syncwarp", file, line});
+  cuda_on_host::wait_for_warp(mask, nothing, cuda_on_host::lane(), true, {"__syncwarp", file, line});
 }
 
 namespace cuda_on_host {
@@ -146,7 +147,7 @@ T shuffle(unsigned mask, T value, unsigned from, Place place) {
   static_assert(sizeof(T) <= 8);
   char bytes[8] = {};
   memcpy(bytes, &value, sizeof(T));
-  wait_for_warp(mask, bytes, from, place);
+  wait_for_warp(mask, bytes, from, false, place);
   memcpy(&value, bytes, sizeof(T));
   return value;
 }
@@ -168,30 +169,26 @@ inline void __nanosleep(unsigned, const char* file = __builtin_FILE(), int line 
   cuda_on_host::let_others_run({"__nanosleep", file, line});
 }
 
-// Fibers take turns only where they wait: nothing comes between, and everyone sees all that was written.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+// Fibers take turns only where they wait: nothing comes between, and everyone sees all that was written. Fences are there for races.h alone.
+inline void __threadfence() { cuda_on_host::fence(true); }
+inline void __threadfence_block() { cuda_on_host::fence(false); }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
-  const T old = *address;
-  *address = old + value;
-  return old;
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <typename T>
 T atomicOr(T* address, std::common_type_t<T> value) {
-  const T old = *address;
-  *address = old | value;
-  return old;
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
 
 template <typename T>
 T atomicExch(T* address, std::common_type_t<T> value) {
-  return std::exchange(*address, value);
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
 template <typename T>

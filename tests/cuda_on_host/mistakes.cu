@@ -1,4 +1,5 @@
-// Kernels with one mistake each, and without it, for tests/test_cuda_on_host.py: what finds no mistake here is no evidence that there is none.
+// Kernels with one mistake each, and without it, for tests/test_cuda_on_host.py and test_cuda_races.py: what finds no mistake here is no evidence
+// that there is none.
 #include <array>
 #include <map>
 #include <string>
@@ -54,6 +55,110 @@ __global__ void copies_kernel(float* data, int) {
   }
   __pipeline_wait_prior(kRight ? 0 : 1);
   *own = shared[0][threadIdx.x] + shared[1][threadIdx.x];
+}
+
+// What a thread has waited for is there for that thread alone.
+template <bool kRight>
+__global__ void copies_of_others_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  float* const own = data + blockIdx.x * kThreads + threadIdx.x;
+  __pipeline_memcpy_async(shared + threadIdx.x, own, sizeof(float));
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  if (kRight) __syncthreads();
+  *own = shared[(threadIdx.x + 1) % kThreads];
+}
+
+// Exchanging values orders no memory.
+template <bool kRight>
+__global__ void shuffle_kernel(float* data, int) {
+  __shared__ float shared[kThreads];
+  shared[threadIdx.x] = float(threadIdx.x);
+  const float zero = __shfl_sync(0xFFFFFFFFu, 0.0f, 0);
+  if (kRight) __syncwarp();
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[threadIdx.x ^ 1] + zero;
+}
+
+// Two threads write to one place, or next to each other.
+template <bool kRight>
+__global__ void neighbors_kernel(float* data, int) {
+  auto* const own = reinterpret_cast<uint16_t*>(data + blockIdx.x * kThreads);
+  own[kRight ? threadIdx.x : threadIdx.x / 2] = 1;
+}
+
+// Atomics are not to be mixed with other accesses.
+template <bool kRight>
+__global__ void atomic_kernel(float* data, int) {
+  int* const count = reinterpret_cast<int*>(data);
+  if (kRight || threadIdx.x > 0)
+    atomicAdd(count, 1);
+  else
+    ++*count;
+}
+
+// Thread 0 of the first block hands a number over to thread 0 of each other block, by a flag.
+template <typename Before, typename After>
+__device__ void hand_over(float* data, Before before, After after) {
+  volatile float* const flag = data;
+  if (threadIdx.x > 0) return;
+  if (blockIdx.x == 0) {
+    data[1] = 1;
+    before();
+    *flag = 1;
+  } else {
+    while (*flag != 1) __nanosleep(100);
+    after();
+    data[1 + blockIdx.x] = data[1];
+  }
+}
+
+template <bool kRight>
+__global__ void fence_before_kernel(float* data, int) {
+  hand_over(
+      data,
+      [] {
+        if (kRight) __threadfence();
+      },
+      [] { __threadfence(); });
+}
+
+template <bool kRight>
+__global__ void fence_after_kernel(float* data, int) {
+  hand_over(
+      data, [] { __threadfence(); },
+      [] {
+        if (kRight) __threadfence();
+      });
+}
+
+template <bool kRight>
+__global__ void scope_before_kernel(float* data, int) {
+  hand_over(data, [] { kRight ? __threadfence() : __threadfence_block(); }, [] { __threadfence(); });
+}
+
+template <bool kRight>
+__global__ void scope_after_kernel(float* data, int) {
+  hand_over(data, [] { __threadfence(); }, [] { kRight ? __threadfence() : __threadfence_block(); });
+}
+
+// Within a block: the last warp to come reads what the others have written, once the lane that knows it has made that known to the others.
+template <bool kRight>
+__global__ void last_warp_kernel(float* data, int) {
+  __shared__ float shared[kThreads / 32];
+  __shared__ int come;
+  if (threadIdx.x == 0) come = 0;
+  __syncthreads();
+  int before = 0;
+  if (threadIdx.x % 32 == 0) {
+    shared[threadIdx.x / 32] = 1;
+    __threadfence_block();
+    before = atomicAdd(&come, 1);
+  }
+  if (__shfl_sync(0xFFFFFFFFu, before, 0) != kThreads / 32 - 1) return;
+  if (kRight) __threadfence_block();
+  __syncwarp();
+  if (!kRight) __threadfence_block();
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[0] + shared[1] + shared[2];
 }
 
 // Blocks have no order, and no block sees what another one is about to write.
@@ -139,9 +244,18 @@ extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks
     #name, { mistakes::name##_kernel<false>, mistakes::name##_kernel<true> } \
   }
   static const std::map<std::string, std::array<void (*)(float*, int), 2>> kernels = {
-      KERNEL(barrier),      KERNEL(barrier_after_reading), KERNEL(warp_barrier), KERNEL(blocks),          KERNEL(wait_for_block),
-      KERNEL(some_threads), KERNEL(two_barriers),          KERNEL(some_lanes),   KERNEL(outside_of_mask), KERNEL(beyond_tensor),
-      KERNEL(beyond_array), KERNEL(beyond_dynamic_memory), KERNEL(unwritten),    KERNEL(copies),          KERNEL(together),
+      KERNEL(barrier),         KERNEL(barrier_after_reading),
+      KERNEL(warp_barrier),    KERNEL(blocks),
+      KERNEL(wait_for_block),  KERNEL(some_threads),
+      KERNEL(two_barriers),    KERNEL(some_lanes),
+      KERNEL(outside_of_mask), KERNEL(beyond_tensor),
+      KERNEL(beyond_array),    KERNEL(beyond_dynamic_memory),
+      KERNEL(unwritten),       KERNEL(copies),
+      KERNEL(together),        KERNEL(copies_of_others),
+      KERNEL(shuffle),         KERNEL(neighbors),
+      KERNEL(atomic),          KERNEL(fence_before),
+      KERNEL(fence_after),     KERNEL(scope_before),
+      KERNEL(scope_after),     KERNEL(last_warp),
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
@@ -149,6 +263,7 @@ extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks
   config.dynamicSmemBytes = bytes != 0 ? size_t(bytes) : mistakes::kThreads * sizeof(float);
   cudaLaunchAttribute together{cudaLaunchAttributeCooperative, {1}};
   config.attrs = &together;
-  config.numAttrs = right && std::string(name) == "together";
+  const std::string text = name;
+  config.numAttrs = text == "together" ? right : text.find("fence_") == 0 || text.find("scope_") == 0;
   return cudaLaunchKernelEx(&config, kernels.at(name)[right], data, size) == cudaSuccess ? "" : cuda_on_host::last_error().c_str();
 }

@@ -8,7 +8,8 @@
 // launch are all side by side in every schedule. A copy that runs beside its thread is made at once in schedule 0, in -1 not before it is waited
 // for, and at random either way in the others.
 //
-// Errors end the launch: threads that wait for what never happens, an index beyond an array's bounds, an address that belongs to nobody.
+// Errors end the launch: threads that wait for what never happens, an index beyond an array's bounds, an address that belongs to nobody, a data race
+// where the sources are compiled so that races.h can find it.
 
 // Its longjmp takes a jump to another stack for a mistake.
 #undef _FORTIFY_SOURCE
@@ -33,6 +34,7 @@
 #include <vector>
 
 #include "fenced.h"
+#include "races.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -103,6 +105,7 @@ struct Thread {
   char given[8], taken[8];
   std::vector<Copy> copies;
   size_t groups;
+  History history;
 };
 
 // Fibers that have ended their work and wait for more.
@@ -145,6 +148,7 @@ struct Block {
   Fenced dynamic;
   // Its __shared__ variables while another block runs.
   std::vector<char> statics;
+  SharedMemory shared;
 };
 
 struct Launch {
@@ -161,10 +165,14 @@ Thread* thread_ = nullptr;
 // Thrown on the scheduler's stack; a fiber that finds an error leaves its text here and never goes on.
 std::string failure;
 
-[[noreturn]] void fail_in_thread(const std::string& text) {
+}  // namespace
+
+void fail_in_thread(const std::string& text) {
   failure = "thread " + std::to_string(thread_ - block_->threads.data()) + " " + text;
   _longjmp(scheduler, 1);
 }
+
+namespace {
 
 void thread_main() {
   for (;;) {
@@ -238,7 +246,7 @@ Thread* take_ready(Block& block) {
   return nullptr;
 }
 
-void start(Block& block, uint64_t number) {
+void start(Block& block, uint64_t number, const Statics& statics) {
   block.number = number;
   block.index = {unsigned(number % gridDim.x), unsigned(number / gridDim.x % gridDim.y), unsigned(number / gridDim.x / gridDim.y)};
   memset(block.ready, 0, sizeof block.ready);
@@ -247,6 +255,7 @@ void start(Block& block, uint64_t number) {
   memset(block.dynamic.begin(), 0xFF, block.dynamic.room());
   std::fill(block.statics.begin(), block.statics.end(), char(0xFF));
   set_order(block);
+  block.shared = {{statics.begin, statics.size}, {block.dynamic.begin(), block.dynamic.room()}, {}};
   for (size_t t = 0; t < block.threads.size(); ++t) {
     Thread& thread = block.threads[t];
     thread.index = {unsigned(t % blockDim.x), unsigned(t / blockDim.x % blockDim.y), unsigned(t / blockDim.x / blockDim.y)};
@@ -254,6 +263,7 @@ void start(Block& block, uint64_t number) {
     thread.copies.clear();
     thread.groups = 0;
     thread.fiber = block.fibers[t].get();
+    if (finds_races) thread.history = begin(uint32_t(number), t, block.threads.size(), {thread.fiber->stack.begin(), kStackBytes}, block.shared);
     if (!thread.fiber->started) {
       ucontext_t& context = thread.fiber->start;
       getcontext(&context);
@@ -295,8 +305,10 @@ Turn run(Block& block) {
     while (Thread* thread = take_ready(block)) {
       thread_ = thread;
       threadIdx = thread->index;
+      if (finds_races) history_ = &thread->history;
       resume(*thread->fiber);
       thread_ = nullptr;
+      history_ = nullptr;
       if (!failure.empty()) throw std::runtime_error(failure);
       moved |= thread->status != Status::kAsleep;
       if (thread->status == Status::kAtBarrier && block.at_barrier++ == block.stop_after) return Turn::kMoved;
@@ -309,6 +321,10 @@ Turn run(Block& block) {
     if (!std::all_of(block.threads.begin(), block.threads.end(), at_the_first)) throw std::runtime_error("never meet: " + describe(block));
     set_order(block);
     for (size_t t = 0; t < block.threads.size(); ++t) block.make_ready(t);
+    std::vector<History*> all;
+    for (Thread& thread : block.threads)
+      if (finds_races) all.push_back(&thread.history);
+    meet(all);
   }
 }
 
@@ -326,7 +342,7 @@ void run_grid(size_t num_threads, size_t dynamic_bytes, bool together) {
   size_t turn = 0, stuck = 0;
   for (uint64_t next = 0; next < num_blocks || !running.empty();) {
     for (; next < num_blocks && !idle.empty(); ++next) {
-      start(*idle.back(), numbers[next]);
+      start(*idle.back(), numbers[next], statics);
       running.push_back(std::move(idle.back()));
       idle.pop_back();
     }
@@ -409,7 +425,7 @@ void let_others_run(Place place) {
   pause(*thread_->fiber);
 }
 
-void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, Place place) {
+void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, bool is_barrier, Place place) {
   Thread& self = *thread_;
   const size_t first = size_t(&self - block_->threads.data()) / kWarp * kWarp, count = std::min<size_t>(kWarp, block_->threads.size() - first);
   // A last warp may have fewer lanes.
@@ -438,12 +454,16 @@ void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, Place place) 
         memset(other.taken, 0xFF, sizeof other.taken);
       block_->make_ready(first + i);
     });
+    std::vector<History*> all;
+    if (finds_races && is_barrier) each_lane([&](Thread& other, size_t) { all.push_back(&other.history); });
+    meet(all);
   }
   pause(*self.fiber);
   memcpy(bytes, self.taken, sizeof bytes);
 }
 
 void copy_later(void* to, const void* from, size_t bytes) {
+  if (finds_races) copy_beside(to, from, bytes, thread_->groups + 1, __builtin_return_address(0));
   if (schedule == 0 || (schedule > 0 && launch_->random() % 2 == 0))
     memcpy(to, from, bytes);
   else
@@ -453,6 +473,7 @@ void copy_later(void* to, const void* from, size_t bytes) {
 void end_group() { ++thread_->groups; }
 
 void wait_for_groups(size_t all_but) {
+  if (finds_races && thread_->groups > all_but) wait_for_copies(thread_->groups - all_but);
   std::vector<Copy>& copies = thread_->copies;
   const auto due = [&](const Copy& copy) { return copy.group + all_but < thread_->groups; };
   for (const Copy& copy : copies)
@@ -505,6 +526,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   thread_ = nullptr;
   block_ = nullptr;
   launch_ = nullptr;
+  end_launch();
   return result;
 }
 
