@@ -45,10 +45,12 @@ def _check_notch_bank(center_hz, width_hz, taps, gain_db, sample_rate, num_taps,
     _expect("width_hz", width_hz, center_hz.shape, *_FLOATS)
     _expect("taps", taps, center_hz.shape, torch.int64)
     _expect("gain_db", gain_db, center_hz.shape[:2], *_FLOATS)
-    _check_num_taps(num_taps)
+    _check_size(center_hz.shape[2], num_taps)
 
 
-def _check_num_taps(num_taps):
+def _check_size(num_bands, num_taps):
+    if num_bands < 1:
+        raise ValueError(f"a notch bank must have at least 1 band; found {num_bands}")
     if num_taps < 1 or num_taps % 2 == 0:
         raise ValueError(f"`num_taps` must be odd and at least 1; found {num_taps}")
 
@@ -61,14 +63,18 @@ def _check_notch_filters(seeds, filters, min_gain_db, max_gain_db, *rest):
             f"found {len(filters)}, {len(min_gain_db)} and {len(max_gain_db)}"
         )
     num_bands, *_, num_taps, _ = rest
-    if num_bands < 1:
-        raise ValueError(f"`num_bands` must be at least 1; found {num_bands}")
-    _check_num_taps(num_taps)
+    _check_size(num_bands, num_taps)
+
+
+def _check_filters(filters, *shape):
+    _expect("filters", filters, shape, *_FLOATS)
+    if 0 in filters.shape[1:]:
+        raise ValueError(f"`filters` must hold a filter of at least one tap; found {list(filters.shape)}")
 
 
 def _check_lnl(x, filters, lengths):
     _expect("x", x, (None, None), *_FLOATS)
-    _expect("filters", filters, (len(x), None, None), *_FLOATS)
+    _check_filters(filters, len(x), None, None)
     _expect("lengths", lengths, (len(x),), torch.int64)
 
 
@@ -84,7 +90,7 @@ def _check_isd(x, lengths, seeds, factor, p, g_sd):
 
 def _check_ssi(x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max):
     _expect("x", x, (None, None), *_FLOATS)
-    _expect("filters", filters, (len(x), None), *_FLOATS)
+    _check_filters(filters, len(x), None)
     _expect("lengths", lengths, (len(x),), torch.int64)
     _expect("seeds", seeds, (len(x),), torch.int64)
     _expect("noise", noise, x.shape, *_FLOATS)
@@ -102,7 +108,7 @@ def _check_rawboost(x, filters, lengths, seeds, factor, noise, snr_db, algo, p, 
         if filters is None or filters.dim() != 3 or filters.shape[1] < least:
             found = filters if filters is None else list(filters.shape)
             raise ValueError(f"`filters` must be [{len(x)}, {least} or more, *] for algorithm {algo}; found {found}")
-        _expect("filters", filters, (len(x), None, None), *_FLOATS)
+        _check_filters(filters, len(x), None, None)
     if "isd" in steps:
         _check_isd(x, lengths, seeds, factor, p, g_sd)
     if "ssi" in steps:
@@ -132,7 +138,8 @@ def _chain_backward(grad, x, filters, lengths, seeds, factor, noise, snr_db, alg
     of_isd, of_ssi = (lengths, seeds, factor, p, g_sd), (ssi_filters, lengths, seeds, noise, snr_db, snr_min, snr_max)
     if algo == 8:
         both = lnl(x, lnl_filters, lengths).add_(isd(x, *of_isd))
-        grad = reference.cond_norm_backward(reference.mask_padding(grad, lengths)[1], both)
+        # Without impulses `isd` is the norm alone.
+        grad = isd_backward(grad, both, lengths, seeds, factor, 0.0, 0.0)
         del both
         return lnl_backward(grad, x, lnl_filters, lengths).add_(isd_backward(grad, x, *of_isd))
     run = {"lnl": (lnl, lnl_backward, (lnl_filters, lengths)), "isd": (isd, isd_backward, of_isd)}

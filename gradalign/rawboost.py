@@ -143,7 +143,7 @@ class RawBoost(nn.Module):
     ``boost(x, seeds=seeds)`` depends on nothing but each utterance's samples, length and seed: not on the batch around
     it, the padding, the device or the backend. Samples at and beyond an utterance's length are returned as 0.
     It augments in ``train()`` and in ``eval()`` mode alike: call it on the model's input, not within the model. The
-    result is differentiable in ``x``, once.
+    result is differentiable in ``x``, once and in reverse mode.
 
     Args:
         algo: algorithm 0..8; see `RawBoostConfig` for this and every further keyword.

@@ -308,7 +308,7 @@ def _isd_gain(
         whole = wave.shape[1]
         own_lengths = torch.full_like(seeds, whole) if lengths is None else lengths.clamp(0, whole)
         factor = isd_factor(seeds, own_lengths, wave.shape[1], p)
-    return 1 + g_sd * factor.to(wave.dtype)
+    return 1 + g_sd * mask_padding(factor.to(wave.dtype), lengths)[1]
 
 
 def isd(

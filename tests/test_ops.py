@@ -1,5 +1,6 @@
 """Every backend of every op against the float64 reference, on awkward inputs; the ops' schemas and fake kernels."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -95,23 +96,28 @@ def test_nonfinite_samples_stay_in_their_utterance(backend, bad, algo):
         assert not bool(torch.isfinite(dirty[2:4]).all(1).any())
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["seeds", "draws"])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("algo", range(1, 9))
-def test_nothing_beyond_an_utterances_end_reaches_its_gradient(algo, backend):
+def test_nothing_beyond_an_utterances_end_reaches_it_or_its_gradient(algo, backend, given):
     boost, seeds, lengths = ga.RawBoost(algo), inputs.seeds(), inputs.lengths(700)
     towards, outside = inputs.wave(700, torch.float32).flip(0, 1), torch.arange(700) >= lengths[:, None]
+    draws = boost.draw(seeds, 700, lengths)
+    of_samples = [name for name in ("isd_factor", "ssi_noise") if getattr(draws, name) is not None]
 
     def run(scale, value):
         wave = inputs.wave(700, torch.float32, scale=scale).masked_fill(outside, value).requires_grad_()
-        y = boost(wave, lengths, seeds)
-        return torch.autograd.grad(y, wave, towards.masked_fill(outside, value))[0]
+        filled = {name: getattr(draws, name).masked_fill(outside, value) for name in of_samples}
+        drawn = dataclasses.replace(draws, **filled)
+        y = boost.apply(wave, drawn, lengths) if given else boost(wave, lengths, seeds)
+        return torch.stack([y, *torch.autograd.grad(y, wave, towards.masked_fill(outside, value))]).detach()
 
     # At the first level the sum of algorithm 8 is divided by its peak, at the second each step's result.
     for scale in (0.3, 2.0):
         with ga.use_backends(backend):
             expected, *others = [run(scale, value) for value in (0.0, float("nan"), float("inf"))]
-        assert bool(expected[:2].any(1).all())
-        assert not bool(expected[outside].any())
+        assert bool(expected[:, :2].any(2).all())
+        assert not bool(expected[:, outside].any())
         assert all(torch.equal(found, expected) for found in others), scale
 
 
@@ -198,18 +204,31 @@ def test_the_number_of_allocations_does_not_grow_with_the_batch(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("algo", range(1, 9))
 def test_a_batchs_gradient_is_that_of_its_utterances_bit_for_bit(algo, dtype):
-    # A gradient is computed a part of the batch at a time; some parts are empty here.
-    boost, seeds, lengths = ga.RawBoost(algo), torch.arange(9), torch.tensor([300, 0, 299, 1, 150, 300, 2, 77, 300])
-    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # A gradient is computed a part of the batch at a time; some parts are empty here. Of the longest utterance two
+    # threads would take a part each, if PyTorch added it up.
+    boost, seeds, lengths = ga.RawBoost(algo), torch.arange(9), torch.tensor([300, 0, 299, 1, 150, 40_000, 2, 77, 300])
+    x = torch.randn(9, 40_000, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    def run(rows):
-        wave = x[rows].requires_grad_()
-        return torch.autograd.grad(boost(wave, lengths[rows], seeds[rows]), wave, x[rows].flip(1))[0]
+    def run(wave, own, rows):
+        wave.requires_grad_()
+        return torch.autograd.grad(boost(wave, own, seeds[rows]), wave, -(wave.detach() ** 3))[0]
 
-    with ga.use_backends("cpp"):
-        expected = torch.cat([run(slice(i, i + 1)) for i in range(9)])
-        for size in (1, 2, 3, 5, 9):
-            assert torch.equal(run(slice(9 - size, 9)), expected[9 - size :]), size
+    def alone(i):
+        # Without its padding.
+        end, rows = int(lengths[i]), slice(i, i + 1)
+        return torch.nn.functional.pad(run(x[rows, :end], None, rows), (0, x.shape[1] - end))
+
+    threads = torch.get_num_threads()
+    try:
+        with ga.use_backends("cpp"):
+            torch.set_num_threads(1)
+            expected = torch.cat([alone(i) for i in range(9)])
+            torch.set_num_threads(2)
+            for size in (1, 2, 3, 5, 9):
+                rows = slice(9 - size, 9)
+                assert torch.equal(run(x[rows], lengths[rows], rows), expected[rows]), size
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_nan_leaves_an_utterance_without_a_peak_on_every_backend():
@@ -301,8 +320,11 @@ def test_waves_filters_and_draws_that_do_not_fit_never_reach_a_kernel(backend, c
         (lambda: call.ssi(x, one, None, None, x, None, 10.0, 40.0), ValueError, "or `noise`, `snr_db`; found None"),
         (lambda: call.ssi(x, five, None, seeds, None, None, 10.0, 40.0), ValueError, r"`filters` must be \[2, \*\]"),
         (lambda: call.lnl(x, five[:1], None), ValueError, r"`filters` must be \[2, \*, \*\]; found \[1, 5, 11\]"),
+        (lambda: call.lnl(x, five[:, :0], None), ValueError, r"a filter of at least one tap; found \[2, 0, 11\]"),
+        (lambda: call.ssi(x, one[:, :0], None, seeds, None, None, 10.0, 40.0), ValueError, r"one tap; found \[2, 0\]"),
         (lambda: call.lnl(x.long(), five, None), TypeError, "`x` must be float32, .*; found int64"),
         (lambda: call.lnl_backward(x[:1], x, five, None), ValueError, r"`grad` must be \[2, 300\]; found \[1, 300\]"),
+        (lambda: call.notch_bank(*[bands[..., :0]] * 2, bands[..., :0].long(), *design[1:]), ValueError, "found 0"),
         (lambda: call.notch_bank(bands, bands[..., 1:], *design), ValueError, r"`width_hz` must be \[2, 1, 5\]"),
     ]
     with ga.use_backends(backend):
