@@ -117,6 +117,8 @@ setup(
     ],
     package_dir={"gradalign.kernels": "kernels", "gradalign.benchmarks": "benchmarks"},
     package_data={"gradalign": ["py.typed"]},
+    # What MANIFEST.in names is for source distributions.
+    include_package_data=False,
     ext_modules=[] if flag("GRADALIGN_EXT") is False else [extension()],
     cmdclass={"build_ext": BuildExtension},
 )

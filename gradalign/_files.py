@@ -82,9 +82,9 @@ def _followed(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; see `atomic_path`."""
+    """Write a UTF-8 text file atomically; see `atomic_path`. Names of files in it need not be UTF-8."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -32,7 +32,8 @@ def file_seed(name: str, seed: int) -> int:
     >>> file_seed("speaker/a.flac", 0) == file_seed("speaker/a.flac", 0) != file_seed("speaker/a.flac", 1)
     True
     """
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    # A file's name need not be UTF-8.
+    digest = hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -75,11 +76,9 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
     Hz), or when the result is not finite.
     """
     import numpy as np
-    import soundfile
     import torch
 
-    from gradalign._files import atomic_path
-    from gradalign.data.audio import opened, read_channels
+    from gradalign.data.audio import opened, read_channels, write_audio
     from gradalign.rawboost import RawBoost, RawBoostConfig
 
     with opened(source) as file:
@@ -101,8 +100,7 @@ def augment_file(source: Path, target: Path, *, algo: int, seed: int) -> bool:
         # The noise of algorithms 3, 4, 6 and 7 is added after the last normalisation: integer formats would clip it.
         boosted = boosted / peak
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target) as temporary:
-        soundfile.write(str(temporary), boosted, rate, format=form, subtype=subtype)
+    write_audio(target, boosted, rate, form, subtype)
     return scaled
 
 

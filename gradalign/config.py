@@ -285,6 +285,9 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             if not isinstance(target, dict):
                 raise ConfigError(f"{override}: expected `{section}` to be a section; found {target!r}")
         target[name] = parse(text, override)
+    if values.get("amp") is False:
+        # YAML 1.1 takes `off` for false.
+        values["amp"] = "off"
     source = values.pop("data", {})
     if not isinstance(source, dict):
         raise ConfigError(f"{path}: `data` must be a folder, or a section with name and root; found {source!r}")

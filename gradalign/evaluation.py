@@ -67,7 +67,7 @@ class Scores:
 
 
 def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
-    for number, line in enumerate(read_text(path, "score file").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "score file", "surrogateescape").splitlines(), start=1):
         fields = line.split()
         if fields and not fields[0].startswith("#"):
             yield number, fields

@@ -61,8 +61,8 @@ def eer(bonafide: _Scores, spoof: _Scores) -> float:
     """Equal error rate in [0, 1]: the mean of P_miss and P_fa at the lowest threshold where they differ least.
 
     The definition of the ASVspoof evaluation packages (2019, 2021 and 5: ``compute_eer``), bit for bit where no score
-    occurs in both classes. Where one does, they sort bona fide trials first and may so stop between tied trials, at a
-    point that no threshold reaches (a detector without information then has an EER of 1); here ties stay together.
+    occurs twice. Where one does, they sort bona fide trials first and may so stop between tied trials, at a point that
+    no threshold reaches (a detector without information then has an EER of 1); here ties stay together.
 
     Args:
         bonafide: scores of bona fide trials [N].

@@ -194,10 +194,11 @@ def _child() -> int:
 
     try:
         run = train(config, progress=False, on_epoch=lambda row: tell(row=row))
-    except (GradalignError, OSError) as error:
+    except Exception as error:
         if os.environ.get("GRADALIGN_DEBUG") == "1":
             raise
-        tell(error=str(error))
+        told = isinstance(error, (ValueError, OSError, ImportError))
+        tell(error=" ".join((str(error) if told else f"{type(error).__name__}: {error}").split()))
         return 1
     bad = json.loads((run / "results.json").read_text(encoding="utf-8"))["bad_files"]
     if bad:

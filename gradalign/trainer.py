@@ -869,7 +869,8 @@ def _expect_disjoint(**splits: SpeechDataset) -> None:
 
 def _digest(*splits: SpeechDataset) -> str:
     lines = "".join(f"{u.name} {u.label}\n" for data in splits for u in data.utterances)
-    return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+    # A file's name need not be UTF-8.
+    return hashlib.blake2b(lines.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

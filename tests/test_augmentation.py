@@ -1,4 +1,5 @@
 import os
+import resource
 import time
 
 import numpy as np
@@ -130,6 +131,19 @@ def test_an_input_is_never_replaced(folder, tmp_path, options):
         with pytest.raises(ValueError, match=r"a\.wav: expected another file than the inputs; found one of them"):
             run(source, target, **options)
     assert (folder / "a.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a.wav", "sub/b.flac"])
+def test_a_full_disk_is_an_error_that_names_the_file(folder, tmp_path, name):
+    run(folder, tmp_path / "whole")
+    size, (soft, hard) = (tmp_path / "whole" / name).stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '.*/out/{name}'"):
+            run(folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out" / name).exists()
 
 
 def test_what_killed_runs_left_is_removed(folder, tmp_path):

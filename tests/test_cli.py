@@ -446,6 +446,36 @@ def test_a_file_whose_writer_was_killed_is_skipped_and_named(runs, corpus, tmp_p
     assert "1 skipped:" in printed
 
 
+def test_names_that_are_not_utf_8_are_trained_on_scored_and_augmented(runs, corpus, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "runs"
+    for split, folder in (("train", "training"), ("dev", "validation"), ("test", "testing")):
+        for label, inner in (("bonafide", "real"), ("spoof", "fake")):
+            (data / folder / inner).mkdir(parents=True)
+            for line in (corpus / "protocols" / f"{split}.txt").read_text().splitlines():
+                if line.endswith(label):
+                    name = line.split()[1]
+                    target = os.fsencode(data / folder / inner / name) + b"\xe9.flac"
+                    shutil.copy(corpus / "flac" / f"{name}.flac", target)
+    assert cli.main(["train", str(data), "--dataset", "for", "--out", str(out), *SMALL, "--epochs", "1"]) == 0
+    assert "unreadable" not in capsys.readouterr().out
+    scores = out / "pcgrad-seed0" / "scores_test.txt"
+    assert scores.read_bytes().count(b"\xe9.flac ") == 8
+    assert cli.main(["evaluate", str(scores)]) == 0
+    (data / "testing" / "real" / os.fsdecode(b"bad\xe9.flac")).write_bytes(b"fLaC")
+    options = ["-o", str(tmp_path / "scores.txt"), "--device", "cpu", "--skip-bad"]
+    assert cli.main(["score", str(out / "pcgrad-seed0"), str(data / "testing"), *options]) == 0
+    assert (tmp_path / "scores.txt").read_bytes().count(b"\xe9.flac ") == 8
+    assert cli.main(["augment", str(data / "testing"), str(tmp_path / "augmented"), "--skip-bad"]) == 0
+    assert capsys.readouterr().out.count("bad\\udce9.flac: expected a readable audio file") == 2
+
+
+def test_a_terminal_without_the_characters_is_no_error(runs):
+    command = [sys.executable, "-m", "gradalign", "report", str(runs)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert "mean (lowest\\u2013highest) over seeds" in shown
+
+
 def test_a_missing_clip_is_found_before_training(corpus, tmp_path, capsys):
     copy, out = tmp_path / "copy", tmp_path / "runs"
     shutil.copytree(corpus, copy)

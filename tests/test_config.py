@@ -66,6 +66,8 @@ def test_yaml_with_changes(tmp_path):
     assert config.detector_options == {"frontend": {"name": "tiny", "tune": 2}}
     assert config.views == ["clean", "rawboost:5"]
     assert config.test_sets["ITW"]["data"] == "/itw"
+    # YAML takes it for false.
+    assert read_sweep(path, [*changes, "amp=off"]).config.amp == "off"
     # What a run writes is read again.
     (tmp_path / "config.json").write_text(config.to_json())
     assert read_sweep(tmp_path / "config.json").config == config

@@ -148,9 +148,20 @@ def test_loading_errors_name_the_file_and_the_keys(checkpoint, tmp_path):
         ga.detectors.load_published("aasist-l", checkpoint("aasist", state))
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(checkpoint("aasist").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"truncated.pth: expected a PyTorch checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match=r"truncated.pth: expected a PyTorch file; found a damaged or another one"):
         ga.detectors.load_published("aasist", truncated)
-    with pytest.raises(ValueError, match=r"expected a state dict; found list"):
+    page = tmp_path / "page.pth"
+    page.write_text("<!doctype html><title>Not found</title>")
+    with pytest.raises(ValueError, match=r"page.pth: expected a PyTorch file; found a damaged or another one"):
+        ga.detectors.load_published("aasist", page)
+    damaged = bytearray(checkpoint("aasist").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"damaged.pth: .* differs from its checksum"):
+        ga.detectors.load_published("aasist", tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match=r"missing none; unexpected spectral_position$"):
+        ga.detectors.load_published("aasist", checkpoint("aasist", state | {"pos_S": 1}))
+    with pytest.raises(ValueError, match=r"expected a dictionary of weights; found list"):
         ga.detectors.load_published("aasist", checkpoint("aasist", [1]))
     with pytest.raises(ValueError, match=r"published weights load into aasist, aasist-l, rawnet2, .*; found 'light'"):
         ga.detectors.load_published("light", truncated)
@@ -162,7 +173,7 @@ def test_a_checkpoint_executes_nothing(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"pos_S": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil.pth: expected a PyTorch checkpoint .*; found other content$"):
+    with pytest.raises(ValueError, match=r"evil.pth: expected tensors and plain values; found pickled code"):
         ga.detectors.load_published("aasist", tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 

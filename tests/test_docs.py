@@ -32,6 +32,13 @@ def test_readme_examples(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_readme_installs_what_the_build_needs_before_it():
+    before, found, _ = README.partition("pip install --no-build-isolation")
+    assert found
+    for name in ("setuptools", "pybind11", "torch"):
+        assert re.search(rf"pip install .*\b{name}\b", before), name
+
+
 def test_readme_shows_python_and_names_files_that_exist():
     assert BLOCKS
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):

@@ -45,12 +45,13 @@ def test_a_typo_in_a_choice_is_an_error():
 
 def test_a_source_distribution_can_be_built_from(tmp_path):
     command = [sys.executable, "setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADALIGN_CUDA": "0"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GRADALIGN_EXT": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [archive] = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         found = {name.partition("/")[2] for name in file.getnames()}
-    for folder in ("csrc", "gradalign", "kernels", "configs", "examples"):
+    assert {"Makefile", "constraints.txt"} <= found
+    for folder in ("csrc", "gradalign", "kernels", "benchmarks", "configs", "docs", "examples", "tests"):
         wanted = {
             str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.suffix not in (".pyc", ".so")
         }

@@ -879,6 +879,13 @@ def test_a_failed_run_of_a_sweep_is_named_and_the_others_finish(own_corpus, conf
     assert_same_weights(weights(pcgrad / "best.pt"), weights(Path(config.out) / "pcgrad-seed0" / "best.pt"))
 
 
+def test_what_a_run_of_a_sweep_could_not_foresee_is_named_too(config, capfd):
+    config = replace(config, detector="rawnet2", num_samples=2000)
+    with pytest.raises(GradalignError, match=r"2 of 2 runs failed .*: `wave` must be \[B, T\] with T >= 3211; found"):
+        sweep(config, ["none", "pcgrad"], [0], jobs=2)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("methods", "seeds", "jobs", "message"),
     [

@@ -1,7 +1,8 @@
-"""Reading audio files: soundfile decodes, several channels are averaged, torchaudio resamples when asked to."""
+"""Audio files: soundfile decodes and encodes, several channels are averaged, torchaudio resamples when asked to."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradalign._errors import AudioError
+from gradalign._files import atomic_path
 from gradalign._torchaudio import require_torchaudio
 
 if TYPE_CHECKING:
@@ -130,6 +132,21 @@ def read_channels(path: str | Path, file: SoundFile) -> np.ndarray:
     wave = file.read(file.frames, dtype="float32", always_2d=True)
     _expect_samples(path, len(wave), promised)
     return wave
+
+
+def write_audio(path: str | Path, wave: np.ndarray, sample_rate: int, form: str, subtype: str) -> None:
+    """Write [T] or [T, channels] atomically, in a format and a subtype of soundfile.
+
+    Raises:
+        OSError: naming the file (a full disk).
+    """
+    import soundfile
+
+    # Not to the file itself: libsndfile ends a FLAC file that no longer fits the disk without an error.
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, sample_rate, format=form, subtype=subtype)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

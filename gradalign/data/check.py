@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gradalign._errors import AudioError, DataError
-from gradalign._files import atomic_path
+from gradalign._files import write_text
 from gradalign.data import datasets
 from gradalign.data.audio import AudioHeader, read_audio, read_header
 from gradalign.data.protocol import read_text
@@ -186,8 +186,7 @@ class _Manifest:
     def write(self) -> None:
         if self.changed:
             content = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.known.items()))
-            with atomic_path(self.path) as temporary:
-                temporary.write_text(content, "utf-8", "surrogateescape")
+            write_text(self.path, content)
 
 
 class _Found(NamedTuple):

@@ -304,8 +304,7 @@ def _write_shard(
             bar.update()
         file.seek(0)
         file.write(_header(offset))
-    with atomic_path(path.with_suffix(".tsv")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", "utf-8", _NAMES)
+    write_text(path.with_suffix(".tsv"), "\n".join(lines) + "\n")
     return offset
 
 

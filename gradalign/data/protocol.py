@@ -40,13 +40,16 @@ def read_text(path: Path, kind: str = "protocol file", errors: str = "strict") -
     ``errors`` is that of `open`: ``surrogateescape`` for a file of file names, which need not be UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig", errors=errors)
+        text = path.read_text(encoding="utf-8-sig", errors=errors)
     except FileNotFoundError:
         raise DataError(f"{path}: expected a {kind}; found nothing there") from None
     except IsADirectoryError:
         raise DataError(f"{path}: expected a {kind}; found a folder") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected a text file; found bytes that are not UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path}: expected a text file; found binary data")
+    return text
 
 
 def read_columns(path: Path, form: str) -> Iterator[tuple[int, list[str]]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from gradalign.detectors._import import read_torch_file
 
 
 def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | None]) -> None:
@@ -18,25 +18,15 @@ def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | N
 
     Raises:
         FileNotFoundError: when the file is not there.
-        ValueError: for an unreadable file or other keys or shapes, naming the file and them.
+        ValueError: for an unreadable or damaged file, or other keys or shapes, naming the file and them.
     """
-    try:
-        official = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError:
-        # PyTorch's own text recommends to load the file with the code in it.
-        raise ValueError(f"{path}: expected a PyTorch checkpoint of plain tensors; found other content") from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: expected a PyTorch checkpoint of plain tensors; found: {error}") from None
-    if not isinstance(official, dict):
-        raise ValueError(f"{path}: expected a state dict; found {type(official).__name__}")
+    official = read_torch_file(path)
     # Keys that have no name here keep their own, and are unexpected below.
     named = {str(key): our_key(str(key)) for key in official}
     state = {named[str(key)] or str(key): value for key, value in official.items() if named[str(key)] != ""}
     expected = model.state_dict()
     missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
+    unexpected = sorted(key for key, value in state.items() if key not in expected or not isinstance(value, Tensor))
     if missing or unexpected:
         raise ValueError(
             f"{path}: expected this model's weights; missing {', '.join(missing) or 'none'}; "

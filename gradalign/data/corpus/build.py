@@ -292,8 +292,8 @@ def _prepare(path: Path, work_clips: Path) -> str:
 def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
     """Make one clip unless it is there; return "" or why it failed."""
     import numpy as np
-    import soundfile
 
+    from gradalign.data.audio import write_audio
     from gradalign.data.corpus import attacks, signal
 
     target = folder / "flac" / f"{clip.utterance}.flac"
@@ -317,8 +317,7 @@ def _make_clip(clip: _Clip, folder: Path, work: Path) -> str:
         wave = signal.equalise(np.asarray(wave, dtype=np.float64), clip.channel, human(clip.lender), rng)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    with atomic_path(target) as temporary:
-        soundfile.write(temporary, wave, signal.RATE, subtype="PCM_16", format="FLAC")
+    write_audio(target, wave, signal.RATE, "FLAC", "PCM_16")
     return ""
 
 
