@@ -301,11 +301,19 @@ def save(result: dict[str, Any], name: str) -> Path:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every benchmark takes."""
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 also binds the process to one core")
     parser.add_argument("--rounds", type=int, default=20, help="repetitions at most (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=6.0, help="time per comparison (default %(default)s)")
     parser.add_argument("--name", help="write benchmarks/results/NAME.json")
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of a name; a numbered GPU becomes the current one, whose stream is timed and captured."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def set_threads(threads: int | None) -> None:

@@ -306,7 +306,7 @@ class Averager:
                     source.append(grad)
             if into:
                 torch._foreach_copy_(into, source)
-            if flat.dtype == torch.float16:
+            if into and flat.dtype == torch.float16:
                 # Before the sum, which might overflow.
                 torch._foreach_div_(into, float(self.num_ranks))
             part = flat.new_empty(bucket.part_size)

@@ -53,11 +53,15 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     if capability < _LEAST_CAPABILITY:
         return False
     for arch in re.split(r"[;,\s]+", archs):
-        number = re.match(r"(\d+)\.(\d)", arch)
+        number = re.match(r"(\d+)\.(\d)(a?)", arch)
         if number is None:
             return True
         built = int(number[1]), int(number[2])
-        if built <= capability and (built[0] == capability[0] or arch.endswith("+PTX")):
+        if number[3]:
+            # With features of this very device.
+            if built == capability:
+                return True
+        elif built <= capability and (built[0] == capability[0] or arch.endswith("+PTX")):
             return True
     return False
 

@@ -565,7 +565,9 @@ def random_order(num_paths: int, seed: int, step: int | Tensor, device: torch.de
     bits = torch.arange(num_paths * num_paths, device=device) + (step * num_paths * num_paths)
     # The finalizer of splitmix64 (Steele et al., OOPSLA 2014); int64 wraps around, and the masks make the shifts
     # logical.
-    bits = (bits + seed * 0x632BE59B) * -0x61C8864680B583EB
+    # A seed's product may be more than int64 holds.
+    offset = (seed * 0x632BE59B + 2**63) % 2**64 - 2**63
+    bits = (bits + offset) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return bits.view(num_paths, num_paths).argsort(-1)

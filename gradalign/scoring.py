@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,11 @@ class TrainedDetector:
 
 def choose_device(name: str) -> torch.device:
     """The device of a name; ``auto`` is a GPU where there is one. Raises ConfigError for a device that is not there."""
+    # Under torchrun each process has a GPU of its own.
     if name == "auto":
-        # Under torchrun each process has a GPU of its own.
         name = f"cuda:{_ranks.local_rank()}" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{_ranks.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -930,6 +930,14 @@ def _keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
+def _reusable_buffers() -> AbstractContextManager:
+    """Let several losses go back through one forward of a compiled model; the first would use up what it has saved."""
+    # PyTorch loads it with its compiler only.
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)
+
+
 @contextmanager
 def _torch_settings(config: TrainConfig) -> Iterator[None]:
     """The run's threads, and deterministic algorithms on the CPU; both as before afterwards."""
@@ -945,7 +953,8 @@ def _torch_settings(config: TrainConfig) -> Iterator[None]:
             # It would write NaN into every new tensor, which costs time and is of use for finding defects only.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             _keep_freed_memory()
-        yield
+        with _reusable_buffers() if config.compile and config.path == "joint" else nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -720,6 +720,8 @@ def test_random_order_is_a_uniform_pure_function():
     # Rows are independent of each other, and seeds differ.
     assert (codes[:, 0] == codes[:, 1]).float().mean() == pytest.approx(1 / 6, abs=0.03)
     assert not torch.equal(alignment.random_order(8, 0, 0), alignment.random_order(8, 1, 0))
+    for seed in (-(2**63), 2**63 - 1):
+        assert torch.equal(alignment.random_order(4, seed, 5).sort(-1).values, torch.arange(4).expand(4, 4))
 
 
 @pytest.mark.parametrize(

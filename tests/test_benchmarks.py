@@ -1,5 +1,6 @@
 """The benchmarks: their arithmetic, their gates, their reports; tiny runs, no figure is judged."""
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -266,6 +267,15 @@ def test_alignment_ops_compares_what_agrees(results, monkeypatch, capsys):
     monkeypatch.setattr(alignment_ops, "_TOLERANCE", -1.0)
     assert alignment_ops.main(arguments) == 1
     assert "WRONG, not timed: merge" in capsys.readouterr().out
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    chosen, parser = [], argparse.ArgumentParser()
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    measure.add_common_arguments(parser)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert parser.parse_args(["--device", name]).device == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_filter_forms_marks_what_is_inexact(results, monkeypatch, capsys):

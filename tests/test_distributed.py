@@ -491,6 +491,18 @@ def an_average_of_large_float16_gradients():
     assert_same([param.grad], [torch.full_like(param, 40000.0)], 1e-3)
 
 
+@check
+def a_rank_without_float16_gradients():
+    param = nn.Parameter(torch.zeros(5, dtype=torch.float16))
+    opt = AlignedOptimizer(torch.optim.SGD([param], lr=2.0**-10), process_group=dist.group.WORLD)
+    for _ in range(2):
+        with opt.path():
+            if dist.get_rank() == 0:
+                param.grad = torch.full_like(param, 2.0 * dist.get_world_size())
+    opt.step()
+    assert_same([param.grad], [torch.full_like(param, 2.0)], 1e-3)
+
+
 # ---- parameters that not every path on every rank reaches ----
 
 

@@ -39,6 +39,9 @@ def test_build_facts_come_from_the_extension():
         ("8.6", (8, 0), False),
         ("8.0 8.6", (8, 9), True),
         ("Hopper", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("10.0a+PTX", (12, 0), False),
     ],
 )
 def test_devices_without_code_are_known(archs, capability, runs):

@@ -670,6 +670,24 @@ def test_a_batch_is_prepared_one_step_early_between_the_right_waits(folder, boos
     assert len(made) == 1
 
 
+def test_memory_of_a_loader_on_the_device_is_kept_until_it_is_read(monkeypatch):
+    """Of a data set in the GPU's memory, say; on stand-ins for streams and for tensors on a GPU."""
+    side, kept = SimpleNamespace(wait_stream=lambda other: None, record_event=lambda: None), []
+    consumer = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self, stream)))
+    monkeypatch.setattr(loader_module, "to_device", lambda tensor, device: tensor)
+    wave = torch.ones(2, 10, dtype=torch.int16)
+    loader = [(wave, torch.tensor([0, 1]), ["a", "b"])]
+    views = DeviceLoader(loader, lambda wave, lengths, seeds: 2 * wave, device="cpu", num_samples=20)
+    views.device = SimpleNamespace(type="cuda")
+    assert len(list(views)) == 1
+    assert any(tensor is wave and stream is side for tensor, stream in kept)
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(bool(ops.lnl.why_not("cuda")), reason=f"needs a CUDA GPU: {ops.lnl.why_not('cuda')}")

@@ -1,5 +1,6 @@
 import csv
 import errno
+import functools
 import json
 import math
 import multiprocessing
@@ -27,7 +28,7 @@ from gradalign.detectors import frontend
 from gradalign.detectors.frontend import create_frontend
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
-from gradalign.scoring import load_detector, predict, score, scores_of
+from gradalign.scoring import choose_device, load_detector, predict, score, scores_of
 from gradalign.sweep import sweep
 from gradalign.trainer import augmented_view, open_split, train, training_views
 
@@ -135,6 +136,19 @@ def louder(wave, seeds):
     return wave * (1 + (seeds % 3)[:, None] / 10)
 
 
+@pytest.mark.parametrize("path", ["split", "joint"])
+def test_a_compiled_detector_trains_alike(config, monkeypatch, path):
+    # Traced and split into forward and backward as always; only no code is made, which would take a while.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    runs = [
+        train(replace(config, path=path, epochs=1, compile=on, out=f"{config.out}-{on}"), progress=False)
+        for on in (False, True)
+    ]
+    (plain,), (compiled,) = map(rows, runs)
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -231,6 +245,12 @@ def test_settings_that_cannot_be_met_are_named(config, change, message):
         train(replace(config, **change), progress=False)
 
 
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    with pytest.raises(ConfigError, match="found 'cuda:77'"):
+        choose_device("cuda")
+
+
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +309,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
 
 def test_best_weights_give_the_recorded_dev_loss_and_scores(finished):
     config, run = finished
-    detector = load_detector(run)
+    detector = load_detector(run, device="cpu")
     assert not detector.model.training
     utterances = read_protocol(Path(config.data) / "protocols" / "dev.txt")
     data = SpeechDataset(utterances, Path(config.data) / "flac", num_samples=4000)

@@ -250,6 +250,10 @@ class DeviceLoader:
         ready: tuple[Views, torch.cuda.Event, list[tuple[int, str]]] | None = None
         for item in self.loader:
             batch, start = self._batch(item)
+            for field in batch:
+                if isinstance(field, Tensor) and field.is_cuda:
+                    # The loader's own memory: it may be given out again only when this stream has read it, too.
+                    field.record_stream(side)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 views = self._views(batch, start)
