@@ -6,10 +6,13 @@ is this file run as a program, which forks its ranks before it has computed anyt
 
 import contextlib
 import copy
+import faulthandler
+import gc
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +34,9 @@ from gradalign.optim import AlignedOptimizer
 
 CHECKS = {}
 PER_RANK = 3
+# After so many seconds a rank prints its stacks and ends; a job has a little more, to tell about that.
+RANK_LIMIT = 240
+JOB_LIMIT = RANK_LIMIT + 30
 
 
 def check(function):
@@ -880,6 +886,9 @@ def what_would_be_wrong_is_refused():
 
 
 def rank_main(rank, world, folder):
+    faulthandler.dump_traceback_later(RANK_LIMIT, exit=True)
+    # It comes when the job has been killed: end even within a collective.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
@@ -921,7 +930,12 @@ def jobs():
         def results(world):
             if world not in found:
                 folder, job = started[world]
-                output = job.communicate(timeout=240)[0]
+                try:
+                    output = job.communicate(timeout=JOB_LIMIT)[0]
+                except subprocess.TimeoutExpired as error:
+                    # What it has printed comes as bytes, or as None.
+                    output = f"not done after {JOB_LIMIT} s\n{(error.output or b'').decode(errors='replace')}"
+                    job.kill()
                 files = sorted(Path(folder).glob("*.json"))
                 found[world] = [json.loads(file.read_text()) for file in files], output
             return found[world]
@@ -941,6 +955,19 @@ def test_on_all_ranks(name, world, jobs):
         assert rank.get(name, "it was not reached") == "", rank.get(name, output[-4000:])
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    """A function that sets up a backend with one rank.
+
+    The group ends when the test's models are gone. A DDP that holds the last reference to a gloo group ends its threads
+    without releasing the GIL, for which they may be waiting: a deadlock (pytorch/pytorch#56297).
+    """
+    yield lambda backend: dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("wrap", [with_group, with_fsdp])
 @pytest.mark.parametrize(
     ("backend", "device"),
@@ -951,47 +978,41 @@ def test_on_all_ranks(name, world, jobs):
         ),
     ],
 )
-def test_one_rank_of_a_backend_sends_to_itself(wrap, backend, device, tmp_path):
+def test_one_rank_of_a_backend_sends_to_itself(wrap, backend, device, one_rank):
     """Every collective in the form it has on many ranks; on a GPU no step waits for the device."""
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        batches = [make_batch(step, 4) for step in range(4)]
-        batches = [([view.to(device) for view in views], labels.to(device)) for views, labels in batches]
-        results = []
-        for spread in (False, True):
-            model = make_model().to(device)
-            if spread and wrap is with_fsdp:
-                sharded(model, init_device_mesh(device, (1,)))
-            opt = make_optimizer(model, "gradvac", "parameter", INNER["fused adamw"])
-            if spread and wrap is with_group:
-                # A group of one rank averages nothing by itself.
-                opt._averager = Averager(dist.group.WORLD)
-            for step, (views, labels) in enumerate(batches):
-                opt.zero_grad()
-                for view in views:
-                    with opt.path():
-                        loss_of(model, view, labels).backward()
-                if device == "cuda" and step > 1:
-                    torch.cuda.set_sync_debug_mode("error")
-                try:
-                    opt.step()
-                finally:
-                    if device == "cuda":
-                        torch.cuda.set_sync_debug_mode("default")
-            results.append([*whole(model), opt.stats.parameter_cosine])
-        assert_same(results[1], results[0])
-    finally:
-        dist.destroy_process_group()
+    one_rank(backend)
+    batches = [make_batch(step, 4) for step in range(4)]
+    batches = [([view.to(device) for view in views], labels.to(device)) for views, labels in batches]
+    results = []
+    for spread in (False, True):
+        model = make_model().to(device)
+        if spread and wrap is with_fsdp:
+            sharded(model, init_device_mesh(device, (1,)))
+        opt = make_optimizer(model, "gradvac", "parameter", INNER["fused adamw"])
+        if spread and wrap is with_group:
+            # A group of one rank averages nothing by itself.
+            opt._averager = Averager(dist.group.WORLD)
+        for step, (views, labels) in enumerate(batches):
+            opt.zero_grad()
+            for view in views:
+                with opt.path():
+                    loss_of(model, view, labels).backward()
+            if device == "cuda" and step > 1:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                opt.step()
+            finally:
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        results.append([*whole(model), opt.stats.parameter_cosine])
+    assert_same(results[1], results[0])
 
 
-def test_one_rank_of_ddp_does_not_overwrite_a_path(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
-        with pytest.raises(RuntimeError, match=r"path 1 has overwritten path 0 .*gradient_as_bucket_view=False"):
-            train(model, make_optimizer(model))
-    finally:
-        dist.destroy_process_group()
+def test_one_rank_of_ddp_does_not_overwrite_a_path(one_rank):
+    one_rank("gloo")
+    model = DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
+    with pytest.raises(RuntimeError, match=r"path 1 has overwritten path 0 .*gradient_as_bucket_view=False"):
+        train(model, make_optimizer(model))
 
 
 def main():

@@ -237,9 +237,8 @@ def test_two_processes_see_together_what_one_sees(folder, expected, tmp_path, bo
     script = tmp_path / "two.py"
     script.write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [*command, str(folder / "packed"), str(tmp_path / "found.pt")], capture_output=True, text=True, check=False
-    )
+    command += [str(folder / "packed"), str(tmp_path / "found.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert_expected(found[0] + found[1], expected[1])
