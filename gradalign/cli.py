@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -173,6 +174,8 @@ def _conflicts(args: argparse.Namespace) -> int:
             }
             config = TrainConfig(data=str(path), epochs=args.steps, **given)
             measured[str(path)] = conflicts.measure(config, args.steps)
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
     analysis = conflicts.Analysis(runs, measured)
     paths = conflicts.write_analysis(analysis, args.out)
     print(conflicts.summary(analysis))
@@ -629,7 +632,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  gradalign score runs/pcgrad-seed0/best.pt /data/LA --dataset asvspoof2021-la --format 2021 -o scores.txt\n"
         "  gradalign score runs/pcgrad-seed0/best.pt suspicious/*.wav -o scores.txt",
     )
-    score.add_argument("model", type=Path, metavar="MODEL", help="best.pt of a run")
+    score.add_argument("model", type=Path, metavar="MODEL", help="folder of a run, or its best.pt")
     score.add_argument(
         "audio",
         type=Path,
@@ -725,7 +728,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="folders given to `gradalign train --out`, and score files of other detectors",
     )
     table.add_argument(
-        "-o", "--output", type=_name, default="results", metavar="NAME", help="NAME.md, NAME.csv, NAME.html"
+        "-o",
+        "--output",
+        type=_name,
+        default="results",
+        metavar="NAME",
+        help="NAME.md, NAME.csv, NAME.html (default: results)",
     )
 
     conflicts = _command(

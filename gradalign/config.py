@@ -24,12 +24,14 @@ class TrainConfig:
     """Everything that decides a training run.
 
     Data are either a data set (``dataset`` and the folder ``data``) or one protocol and one audio folder per split.
+    A file for `gradalign train` may also give lists of ``align`` and ``seed`` (a run for each), ``jobs``, and the data
+    set as ``data: {name: ..., root: ...}``: see `read_sweep`.
 
     Attributes:
         dataset: name of a data set in `gradalign.data.datasets`. "corpus" is the layout that `gradalign corpus build`
             writes, ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, or a folder that `gradalign pack`
             wrote.
-        data: folder of the data set; None: the six paths below.
+        data: folder of the data set, or the file of "csv"; None: the six paths below.
         test_sets: further data sets to score at the end: from a name for it, other than train, dev and test, to
             ``dataset``, ``data`` and, where it is not "test", ``subset``.
         train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
@@ -45,7 +47,7 @@ class TrainConfig:
         detector_options: keywords of the detector.
         algo: RawBoost algorithm 0..8 of the augmented view.
         views: what the paths see, two or more: "clean", "rawboost" (by ``algo``), "rawboost:5" (by another), or
-            "module:function" for a callable (wave [B, T], seeds int64 [B]) -> wave.
+            "module:function" for a callable (wave [B, T], seeds int64 [B]) -> wave, its folder in ``PYTHONPATH``.
         rawboost: further `RawBoostConfig` parameters by name.
         sample_rate: of the detector's input, Hz.
         resample: convert audio of another sample rate; otherwise such a file is an error.
@@ -60,7 +62,7 @@ class TrainConfig:
         average_best: score with the mean weights of so many epochs with the lowest dev losses.
         optimizer: adam | adamw | sgd (momentum 0.9).
         lr, weight_decay: of the optimizer.
-        class_weights: of the cross-entropy, [spoof, bona fide].
+        class_weights: of the cross-entropy, [spoof, bona fide]; the default is for nine spoofed to one bona fide.
         amp: off | bf16 | fp16 (with loss scaling): the type of the forward pass under autocast.
         compile: compile the detector with torch.compile.
         device: as PyTorch names it, or auto (a GPU where there is one).

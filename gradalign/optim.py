@@ -71,11 +71,11 @@ class Stats:
 class AlignedOptimizer(Optimizer):
     """Wrap an optimizer so that each step takes the aligned gradient of K >= 2 paths.
 
-    The paths are usually a clean and an augmented view of a batch. ``opt.backward([loss_1, loss_2])`` differentiates
-    losses of one joint graph, as published. ``with opt.path(): loss.backward()``, once per path, lets each graph go
-    before the next is built: half the activation memory. Then ``opt.step()``. Gradients are taken from ``.grad`` by
-    reference after each path, so K paths hold K - 1 gradient sets more than plain training, and nothing is copied or
-    flattened.
+    The paths are usually a clean and an augmented view of a batch, but may be any K losses. Run ``with opt.path():
+    loss.backward()`` once per path, which frees each graph before the next is built (half the activation memory), or
+    ``opt.backward([loss_1, loss_2])`` for losses of one joint graph, as published. Then ``opt.step()``. Gradients are
+    taken from ``.grad`` by reference after each path, so K paths hold K - 1 gradient sets more than plain training, and
+    nothing is copied or flattened. Merging averages the paths, it does not sum them (see `alignment`).
 
     It is a `torch.optim.Optimizer` that shares ``param_groups``, ``state`` and ``defaults`` with the optimizer it
     wraps (``opt.optimizer``): schedulers, hooks, closures, ``add_param_group``, ``state_dict``, pickling and deepcopy
@@ -113,8 +113,8 @@ class AlignedOptimizer(Optimizer):
     its own share of the samples times the number of ranks.
 
     Args:
-        optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS). It may be wrapped
-            again, for another method after some epochs, say.
+        optimizer: the optimizer to wrap; not one that evaluates a closure several times (LBFGS). For another
+            method after some epochs, say, wrap ``opt.optimizer`` anew.
         method: a name in `alignment.METHODS` or a callable that maps a Gram matrix float64 [K, K] to weights [K].
         scope: "model" (one Gram matrix), "parameter" (one per parameter tensor), or groups of parameters, as a mapping
             from name to parameters or a sequence of sequences (one Gram matrix each; parameters in none of them form
@@ -124,7 +124,7 @@ class AlignedOptimizer(Optimizer):
             ``stats.skipped`` counts it. "raise" raises `FloatingPointError` naming path and parameter; it waits for
             the device in every step.
         exclude: parameters that are not aligned (of batch-norm, of a head, say): their gradients are averaged over the
-            paths as in plain training, and count in no Gram matrix.
+            paths, as in training on the mean loss, and count in no Gram matrix.
         process_group: the ranks over which to average the paths' gradients, which must then not be DTensors. None where
             nothing has to be averaged or others do it (DDP, FSDP2). Like a process group, such an optimizer cannot
             be pickled; its state_dict can.

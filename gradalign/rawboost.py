@@ -41,6 +41,8 @@ class NotchDraws:
 class RawBoostDraws:
     """Everything random in one augmentation of a batch; a field is None where the algorithm has no such step.
 
+    To change draws, make a copy: ``dataclasses.replace(draws, snr_db=torch.full_like(draws.snr_db, 20))``.
+
     Attributes:
         lnl: the convolutive noise's notch banks, with axes [B, N_f, N_b].
         isd_factor: factor f of the impulsive noise, [B, T], 0 at the positions not chosen.
@@ -146,7 +148,9 @@ class RawBoost(nn.Module):
     result is differentiable in ``x``, once and in reverse mode.
 
     Args:
-        algo: algorithm 0..8; see `RawBoostConfig` for this and every further keyword.
+        algo: algorithm 0..8, listed in `RawBoostConfig`.
+        sample_rate: in Hz.
+        **parameters: the other fields of `RawBoostConfig`, such as ``snr_min``; `from_args` takes the published names.
 
     Raises:
         ValueError, TypeError: for a parameter outside its range.
@@ -175,6 +179,8 @@ class RawBoost(nn.Module):
     def from_args(cls, args: Any, algo: int | None = None, sample_rate: int = 16000) -> RawBoost:
         """Build from an object with the published names (``args.N_f, args.nBands, args.minF, ...``), such as the
         published argparse namespace.
+
+        ``process_Rawboost_feature(x, sr, args, algo)`` becomes ``RawBoost.from_args(args, algo, sr)(x)``, x a tensor.
 
         Args:
             args: any object with all of the published attributes; ``args.algo`` is used unless ``algo`` is given.
@@ -400,6 +406,8 @@ class RawBoost(nn.Module):
                 value = None if value is None else getattr(value, part)
             if value is None:
                 raise ValueError(f"algorithm {c.algo} needs `draws.{name}`; found None")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"`draws.{name}` must be a tensor {list(shape)}; found {type(value).__name__}")
             if tuple(value.shape) != shape:
                 raise ValueError(f"`draws.{name}` must be {list(shape)}; found {list(value.shape)}")
             if value.device != x.device:
@@ -443,7 +451,7 @@ def _check_seeds(seeds: Tensor, batch: int | None) -> Tensor:
             else type(seeds).__name__
         )
         error = TypeError if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 else ValueError
-        raise error(f"`seeds` must be int64 [{'B' if batch is None else batch}]; found {found}")
+        raise error(f"`seeds` must be an int64 tensor [{'B' if batch is None else batch}]; found {found}")
     return seeds
 
 

@@ -279,6 +279,14 @@ def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):
     assert all(0 <= float(row["conflict_share"]) <= 1 for row in layers if row["conflict_share"])
 
 
+def test_conflicts_tell_runs_of_one_name_apart(runs, tmp_path):
+    one, other = runs / "none-seed1", tmp_path / "none-seed1"
+    shutil.copytree(one, other)
+    assert cli.main(["conflicts", str(one), str(other), "--out", str(tmp_path / "conflicts")]) == 0
+    steps = list(csv.DictReader((tmp_path / "conflicts" / "conflicts_steps.csv").open()))
+    assert {row["run"] for row in steps} == {str(one), str(other)}
+
+
 def test_augment_reports_what_it_did(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["augment", str(corpus), str(out), "--algo", "5"]) == 0

@@ -146,6 +146,8 @@ def test_loading_errors_name_the_file_and_the_keys(checkpoint, tmp_path):
         ga.detectors.load_published("aasist", checkpoint("aasist", state | {"extra.weight": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"spectral_position must be \[1, 23, 24\]; found \[1, 23, 64\]"):
         ga.detectors.load_published("aasist-l", checkpoint("aasist", state))
+    with pytest.raises(ValueError, match=r"unexpected x0, x1, x10, x11, x12, x13, x14, x15 and 12 more$"):
+        ga.detectors.load_published("aasist", checkpoint("aasist", state | {f"x{i}": 1 for i in range(20)}))
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(checkpoint("aasist").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"truncated.pth: expected a PyTorch file; found a damaged or another one"):
@@ -202,6 +204,15 @@ def test_shape_and_misuse(name):
             model(bad)
     with pytest.raises((TypeError, ValueError), match=r"`wave` must be floating.*; found (torch\.)?int16"):
         model(torch.zeros(1, 6000, dtype=torch.int16))
+
+
+@pytest.mark.parametrize("name", ga.detectors.names())
+def test_export_for_any_batch_size(name):
+    torch.manual_seed(0)
+    model, wave = small(name).eval(), recipe_wave(6000)
+    exported = torch.export.export(model, (wave,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(wave[:1]), model(wave[:1]))
 
 
 @pytest.mark.parametrize("name", [n for n in ga.detectors.names() if n.startswith("xlsr-")])

@@ -3,6 +3,7 @@
 import ast
 import warnings
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,22 +271,28 @@ def test_bad_parameters(arguments, error, message):
         (np.zeros(3), None, None, TypeError, r"`x` must be a .* tensor; found ndarray"),
         (torch.zeros(3, dtype=torch.int16), None, None, TypeError, r"`x` must be a .* tensor; found torch.int16"),
         (torch.zeros(1, 2, 3), None, None, ValueError, r"`x` must be \[B, T\] or \[T\]; found \[1, 2, 3\]"),
-        (torch.zeros(8, 9), None, torch.zeros(8), TypeError, r"`seeds` must be int64 \[8\]; found float32 \[8\]"),
+        (
+            torch.zeros(8, 9),
+            None,
+            torch.zeros(8),
+            TypeError,
+            r"`seeds` must be an int64 tensor \[8\]; found float32 \[8\]",
+        ),
         (
             torch.zeros(8, 9),
             None,
             torch.zeros(8, dtype=torch.int32),
             TypeError,
-            r"`seeds` must be int64 \[8\]; found int32 \[8\]",
+            r"`seeds` must be an int64 tensor \[8\]; found int32 \[8\]",
         ),
         (
             torch.zeros(8, 9),
             None,
             torch.zeros(7, dtype=torch.int64),
             ValueError,
-            r"`seeds` must be int64 \[8\]; found int64 \[7\]",
+            r"`seeds` must be an int64 tensor \[8\]; found int64 \[7\]",
         ),
-        (torch.zeros(2, 9), None, [1, 2], TypeError, r"`seeds` must be int64 \[2\]; found list"),
+        (torch.zeros(2, 9), None, [1, 2], TypeError, r"`seeds` must be an int64 tensor \[2\]; found list"),
         (
             torch.zeros(2, 9),
             torch.tensor([9, 10]),
@@ -344,9 +351,11 @@ def test_bad_draws():
     even = ga.NotchDraws(draws.lnl.center_hz, draws.lnl.width_hz, draws.lnl.taps * 2, draws.lnl.gain_db)
     with pytest.raises(ValueError, match=r"`draws.lnl.taps` must be odd and in \[1, 99\]"):
         boost.apply(x, ga.RawBoostDraws(even, draws.isd_factor, draws.ssi, draws.ssi_noise, draws.snr_db))
+    with pytest.raises(TypeError, match=rf"`draws.snr_db` must be a tensor \[{len(x)}\]; found float"):
+        boost.apply(x, replace(draws, snr_db=20.0))
     with pytest.raises(ValueError, match="`num_samples` must be at least 0; found -1"):
         boost.draw(torch.tensor([1]), -1)
-    with pytest.raises(TypeError, match=r"`seeds` must be int64 \[B\]; found float32 \[1\]"):
+    with pytest.raises(TypeError, match=r"`seeds` must be an int64 tensor \[B\]; found float32 \[1\]"):
         boost.draw(torch.tensor([1.0]), 10)
 
 

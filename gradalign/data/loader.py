@@ -131,13 +131,14 @@ class DeviceLoader:
     augmentation may be made by the loader's worker processes instead (`collate` with ``augment``).
 
     Each utterance's augmentation follows from (seed, epoch, utterance) alone: a resumed run, another number of workers
-    or of ranks augments alike. ``set_epoch`` says which epoch it is, to every data set within the loader's (Subset,
-    ConcatDataset and the like); without it, all augment alike.
+    or of ranks augments alike. Call ``set_epoch`` before each epoch, or all epochs augment alike; it reaches every data
+    set within the loader's (Subset, ConcatDataset and the like).
 
     Args:
-        loader: a DataLoader, or anything iterable, of `Batch`, or of tuples (wave, label, ids) or (wave, label, ids,
-            lengths): ``wave`` [B, S] floating point or int16 (full scale 32768), ``label`` [B], ``ids`` B names or
-            numbers that are the utterances' own, ``lengths`` int64 [B] the samples of each before its padding.
+        loader: a DataLoader, or anything iterable, of `Batch` (a `SpeechDataset` with `collate`), or of tuples (wave,
+            label, ids) or (wave, label, ids, lengths): ``wave`` [B, S] floating point or int16 (full scale 32768),
+            ``label`` [B], ``ids`` one name or number per utterance, the same in every epoch, ``lengths`` int64 [B] the
+            samples of each before its padding.
         augment: called as ``augment(wave, lengths=..., seeds=...)``, such as `RawBoost` (a function of wave and seeds
             alone: ``lambda wave, lengths, seeds: room(wave, seeds)``); shorter utterances are augmented once and then
             repeated. None: the augmented view is the batch's own, or the clean one.
@@ -376,8 +377,8 @@ def _checked(item: Any) -> tuple[Tensor, Tensor, list[Any], Tensor | None]:
     if not isinstance(item, (tuple, list)) or len(item) not in (3, 4):
         found = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item).__name__
         raise TypeError(
-            "a batch must be a gradalign.data.Batch, (wave, label, ids) or (wave, label, ids, lengths), the ids so "
-            f"that each utterance has its own augmentation; found {found}"
+            "a batch must be a gradalign.data.Batch (made by collate_fn=gradalign.data.collate), (wave, label, ids) or "
+            f"(wave, label, ids, lengths), the ids so that each utterance has its own augmentation; found {found}"
         )
     wave, label, ids = item[:3]
     if not isinstance(wave, Tensor) or wave.dim() != 2 or not (wave.is_floating_point() or wave.dtype == torch.int16):

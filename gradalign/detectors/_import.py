@@ -176,7 +176,7 @@ def load_weights(model: nn.Module, path: Path, hugging_face_config: dict[str, An
     missing = sorted(set(targets) - set(found))
     if unexpected or missing:
         raise CheckpointError(
-            f"{path}: expected this model's weights; missing {_listed(missing)}; unexpected {_listed(unexpected)}"
+            f"{path}: expected this model's weights; missing {listed(missing)}; unexpected {listed(unexpected)}"
         )
     wrong = [
         f"{name} must be {list(target.shape)}, found {list(found[name].shape)}"
@@ -184,13 +184,14 @@ def load_weights(model: nn.Module, path: Path, hugging_face_config: dict[str, An
         if found[name].shape != target.shape
     ]
     if wrong:
-        raise CheckpointError(f"{path}: expected this model's weights; {_listed(wrong)}")
+        raise CheckpointError(f"{path}: expected this model's weights; {listed(wrong)}")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(found[name])
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Join up to eight names, and say how many more there are."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more if names else "none"
 
@@ -212,7 +213,7 @@ def _read_hugging_face(folder: Path, expected: dict[str, Any]) -> tuple[Path, di
         if key in config and config[key] != value
     ]
     if wrong:
-        raise CheckpointError(f"{config_path}: expected this model's configuration; {_listed(wrong)}")
+        raise CheckpointError(f"{config_path}: expected this model's configuration; {listed(wrong)}")
     for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", read_torch_file)):
         if (folder / name).is_file():
             return folder / name, read(folder / name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gradalign.detectors._import import read_torch_file
+from gradalign.detectors._import import listed, read_torch_file
 
 
 def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | None]) -> None:
@@ -29,8 +29,7 @@ def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | N
     unexpected = sorted(key for key, value in state.items() if key not in expected or not isinstance(value, Tensor))
     if missing or unexpected:
         raise ValueError(
-            f"{path}: expected this model's weights; missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(unexpected) or 'none'}"
+            f"{path}: expected this model's weights; missing {listed(missing)}; unexpected {listed(unexpected)}"
         )
     for key, value in expected.items():
         if state[key].shape != value.shape:

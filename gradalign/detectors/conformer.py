@@ -139,7 +139,7 @@ class ConformerTCM(nn.Module):
         """Score features [B, T', C_in], T' at least 1."""
         x = functional.selu(self.front_norm(self.project(features)[:, None])[:, 0])
         x = x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         return self.head(self.blocks(x)[:, 0])
 
 
