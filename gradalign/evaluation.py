@@ -272,9 +272,11 @@ def drawn(scores: Scores, by: str | None = None) -> str:
     """What the intervals of `evaluate` are drawn over: speakers, utterances, or each in some of the rows."""
     rows = [chosen for _, chosen in _conditions(scores, by) if 0 < (chosen & scores.bonafide).sum() < chosen.sum()]
     by_speaker = [_clusters(scores, chosen) is not None for chosen in rows]
-    if any(by_speaker) and not all(by_speaker):
-        return "speakers, and of utterances in rows with fewer than two of them or an unknown one"
-    return "speakers" if any(by_speaker) else "utterances"
+    if not any(by_speaker):
+        return "utterances"
+    speakers = "speakers (so few that it is too narrow)" if len(set(scores.speakers)) <= 10 else "speakers"
+    apart = ", and of utterances in rows with fewer than two of them or an unknown one"
+    return speakers if all(by_speaker) else speakers + apart
 
 
 def write_det(scores: Scores, path: str | Path, by: str | None = None) -> None:

@@ -97,8 +97,9 @@ def eer_interval(
 
     Without ``clusters`` each class' trials are drawn with replacement. With them, whole clusters are (all trials of a
     speaker, say), since trials of one speaker are not independent (Ferrer & Riera, "Confidence intervals for evaluation
-    in machine learning", 2023). No resampled set is ever made: the EER is found by bisection, and how many drawn trials
-    lie below a threshold follows binomial distributions given those of the thresholds around it.
+    in machine learning", 2023); with few clusters, ten or less, say, the interval is too narrow. No resampled set is
+    ever made: the EER is found by bisection, and how many drawn trials lie below a threshold follows binomial
+    distributions given those of the thresholds around it.
 
     Args:
         bonafide: scores of bona fide trials [N].

@@ -115,13 +115,17 @@ def test_intervals_are_over_speakers_where_they_are_known(many):
     narrow = evaluation.evaluate(alone, resamples=500)[0]
     assert (narrow["eer_low"], narrow["eer_high"]) == metrics.eer_interval(bonafide, spoof, 0.95, 500)
     assert row["eer_high"] - row["eer_low"] > 1.5 * (narrow["eer_high"] - narrow["eer_low"])
-    assert evaluation.drawn(scores) == evaluation.drawn(scores, "speaker") == "speakers"
+    few = "speakers (so few that it is too narrow)"
+    assert evaluation.drawn(scores) == evaluation.drawn(scores, "speaker") == few
     assert evaluation.drawn(alone) == "utterances"
-    for i in range(len(scores)):
-        # Each speaker with both classes, alone in its row.
-        scores.speakers[i] = f"s{i % 3}"
-    expected = "speakers, and of utterances in rows with fewer than two of them or an unknown one"
-    assert evaluation.drawn(scores, "speaker") == expected
+    for count in (3, 11):
+        for i in range(len(scores)):
+            # Each speaker with both classes, alone in its row.
+            scores.speakers[i] = f"s{i % count}"
+        expected = few if count == 3 else "speakers"
+        assert evaluation.drawn(scores) == expected
+        apart = ", and of utterances in rows with fewer than two of them or an unknown one"
+        assert evaluation.drawn(scores, "speaker") == expected + apart
 
 
 def test_intervals_are_over_utterances_where_a_speaker_is_unknown(many):
