@@ -454,7 +454,7 @@ class AlignedOptimizer(Optimizer):
         params = self._params()
         self._check_count(params)
         grads: Gradients = [param.grad for param in params]
-        places: set[Any] = set()
+        places: set[int] = set()
         for n, grad in enumerate(grads):
             if grad is None:
                 continue
@@ -467,8 +467,8 @@ class AlignedOptimizer(Optimizer):
                 dtype = str(grad.dtype).removeprefix("torch.")
                 raise TypeError(f"gradients must be real floating-point numbers; found {dtype} in {self._name(n)}")
             # Autograd may give two parameters views of one gradient (that of a.view(2, 2) + b.view(2, 2), say).
-            place = (grad.untyped_storage()._cdata, grad.storage_offset())
-            if place in places:
+            place = getattr(grad, "_local_tensor", grad).data_ptr()
+            if place and place in places:
                 grads[n] = grad.clone()
             places.add(place)
         devices = {grad.device for grad in grads if grad is not None}

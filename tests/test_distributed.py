@@ -545,6 +545,21 @@ def parameters_missing_on_some_ranks():
 
 
 @check
+def dtensors_that_autograd_lets_share_memory():
+    """Each is merged once: the gradients of both parameters are views of one tensor on each rank."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, target = init_device_mesh("cpu", (dist.get_world_size(),)), torch.arange(2 * 4.0).view(2, 4).double()
+    params = [nn.Parameter(distribute_tensor(torch.zeros(4).double(), mesh, [Shard(0)])) for _ in range(2)]
+    opt = AlignedOptimizer(torch.optim.SGD(params, lr=1.0), "mean")
+    for row in target:
+        with opt.path():
+            ((params[0][None] + params[1][None]) * distribute_tensor(row, mesh, [Shard(0)])).sum().backward()
+    opt.step()
+    assert_same([param.full_tensor() for param in params], [-target.mean(0)] * 2)
+
+
+@check
 def frozen_after_the_paths():
     """What is frozen before the step is still averaged over the ranks, one of which has not reached it."""
     params = [nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
