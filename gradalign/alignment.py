@@ -563,10 +563,10 @@ def random_order(num_paths: int, seed: int, step: int | Tensor, device: torch.de
     """
     device = step.device if isinstance(step, Tensor) else device
     bits = torch.arange(num_paths * num_paths, device=device) + (step * num_paths * num_paths)
+    # A seed's product may be more than int64 holds: wrapped around, as tensors do.
+    offset = (seed * 0x632BE59B + 2**63) % 2**64 - 2**63
     # The finalizer of splitmix64 (Steele et al., OOPSLA 2014); int64 wraps around, and the masks make the shifts
     # logical.
-    # A seed's product may be more than int64 holds.
-    offset = (seed * 0x632BE59B + 2**63) % 2**64 - 2**63
     bits = (bits + offset) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor

@@ -783,11 +783,12 @@ class AlignedOptimizer(Optimizer):
         """Make what was counted longer, where parameters were added since."""
         if self._num_paths is None:
             return
-        segments, num_segments = self._segments()
-        like = self._counters["steps"].new_empty(len(segments), self._num_paths, self._num_paths)
-        self._allocate(like, num_segments)
-        if self._gram is not None and len(self._gram) < len(segments):
-            added = self._gram.new_zeros(len(segments) - len(self._gram), *self._gram.shape[1:])
+        num_params, num_paths = len(self._params()), self._num_paths
+        if len(self._counters["parameter_conflicts"]) < num_params:
+            like = self._counters["steps"].new_empty(num_params, num_paths, num_paths)
+            self._allocate(like, self._segments()[1])
+        if self._gram is not None and len(self._gram) < num_params:
+            added = self._gram.new_zeros(num_params - len(self._gram), num_paths, num_paths)
             self._gram = torch.cat([self._gram, added])
 
     def _shapes(self, num_paths: int, num_params: int, num_segments: int) -> dict[str, tuple[int, ...]]:
