@@ -40,16 +40,20 @@ def loss_of(model, view, labels):
     return nn.functional.cross_entropy(model(view), labels)
 
 
+def collect(model, opt, views, labels, mode):
+    if mode == "path":
+        for view in views:
+            with opt.path():
+                loss_of(model, view, labels).backward()
+    else:
+        opt.backward([loss_of(model, view, labels) for view in views])
+
+
 def train(model, opt, steps=6, mode="path", count=2, schedulers=()):
     for step in range(steps):
         views, labels = make_batch(step, count)
         opt.zero_grad()
-        if mode == "path":
-            for view in views:
-                with opt.path():
-                    loss_of(model, view, labels).backward()
-        else:
-            opt.backward([loss_of(model, view, labels) for view in views])
+        collect(model, opt, views, labels, mode)
         opt.step()
         for scheduler in schedulers:
             scheduler.step()
@@ -1176,12 +1180,7 @@ def test_compiled_training_step(mode):
 
         def step(views, labels):
             opt.zero_grad()
-            if mode == "path":
-                for view in views:
-                    with opt.path():
-                        loss_of(model, view, labels).backward()
-            else:
-                opt.backward([loss_of(model, view, labels) for view in views])
+            collect(model, opt, views, labels, mode)
             opt.align()
             opt.step()
 
