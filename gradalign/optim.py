@@ -7,10 +7,10 @@ The way from a step to the kernels: `AlignedOptimizer.step` -> its first pre-hoo
 from __future__ import annotations
 
 import json
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,52 +20,12 @@ from torch.optim import Optimizer
 
 from gradalign import _distributed, alignment, ops
 from gradalign._distributed import Averaged, Averager, Gradients
+from gradalign._tally import Segments, Stats, Tally
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Groups = Mapping[str, Sequence[Tensor]] | Sequence[Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What alignment saw so far. Reading it waits for the device; the optimizer's step does not.
-
-    Attributes:
-        steps: aligned steps (two or more paths, all gradients finite).
-        skipped: steps left out for a gradient, or for weights of a method, that were not finite.
-        conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine; excluded
-            parameters do not count.
-        cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model, without excluded
-            parameters, in the last step; None before the first.
-        groups: names of the groups of the scope, empty for scope "model" and "parameter".
-        group_cosine, group_conflicts: float64 [S, K, K] and int64 [S], the same per group.
-        parameter_cosine, parameter_conflicts: float64 [N, K, K] and int64 [N], the same per parameter in the order of
-            ``param_groups``, in every scope.
-    """
-
-    steps: int
-    skipped: int
-    conflicts: int
-    cosine: Tensor | None
-    groups: tuple[str, ...]
-    group_cosine: Tensor | None
-    group_conflicts: Tensor | None
-    parameter_cosine: Tensor | None
-    parameter_conflicts: Tensor | None
-
-    @property
-    def conflict_rate(self) -> float:
-        """Share of the aligned steps with a conflict; 0 before the first."""
-        return self.conflicts / self.steps if self.steps else 0.0
-
-    def __str__(self) -> str:
-        """One line: of the cosines, the mean over all pairs of paths in the last step. ``repr`` shows everything."""
-        shown = f"steps={self.steps}, skipped={self.skipped}, conflict_rate={self.conflict_rate:.3g}"
-        if self.cosine is not None:
-            first, second = torch.triu_indices(len(self.cosine), len(self.cosine), 1)
-            shown += f", last_mean_cosine={float(self.cosine[first, second].mean()):.3g}"
-        return f"Stats({shown})"
 
 
 class AlignedOptimizer(Optimizer):
@@ -168,15 +128,11 @@ class AlignedOptimizer(Optimizer):
     _paths: list[Gradients | Averaged]
     _joint: bool
     _inside: bool
-    _num_paths: int | None
     # Set by align: 1.0 where the gradients now in .grad must not be applied.
     _nonfinite: Tensor | None
     # Indices of the parameters whose state exists in the inner optimizer because it has stepped them.
     _stepped: set[int]
-    # Gram matrices of the last step, float64 [N, K, K].
-    _gram: Tensor | None
-    # Counts and the method's state, on the device.
-    _counters: dict[str, Tensor]
+    _tally: Tally
 
     def __init__(
         self,
@@ -232,11 +188,9 @@ class AlignedOptimizer(Optimizer):
                 "_paths": [],
                 "_joint": False,
                 "_inside": False,
-                "_num_paths": None,
                 "_nonfinite": None,
                 "_stepped": set(),
-                "_gram": None,
-                "_counters": {},
+                "_tally": Tally(not isinstance(scope, str), "rho" in resolved.parameters),
             }
         )
         if isinstance(scope, str) and scope not in ("model", "parameter"):
@@ -283,8 +237,7 @@ class AlignedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.update({name: table for name, table in vars(self.optimizer).items() if "state_dict" in name})
         self._fields = tuple(state)
-        self._membership: Tensor | None = None
-        self._excluded_segments: Tensor | None = None
+        self._known_segments: Segments | None = None
         self._shards = _distributed.Shards()
         group = self.process_group
         self._averager = Averager(group) if group is not None and _distributed.num_ranks(group) > 1 else None
@@ -407,7 +360,7 @@ class AlignedOptimizer(Optimizer):
                 raise ValueError(f"losses[{k}] must be a scalar; found shape {list(loss.shape)}")
             if not loss.requires_grad:
                 raise ValueError(f"losses[{k}] must require a gradient; found one that does not")
-        expected = len(self._paths) or self._num_paths
+        expected = len(self._paths) or self._tally.num_paths
         if expected and len(losses) != expected:
             raise ValueError(f"`losses` must hold {expected} losses, one per path as before; found {len(losses)}")
         if len(losses) > 1 and self.process_group is None and _distributed.has_replicas(self._params()):
@@ -584,8 +537,9 @@ class AlignedOptimizer(Optimizer):
         if hasattr(self, "grad_scale"):
             self._refuse("call align() before scaler.step(optimizer); found paths that are not aligned")
         self._begin("align()")
-        if self._num_paths is not None and len(self._paths) != self._num_paths:
-            raise RuntimeError(f"a step takes {self._num_paths} paths, as the steps before; found {len(self._paths)}")
+        expected = self._tally.num_paths or len(self._paths)
+        if len(self._paths) != expected:
+            raise RuntimeError(f"a step takes {expected} paths, as the steps before; found {len(self._paths)}")
         paths, self._paths, self._joint, self._nonfinite = self._paths, [], False, None
         params = self._params()
         # Whole gradients, or this rank's parts of their averages.
@@ -593,7 +547,6 @@ class AlignedOptimizer(Optimizer):
         merged: Gradients = [next((g for g in grads if g is not None), None) for grads in zip(*found, strict=True)]
         if len(found) > 1:
             self._merge(found, merged)
-            self._num_paths = len(found)
         if isinstance(paths[0], Averaged):
             merged = paths[0].gather(merged)
         for param, grad in zip(params, merged, strict=True):
@@ -609,11 +562,12 @@ class AlignedOptimizer(Optimizer):
         """Combine the paths' gradients into ``merged``, the first that each parameter has, and count. No host sync."""
         subsets, segments = _by_subset(paths), self._segments()
         if self._takes_one_pass(subsets, merged):
-            gram, rho = self._merge_in_one_pass(paths)
+            gram, rho = self._merge_in_one_pass(paths, segments)
             finite = self._check_gram(gram)
         else:
-            gram, rho, finite = self._merge_in_turn(paths, merged, subsets, *segments)
-        self._count(gram, rho, finite, *segments)
+            gram, rho, finite = self._merge_in_turn(paths, merged, subsets, segments)
+        self._nonfinite = (~finite).float()
+        self._tally.add(gram, rho, finite, segments)
 
     def _takes_one_pass(self, subsets: dict[tuple[int, ...], list[int]], merged: Gradients) -> bool:
         """Whether each parameter is merged on its own, by a method that has kernels, all paths reach all parameters,
@@ -628,11 +582,11 @@ class AlignedOptimizer(Optimizer):
             and not (self._exclude or self._averager is not None or _distributed.has_dtensors(merged))
         )
 
-    def _merge_in_one_pass(self, paths: list[Gradients]) -> tuple[Tensor, Tensor | None]:
+    def _merge_in_one_pass(self, paths: list[Gradients], segments: Segments) -> tuple[Tensor, Tensor | None]:
         """Merge each parameter while its gradients are in the cache; return Gram matrices and GradVac's new targets."""
         first, *others = paths
         some = next(grad for grad in first if grad is not None)
-        counters = self._allocate(some.new_empty(len(first), len(paths), len(paths)), len(first))
+        counters = self._tally.allocate(len(paths), segments, some.device)
         options = self._weigh_options(len(paths))
         gram, rho = ops.align_(
             first,
@@ -649,10 +603,9 @@ class AlignedOptimizer(Optimizer):
         paths: list[Gradients],
         merged: Gradients,
         subsets: dict[tuple[int, ...], list[int]],
-        segments: list[int],
-        num_segments: int,
+        segments: Segments,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gram matrices, weights, combination; return what `_count` takes."""
+        """Gram matrices, weights, combination; return what `Tally.add` takes."""
         num_paths, complete = len(paths), tuple(range(len(paths)))
         if sharded := _distributed.has_dtensors(merged):
             paths = [_distributed.local(grads) for grads in paths]
@@ -669,11 +622,10 @@ class AlignedOptimizer(Optimizer):
         gram = reduce(torch.add, grams.values())
         finite = self._check_gram(gram)
 
-        counters = self._allocate(gram, num_segments)
+        counters = self._tally.allocate(num_paths, segments, gram.device)
         weighed = grams.get(complete, torch.zeros_like(gram)) if self._method.partial == "apart" else gram
-        of_segments = self._sum_segments(weighed, segments, num_segments)
         options = self._weigh_options(num_paths)
-        weights, rho = alignment.weigh(of_segments, self._method, counters.get("rho"), **options)
+        weights, rho = alignment.weigh(segments.sum(weighed), self._method, counters.get("rho"), **options)
         # A method of the user's may find no weights for finite gradients.
         healthy = weights.isfinite().all()
         if self.on_nonfinite == "raise" and not healthy.item():
@@ -682,10 +634,10 @@ class AlignedOptimizer(Optimizer):
         for present, members in subsets.items():
             chosen = weights if present == complete else self._method.partial_weights(weights, present)
             if self._exclude:
-                chosen = torch.where(self._is_excluded(segments, chosen), 1.0 / num_paths, chosen)
+                chosen = torch.where(segments.is_excluded(chosen.device), 1.0 / num_paths, chosen)
             first, *others = ([paths[k][n] for n in members] for k in present)
             further = [grad for grads in others for grad in grads]
-            ops.combine_(first, further, weights=chosen, segments=[segments[n] for n in members])
+            ops.combine_(first, further, weights=chosen, segments=[segments.of[n] for n in members])
         return gram, rho, finite & healthy
 
     def _check_gram(self, gram: Tensor) -> Tensor:
@@ -695,114 +647,18 @@ class AlignedOptimizer(Optimizer):
             raise FloatingPointError(self._describe_nonfinite(gram))
         return finite
 
-    def _count(self, gram: Tensor, rho: Tensor | None, finite: Tensor, segments: list[int], num_segments: int) -> None:
-        """Keep a step's Gram matrices, the method's new state and the counts; a step that is not finite only counts as
-        skipped.
-        """
-        counters = self._allocate(gram, num_segments)
-        self._gram, self._nonfinite = gram, (~finite).float()
-        if rho is not None:
-            counters["rho"].copy_(torch.where(finite, rho, counters["rho"]))
-        counters["steps"] += finite
-        counters["skipped"] += ~finite
-        counters["conflicts"] += _conflicts(self._whole(gram)) & finite
-        counters["parameter_conflicts"] += _conflicts(gram) & finite
-        if self._groups:
-            counters["group_conflicts"] += _conflicts(self._sum_segments(gram, segments, num_segments)) & finite
-
     def _weigh_options(self, num_paths: int) -> dict[str, Any]:
         options = dict(self._options)
         if "order" in self._method.parameters and num_paths > 2:
-            options["order"] = alignment.random_order(num_paths, self._seed, self._counters["steps"])
+            options["order"] = alignment.random_order(num_paths, self._seed, self._tally.counters["steps"])
         return options
 
-    def _segments(self) -> tuple[list[int], int]:
-        """The segment of each parameter, and how many there are; excluded parameters are the last, or one each."""
-        params = self._params()
-        if self.scope == "model" and not self._exclude:
-            return [0] * len(params), 1
-        excluded = {id(param) for param in self._exclude}
-        index = {id(param): s for s, group in enumerate(self._groups.values()) for param in group}
-        if unknown := len((excluded | set(index)) - {id(param) for param in params}):
-            raise ValueError(
-                f"`scope` must group, and `exclude` hold, parameters of the optimizer; found {unknown} of others"
-            )
-        if self.scope == "parameter":
-            return list(range(len(params))), len(params)
-        rest = len(self._groups)
-        last = rest + 1 if self._exclude else rest
-        segments = [last if id(param) in excluded else index.get(id(param), rest) for param in params]
-        return segments, max(max(segments) + 1, rest)
-
-    def _sum_segments(self, gram: Tensor, segments: list[int], num_segments: int) -> Tensor:
-        """Sum the parameters' Gram matrices [N, K, K] to the segments' [S, K, K], in a fixed order."""
-        if self.scope == "parameter":
-            return gram
-        if num_segments == 1:
-            return gram.sum(0, keepdim=True)
-        member = self._membership
-        if member is None or member.shape != (num_segments, len(segments)) or member.device != gram.device:
-            member = torch.nn.functional.one_hot(torch.tensor(segments), num_segments).T.to(gram)
-            self._membership = member
-        return (member @ gram.flatten(1)).view(num_segments, *gram.shape[1:])
-
-    def _is_excluded(self, segments: list[int], like: Tensor) -> Tensor:
-        """Which segments hold excluded parameters: bool [S, 1]."""
-        known = self._excluded_segments
-        if known is None or len(known) != len(like) or known.device != like.device:
-            excluded = {id(param) for param in self._exclude}
-            held = {s for param, s in zip(self._params(), segments, strict=True) if id(param) in excluded}
-            known = torch.tensor([[s in held] for s in range(len(like))], device=like.device)
-            self._excluded_segments = known
+    def _segments(self) -> Segments:
+        """The scope's segments; made anew where the parameters are no longer the same."""
+        params, known = self._params(), self._known_segments
+        if known is None or len(known.params) != len(params) or any(map(operator.is_not, known.params, params)):
+            self._known_segments = known = Segments.of_scope(params, self.scope, self._groups, self._exclude)
         return known
-
-    def _whole(self, gram: Tensor) -> Tensor:
-        """The Gram matrix [K, K] of all parameters that are aligned."""
-        if not self._exclude:
-            return gram.sum(0)
-        segments, num_segments = self._segments()
-        sums = self._sum_segments(gram, segments, num_segments)
-        return torch.where(self._is_excluded(segments, sums)[..., None], 0.0, sums).sum(0)
-
-    def _allocate(self, gram: Tensor, num_segments: int) -> dict[str, Tensor]:
-        """Return the running tensors on the gradients' device.
-
-        They are made on first use, made longer when parameters were added, and otherwise updated in place.
-        """
-        shapes = self._shapes(gram.shape[1], len(gram), num_segments)
-        for name, shape in shapes.items():
-            old = self._counters.get(name)
-            if old is None or old.shape != shape or old.device != gram.device:
-                new = torch.zeros(shape, dtype=_counter_dtype(name), device=gram.device)
-                if old is not None:
-                    new[: len(old)].copy_(old) if shape else new.copy_(old)
-                self._counters[name] = new
-        return self._counters
-
-    def _grow(self) -> None:
-        """Make what was counted longer, where parameters were added since."""
-        if self._num_paths is None:
-            return
-        num_params, num_paths = len(self._params()), self._num_paths
-        if len(self._counters["parameter_conflicts"]) < num_params:
-            like = self._counters["steps"].new_empty(num_params, num_paths, num_paths)
-            self._allocate(like, self._segments()[1])
-        if self._gram is not None and len(self._gram) < num_params:
-            added = self._gram.new_zeros(num_params - len(self._gram), num_paths, num_paths)
-            self._gram = torch.cat([self._gram, added])
-
-    def _shapes(self, num_paths: int, num_params: int, num_segments: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {
-            "steps": (),
-            "skipped": (),
-            "conflicts": (),
-            "parameter_conflicts": (num_params,),
-        }
-        if self._groups:
-            shapes["group_conflicts"] = (num_segments,)
-        if "rho" in self._method.parameters:
-            shapes["rho"] = (num_segments, num_paths, num_paths)
-        return shapes
 
     def _describe_nonfinite(self, gram: Tensor) -> str:
         bad = ~gram.diagonal(dim1=1, dim2=2).isfinite()
@@ -820,37 +676,12 @@ class AlignedOptimizer(Optimizer):
 
         Float64 [K, K] on the gradients' device, without a host sync.
         """
-        self._grow()
-        return None if self._gram is None else _cosine(self._whole(self._gram))
+        return self._tally.cosine(self._segments())
 
     @property
     def stats(self) -> Stats:
         """A snapshot of what alignment saw; reading it waits for the device."""
-        self._grow()
-        counters = {name: tensor.to("cpu", copy=True) for name, tensor in self._counters.items()}
-        steps, skipped, conflicts = (
-            int(counters[name]) if name in counters else 0 for name in ("steps", "skipped", "conflicts")
-        )
-        names: tuple[str, ...] = ()
-        cosine = group_cosine = parameter_cosine = None
-        if self._gram is not None:
-            cosine, parameter_cosine = _cosine(self._whole(self._gram)).cpu(), _cosine(self._gram).cpu()
-        if self._groups:
-            segments, num_segments = self._segments()
-            names = (*self._groups, "rest", "excluded")[:num_segments]
-            if self._gram is not None:
-                group_cosine = _cosine(self._sum_segments(self._gram, segments, num_segments)).cpu()
-        return Stats(
-            steps=steps,
-            skipped=skipped,
-            conflicts=conflicts,
-            cosine=cosine,
-            groups=names,
-            group_cosine=group_cosine,
-            group_conflicts=counters.get("group_conflicts"),
-            parameter_cosine=parameter_cosine,
-            parameter_conflicts=counters.get("parameter_conflicts"),
-        )
+        return self._tally.stats(self._segments())
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state_dict; its first parameter group holds the method's state and the counts.
@@ -859,11 +690,7 @@ class AlignedOptimizer(Optimizer):
         that `torch.distributed.checkpoint` carries them like any setting of a group, also into an optimizer that has
         not seen a path yet. `torch.load` reads it with ``weights_only=True``.
         """
-        self._grow()
-        counters = {
-            name: self._counters[name].tolist() if name in self._counters else [] for name in self._shapes(0, 0, 0)
-        }
-        own = {"method": self._label, "scope": self._scope_label, "num_paths": self._num_paths, **counters}
+        own = {"method": self._label, "scope": self._scope_label, **self._tally.dump(self._segments())}
         state = self.optimizer.state_dict()
         first, *rest = state["param_groups"]
         return {**state, "param_groups": [{**first, "alignment": json.dumps(own)}, *rest]}
@@ -894,22 +721,14 @@ class AlignedOptimizer(Optimizer):
         for name, expected in (("method", self._label), ("scope", self._scope_label)):
             if name in own and own[name] != expected:
                 raise ValueError(f"the state must be of {name} {expected!r}; found {own[name]!r}")
-        expected_names = {"method", "scope", "num_paths", *self._shapes(0, 0, 0)}
-        if set(own) != expected_names:
+        if set(own) != (expected_names := {"method", "scope", *self._tally.names}):
             raise ValueError(
                 f"the state's 'alignment' must hold {', '.join(sorted(expected_names))}; found {', '.join(sorted(own))}"
             )
-        num_paths = own["num_paths"]
-        segments, num_segments = self._segments()
-        shapes = self._shapes(num_paths, len(segments), num_segments) if num_paths else {}
-        device = self._params()[0].device
-        counters = {name: torch.tensor(own[name], dtype=_counter_dtype(name), device=device) for name in shapes}
-        found = {name: tuple(book.shape) for name, book in counters.items()}
-        if found != shapes:
-            raise ValueError(f"the state's 'alignment' must have the shapes {shapes}; found {found}")
+        tally = self._tally.load(own, self._segments(), self._params()[0].device)
         groups[0]["alignment"] = ""
         self.optimizer.load_state_dict({**state_dict, "param_groups": groups})
-        self._counters, self._num_paths, self._gram, self._stepped = counters, num_paths, None, set()
+        self._tally, self._stepped = tally, set()
         self._paths, self._joint, self._nonfinite = [], False, None
 
 
@@ -936,10 +755,6 @@ def _named_groups(groups: Groups) -> dict[str, list[Tensor]]:
         problem = "a parameter twice" if found else "no group"
         raise ValueError(f"`scope` must be 'model', 'parameter' or groups of distinct parameters; found {problem}")
     return found
-
-
-def _counter_dtype(name: str) -> torch.dtype:
-    return torch.float64 if name == "rho" else torch.int64
 
 
 def _by_subset(paths: list[Gradients]) -> dict[tuple[int, ...], list[int]]:
@@ -970,14 +785,3 @@ def _embed(gram: Tensor, present: tuple[int, ...], num_paths: int) -> Tensor:
         for b, j in enumerate(present):
             full[:, i, j] = gram[:, a, b]
     return full
-
-
-def _conflicts(gram: Tensor) -> Tensor:
-    """Whether any two paths have a negative cosine: [..., K, K] to bool [...]."""
-    return (gram < 0).flatten(-2).any(-1)
-
-
-def _cosine(gram: Tensor) -> Tensor:
-    """Cosines from inner products, 0 where a gradient is zero."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    return (gram / (norms[..., :, None] * norms[..., None, :]).clamp_min(1e-300)).clamp(-1.0, 1.0)

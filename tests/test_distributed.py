@@ -637,7 +637,7 @@ def a_nonfinite_gradient_on_one_rank_skips_on_all():
                 )
                 if not first:
                     train(model, opt, steps=2)
-                before, rho = whole(model), opt._counters["rho"].clone() if not first else None
+                before, rho = whole(model), opt._tally.counters["rho"].clone() if not first else None
                 views, labels = make_batch(9, PER_RANK)
                 if dist.get_rank() == dist.get_world_size() - 1:
                     views[1][0, 0] = float("nan")
@@ -648,7 +648,7 @@ def a_nonfinite_gradient_on_one_rank_skips_on_all():
                 opt.step()
                 assert_same(whole(model), before, 0.0)
                 assert (opt.stats.steps, opt.stats.skipped) == (0 if first else 2, 1)
-                assert rho is None or torch.equal(opt._counters["rho"], rho)
+                assert rho is None or torch.equal(opt._tally.counters["rho"], rho)
                 after = train(model, opt, steps=1)
                 assert all(p.isfinite().all() for p in after)
                 assert_equal_on_all_ranks(opt.stats, *after)

@@ -570,7 +570,7 @@ OPTIMIZERS = {
 
 def snapshot(params, opt):
     state = [copy.deepcopy(dict(opt.state[p])) if p in opt.state else None for p in params]
-    rho = opt._counters["rho"].clone() if "rho" in opt._counters else None
+    rho = opt._tally.counters["rho"].clone() if "rho" in opt._tally.counters else None
     return [p.detach().clone() for p in params], state, rho
 
 
@@ -606,13 +606,13 @@ def test_a_nonfinite_path_skips_the_whole_step(inner, bad, first):
         set_paths(o, p, paths)
         o.step()
     assert_same(params, twin_params)
-    assert torch.equal(opt._counters["rho"], twin._counters["rho"])
+    assert torch.equal(opt._tally.counters["rho"], twin._tally.counters["rho"])
 
 
 def assert_only_skipped_moved(opt, before):
     """Of the counts and the method's state; before the first step there is none, which is zero."""
-    for name in opt._counters.keys() - {"skipped"}:
-        counter = opt._counters[name]
+    for name in opt._tally.counters.keys() - {"skipped"}:
+        counter = opt._tally.counters[name]
         assert torch.equal(counter, before.get(name, torch.zeros_like(counter))), name
 
 
@@ -632,7 +632,7 @@ def test_a_nonfinite_step_only_counts_as_skipped(scope, exclude, bad):
     one = torch.ones(2)
     agreeing, skipped = [[one] * 3] * 2, [[one, one, one * bad], [-one] * 3]
     for paths in (skipped, agreeing, skipped):
-        before = copy.deepcopy(opt._counters)
+        before = copy.deepcopy(opt._tally.counters)
         set_paths(opt, params, paths)
         opt.step()
         opt.zero_grad()
@@ -817,11 +817,11 @@ def test_add_param_group_grows_the_state():
         opt = AlignedOptimizer(torch.optim.SGD(model[:3].parameters(), lr=0.1), method="gradvac", scope=scope)
         for added in (False, True):
             if added:
-                old = opt._counters["rho"].clone()
+                old = opt._tally.counters["rho"].clone()
                 opt.add_param_group({"params": list(model[4].parameters()), "lr": 0.01})
             train(model, opt, 2)
             model.zero_grad()
-        rho = opt._counters["rho"]
+        rho = opt._tally.counters["rho"]
         assert rho.shape == ((6 if scope == "parameter" else 2), 2, 2)
         assert old.shape == ((4 if scope == "parameter" else 2), 2, 2)
         assert opt.stats.steps == 4
@@ -1037,7 +1037,7 @@ def test_grad_scaler(fused):
     for step in range(7):
         views, labels = make_batch(step)
         overflow = {0: "path", 1: "merged", 3: "path", 5: "merged"}.get(step)
-        counted = copy.deepcopy(opts[0]._counters)
+        counted = copy.deepcopy(opts[0]._tally.counters)
         opts[0].zero_grad()
         for k, view in enumerate(views):
             with opts[0].path():
@@ -1068,7 +1068,7 @@ def test_grad_scaler(fused):
     assert_same(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-4, atol=1e-5)
     assert (opts[0].stats.steps, opts[0].stats.skipped) == (5, 2)
     assert scaler.get_scale() == 2.0**6
-    torch.testing.assert_close(opts[0]._counters["rho"], opts[1]._counters["rho"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(opts[0]._tally.counters["rho"], opts[1]._tally.counters["rho"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("fused", [False, True])
