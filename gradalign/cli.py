@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -183,20 +183,26 @@ def _conflicts(args: argparse.Namespace) -> int:
     return 0
 
 
+def _labels(args: argparse.Namespace) -> tuple[list[Utterance] | None, Collection[str]]:
+    """What --dataset knows of a score file, as `read_scores` takes it."""
+    from gradalign.data.datasets import index_dataset
+
+    if (args.dataset is None) != (args.root is None):
+        raise ValueError("expected --dataset and --root together; found one of them")
+    if args.dataset is None:
+        return None, ()
+    index = index_dataset(args.dataset, args.root, args.subset)
+    return index.utterances, index.others
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from gradalign import evaluation
-    from gradalign.data.datasets import read_dataset
     from gradalign.metrics import AsvRates
 
     asv = None if args.asv_rates is None else AsvRates(*args.asv_rates)
     if args.asv_scores is not None:
         asv = evaluation.read_asv_rates(args.asv_scores)
-    if (args.dataset is None) != (args.root is None):
-        raise ValueError("expected --dataset and --root together; found one of them")
-    known = None
-    if args.dataset is not None:
-        known = read_dataset(args.dataset, args.root, args.subset, allow_missing=True)
-    scores = evaluation.read_scores(args.scores, args.protocol, known)
+    scores = evaluation.read_scores(args.scores, args.protocol, *_labels(args))
     rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf, resamples=args.interval or 0)
     if args.det is not None:
         evaluation.write_det(scores, args.det, by=args.by)
@@ -225,7 +231,8 @@ def _fuse(args: argparse.Namespace) -> int:
     from gradalign.evaluation import read_scores, write_scores
     from gradalign.fusion import Fusion
 
-    systems = [read_scores(path, args.protocol) for path in args.scores]
+    labels = _labels(args)
+    systems = [read_scores(path, args.protocol, *labels) for path in args.scores]
     if args.dev is None:
         fusion = Fusion.mean(len(systems))
     else:
@@ -556,6 +563,21 @@ def _add_setting(parser: Any, name: str, kind: Any, values: Any, about: str) -> 
         parser.add_argument(flag, type=kind, choices=values, help=about)
 
 
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--protocol", type=Path, metavar="FILE", help="labels from `speaker utterance - attack label` lines"
+    )
+    labels.add_argument("--dataset", metavar="NAME", help=f"labels, codecs and speakers of {_DATA_SETS}")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the data set's folder")
+    parser.add_argument(
+        "--subset",
+        default="test",
+        metavar="S",
+        help="of the data set (default: test); scores of ASVspoof 2021's other phases are left out",
+    )
+
+
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
@@ -644,7 +666,13 @@ def build_parser() -> argparse.ArgumentParser:
     which = score.add_mutually_exclusive_group()
     which.add_argument("--protocol", type=Path, metavar="FILE", help="utterances to score; DATA is then their folder")
     which.add_argument("--dataset", metavar="NAME", help=f"what DATA is: {_DATA_SETS}")
-    score.add_argument("--subset", default="test", metavar="S", help="of the data set (default: test)")
+    score.add_argument(
+        "--subset",
+        default="test",
+        metavar="S",
+        help="of the data set (default: test); the official scripts of ASVspoof 2021 want test, progress and hidden in "
+        "one file",
+    )
     _add_format(score)
     score.add_argument("--device", default="auto", help="as PyTorch names it (default: a GPU where there is one)")
     score.add_argument("--batch-size", type=_count, default=24, metavar="N", help="utterances at once (default: 24)")
@@ -668,13 +696,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="lines `utterance attack label score`, or, where labels are given, those of ASVspoof 2021 and 5; "
         "higher is more bona fide",
     )
-    labels = evaluate.add_mutually_exclusive_group()
-    labels.add_argument(
-        "--protocol", type=Path, metavar="FILE", help="labels from `speaker utterance - attack label` lines"
-    )
-    labels.add_argument("--dataset", metavar="NAME", help=f"labels, codecs and speakers of {_DATA_SETS}")
-    evaluate.add_argument("--root", type=Path, metavar="DIR", help="the data set's folder")
-    evaluate.add_argument("--subset", default="test", metavar="S", help="of the data set (default: test)")
+    _add_labels(evaluate)
     asv = evaluate.add_mutually_exclusive_group()
     asv.add_argument("--asv-scores", type=Path, metavar="FILE", help="speaker verification scores, for the min t-DCF")
     asv.add_argument("--asv-rates", type=_rates, metavar="P_FA,P_MISS,P_FA_SPOOF", help="or its error rates")
@@ -709,7 +731,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SCORES",
         help="each detector's labelled scores to train on; the result is then a log-likelihood ratio",
     )
-    fuse.add_argument("--protocol", type=Path, metavar="FILE", help="labels for score files without any")
+    _add_labels(fuse)
     fuse.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="the score file to write")
     _add_format(fuse)
 

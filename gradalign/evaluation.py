@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,10 @@ def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
 
 
 def read_scores(
-    path: str | Path, protocol: str | Path | None = None, known: Iterable[Utterance] | None = None
+    path: str | Path,
+    protocol: str | Path | None = None,
+    known: Iterable[Utterance] | None = None,
+    others: Collection[str] = (),
 ) -> Scores:
     """Read a score file.
 
@@ -86,6 +89,7 @@ def read_scores(
         path: the score file.
         protocol: lines ``speaker utterance - attack label``.
         known: utterances of a data set (`gradalign.data.read_dataset`), with their codecs and speakers.
+        others: utterances to leave out: those of the other phases in an ASVspoof 2021 score file, which holds all.
 
     Raises:
         DataError: naming file, line, expected and found; or a file that is not there.
@@ -99,7 +103,7 @@ def read_scores(
     rows: list[tuple[str, str, bool, float, str, str]] = []
     seen: set[str] = set()
     for number, fields in _lines(path):
-        if fields == ["filename", "cm-score"] and not rows:
+        if (fields == ["filename", "cm-score"] and not rows) or fields[0] in others:
             continue
         utterance = labels.get(fields[0]) if labels is not None else None
         if len(fields) == 4 and fields[2] in LABELS:
@@ -108,7 +112,8 @@ def read_scores(
             attack, is_bonafide = "-", utterance is not None and utterance.label == 1
         elif len(fields) == 2:
             raise DataError(
-                f"{path}:{number}: found no labels (`utterance score`); expected --protocol or --dataset to give them"
+                f"{path}:{number}: found no labels (`utterance score`); `gradalign evaluate` and `gradalign fuse` take "
+                "them from --protocol or --dataset"
             )
         else:
             raise DataError(

@@ -51,7 +51,7 @@ class AlignedOptimizer(Optimizer):
 
     Parameters that no path reaches, frozen ones among them, keep ``grad is None`` and are not moved, not even by
     weight decay. A parameter that only some paths reach is merged as `alignment.Method` says. A step without paths, or
-    with one, is the plain optimizer's, bit for bit.
+    with one where every step has one, is the plain optimizer's, bit for bit.
 
     On several ranks, every rank takes the same steps, with the same number of paths, and all ranks' weights and
     ``stats`` are equal:

@@ -1,5 +1,6 @@
 """Readers of public data sets, on small trees with the published names, columns and separators."""
 
+import csv
 import os
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from gradalign import cli
 from gradalign.data import AudioError, DataError, SpeechDataset, Utterance, datasets, read_dataset
 from gradalign.data.check import check, sha256_of
 from gradalign.data.datasets import names, subsets
@@ -214,6 +216,29 @@ def test_asvspoof2021_la_has_subsets_and_codecs(tmp_path):
     (tmp_path / "keys").rename(tmp_path / "LA-keys-full" / "keys")
     assert facts(read_dataset("asvspoof2021-la", tmp_path, "test")) == found["test"]
     assert facts(read_dataset("asvspoof2021-la", inner, "test")) == found["test"]
+
+
+@pytest.mark.parametrize("track", ["la", "df"])
+def test_official_asvspoof2021_score_files_hold_all_phases(tmp_path, capsys, track):
+    """As the published pipelines write them: every line of the official trial list, without labels."""
+    TREES[f"asvspoof2021-{track}"](tmp_path)
+    dataset = ["--dataset", f"asvspoof2021-{track}", "--root", str(tmp_path)]
+    scores, fused = str(tmp_path / "scores.txt"), str(tmp_path / "fused.txt")
+    trials = [line.split()[1] for line in {"la": KEYS_LA, "df": KEYS_DF}[track].splitlines()]
+    text(tmp_path / "scores.txt", "".join(f"{name} {i}\n" for i, name in enumerate(trials)))
+    test = read_dataset(f"asvspoof2021-{track}", tmp_path, "test")
+
+    assert cli.main(["evaluate", scores, *dataset, "--csv"]) == 0
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (int(row["bonafide"]), int(row["spoof"])) == (1, len(test) - 1)
+    assert cli.main(["fuse", scores, scores, *dataset, "-o", fused]) == 0
+    assert [line.split() for line in Path(fused).read_text().splitlines()] == [
+        [u.name, u.attack, u.label_name, str(trials.index(u.name))] for u in test
+    ]
+
+    text(tmp_path / "scores.txt", "".join(f"{name} 1\n" for name in [*trials, "LA_E_0"]))
+    assert cli.main(["evaluate", scores, *dataset]) == 2
+    assert "1 scores without a protocol line and 0 protocol lines" in capsys.readouterr().err
 
 
 def test_asvspoof2021_df_lies_in_four_parts_or_in_one(tmp_path):

@@ -41,12 +41,14 @@ PROTOCOL_FORM = "speaker utterance - attack label"
 class Index:
     """A subset as its files name it: ``source`` is the list (or folder) read, ``missing`` the files that are not there.
 
-    The utterances of missing files are among ``utterances``, with the path where the file was expected.
+    The utterances of missing files are among ``utterances``, with the path where the file was expected. ``others``
+    holds the names that the ASVspoof 2021 keys give to other subsets.
     """
 
     source: Path
     utterances: list[Utterance]
     missing: list[Path]
+    others: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ def _read_asvspoof2021(track: str) -> Callable[[Path, str, Path], Index]:
 
     def read(root: Path, subset: str, keys: Path) -> Index:
         files = _Files(_folders(root, [f"{top}/flac", *parts, "flac"], "the audio files"), SUFFIXES)
+        others: list[str] = []
 
         def rows() -> Iterator[tuple[int, Utterance]]:
             word, find, phase = _Words(), files.find, _PHASES[subset]
@@ -314,8 +317,10 @@ def _read_asvspoof2021(track: str) -> Callable[[Path, str, Path], Index]:
                 if found == phase:
                     attack = "-" if index else word[attack]
                     yield number, Utterance(name, word[speaker], attack, index, word[codec], find(name))
+                else:
+                    others.append(name)
 
-        return Index(keys, gather(keys, form, rows()), files.missing)
+        return Index(keys, gather(keys, form, rows()), files.missing, frozenset(others))
 
     return read
 
