@@ -136,9 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     for parameters in options.parameters:
         compare("merge", {"parameters": parameters, "method": "pcgrad"}, merges(parameters, "pcgrad", device))
     goals = device_goals(rows, device) if device.type == "cuda" else []
-    measure.print_goals(goals)
-    if options.name:
-        result = {
+    return measure.finish(
+        {
             "name": options.name,
             "environment": environment,
             "goals": goals,
@@ -147,8 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             "skipped": [],
             "failed": failed,
         }
-        print(f"wrote {measure.save(result, options.name)}")
-    return 1 if failed else 0
+    )
 
 
 if __name__ == "__main__":

@@ -278,9 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     measure.set_threads(options.threads)
     result = bench(options)
     show(result["rows"])
-    if options.name:
-        print(f"wrote {measure.save(result, options.name)}")
-    return 0
+    return measure.finish(result)
 
 
 if __name__ == "__main__":

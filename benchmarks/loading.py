@@ -336,9 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
         measure.goal("epoch over packed data, times faster than the published loader", faster, 5, at_least=True),
         measure.goal("share of a training step that waits for data", share, 0.02, at_least=False),
     ]
-    measure.print_goals(goals)
-    if options.name:
-        result = {
+    return measure.finish(
+        {
             "name": options.name,
             "environment": environment,
             "goals": goals,
@@ -348,8 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
             "skipped": bench.skipped,
             "failed": failed,
         }
-        print(f"wrote {measure.save(result, options.name)}")
-    return 1 if failed else 0
+    )
 
 
 if __name__ == "__main__":

@@ -291,12 +291,55 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def save(result: dict[str, Any], name: str) -> Path:
-    """Write benchmarks/results/<name>.json, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    write_text(path, json.dumps(result, indent=1) + "\n")
-    return path
+def save(result: dict[str, Any]) -> None:
+    """Write benchmarks/results/<name>.json, whole or not at all; nothing for a result without a name."""
+    if result["name"]:
+        RESULTS.mkdir(exist_ok=True)
+        write_text(RESULTS / f"{result['name']}.json", json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: dict[str, Any]) -> int:
+    """Print the goals and `save`; return 1 when something was wrong."""
+    print_goals(result["goals"])
+    save(result)
+    if result["name"]:
+        print(f"wrote {RESULTS / result['name']}.json")
+    return 1 if result["failed"] else 0
+
+
+class Bench:
+    """What a benchmark compares and collects."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.rows: list[dict[str, Any]] = []
+        self.comparisons: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self.failed: list[str] = []
+        self.environment, self.ceilings = environment(self.device), ceilings(self.device)
+
+    def skip(self, what: str) -> None:
+        """Leave something out, and say so once."""
+        if what not in self.skipped:
+            self.skipped.append(what)
+            print(f"skipped: {what}", flush=True)
+
+    def goals(self) -> list[dict[str, Any]]:
+        """Return the promised figures."""
+        raise NotImplementedError
+
+    def result(self) -> dict[str, Any]:
+        """Return all that was found so far."""
+        return {
+            "name": self.options.name,
+            "environment": self.environment,
+            "ceilings": self.ceilings,
+            "goals": self.goals(),
+            "rows": self.rows,
+            "comparisons": self.comparisons,
+            "skipped": self.skipped,
+            "failed": self.failed,
+        }
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

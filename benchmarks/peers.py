@@ -148,22 +148,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Bench:
+class Bench(measure.Bench):
     """Compares aligners model by model and collects the rows."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, options.device
-        self.rows: list[dict[str, Any]] = []
-        self.comparisons: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
-        self.failed: list[str] = []
-        self.ceilings = measure.ceilings(self.device)
-
-    def skip(self, what: str) -> None:
-        """Leave something out, and say so once."""
-        if what not in self.skipped:
-            self.skipped.append(what)
-            print(f"skipped: {what}", flush=True)
 
     def makers(self, sets: int) -> dict[str, Callable[[Model], Run]]:
         """Return the contenders that are there; name the others as skipped."""
@@ -308,25 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare on every chosen list; return 1 when a result was wrong."""
     options = parse(arguments)
     measure.set_threads(options.threads)
-    environment = measure.environment(options.device)
     bench = Bench(options)
     for name in options.parameters:
         bench.compare(name)
-        if options.name:
-            # Each time: a run that is stopped keeps what it has measured.
-            result = {
-                "name": options.name,
-                "environment": environment,
-                "ceilings": bench.ceilings,
-                "goals": bench.goals(),
-                "rows": bench.rows,
-                "comparisons": bench.comparisons,
-                "skipped": bench.skipped,
-                "failed": bench.failed,
-            }
-            print(f"wrote {measure.save(result, options.name)}")
-    measure.print_goals(bench.goals())
-    return 1 if bench.failed else 0
+        # Each time: a run that is stopped keeps what it has measured.
+        measure.save(bench.result())
+    return measure.finish(bench.result())
 
 
 if __name__ == "__main__":

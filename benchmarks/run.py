@@ -171,16 +171,11 @@ def library(op: str, fir: Callable[[Tensor, Tensor], Tensor]) -> Callable[[tuple
     return ssi
 
 
-class Bench:
+class Bench(measure.Bench):
     """Runs the comparisons of one session and collects their rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, options.device
-        self.rows: list[dict[str, Any]] = []
-        self.comparisons: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
-        self.failed: list[str] = []
-        self.ceilings = measure.ceilings(self.device)
+        super().__init__(options)
         self.firs = {}
         for label, fir in batched.FIRS.items():
             try:
@@ -198,11 +193,6 @@ class Bench:
                 self.skip(f"the published NumPy code: {why_not}")
             else:
                 self.published = published
-
-    def skip(self, what: str) -> None:
-        """Leave something out, and say so."""
-        self.skipped.append(what)
-        print(f"skipped: {what}", flush=True)
 
     def passes(self, label: str, error: float) -> bool:
         """Is the error within the tolerance table? A contender that fails is not timed, and the run fails."""
@@ -477,29 +467,13 @@ def main(arguments: list[str] | None = None) -> int:
     measure.set_threads(options.threads)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the published code draws from NumPy's global generator
-    environment = measure.environment(options.device)
     bench = Bench(options)
+    environment = bench.environment
     copy, product = (bench.ceilings[key] for key in ("copy_gb_per_s", "fp32_tflop_per_s"))
     print(
         f"{environment['device']}, {environment['threads']} threads, load {environment['load_average'][0]}; "
         f"a copy {copy:g} GB/s, a float32 product {product:g} TFLOP/s\n\n{_LINE.format(*_HEADINGS)}"
     )
-
-    def save() -> None:
-        if options.name:
-            measure.save(
-                {
-                    "name": options.name,
-                    "environment": environment,
-                    "ceilings": bench.ceilings,
-                    "goals": bench.goals(),
-                    "rows": bench.rows,
-                    "comparisons": bench.comparisons,
-                    "skipped": bench.skipped,
-                    "failed": bench.failed,
-                },
-                options.name,
-            )
 
     for kind, details in workloads(options):
         if kind != "gradient_op" and options.device.type == "cpu" and details[-2] * details[-1] > _LARGEST_CPU_SAMPLES:
@@ -508,17 +482,13 @@ def main(arguments: list[str] | None = None) -> int:
         run: Callable[..., None] = getattr(bench, kind)
         run(*details)
         # Each time: a run that is stopped keeps what it has measured.
-        save()
+        measure.save(bench.result())
     for c in bench.comparisons:
         if c["against"] != "reference" and c["times_faster_wall"]["median"] < 1:
             print(
                 f"loss: {c['ours']} is slower than {c['against']}: {c['times_faster_wall']['median']:.2f}x at {c['op']}"
             )
-    measure.print_goals(bench.goals())
-    save()
-    if options.name:
-        print(f"wrote {measure.RESULTS / options.name}.json")
-    return 1 if bench.failed else 0
+    return measure.finish(bench.result())
 
 
 if __name__ == "__main__":

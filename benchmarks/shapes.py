@@ -15,9 +15,6 @@ from torch import Tensor
 import gradalign as ga
 from gradalign import reference
 
-BATCHES = (1, 16, 64, 256)
-# One second, the field's usual length, and 25 seconds, at 16 kHz.
-SAMPLES = (16000, 64600, 400000)
 ALGORITHMS = (1, 2, 3, 4, 5, 6, 7, 8)
 # A bank's mean number of taps with the published ranges: five bands of 55 taps in series.
 MEAN_TAPS = 271

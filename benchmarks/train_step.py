@@ -358,9 +358,8 @@ def main(arguments: list[str] | None = None) -> int:
         for clock in measure.clocks(device)
     ]
     goals.append(measure.goal("peak memory of a step, path() / backward()", share, 0.6, at_least=False))
-    measure.print_goals(goals)
-    if options.name:
-        result = {
+    return measure.finish(
+        {
             "name": options.name,
             "environment": environment,
             "goals": goals,
@@ -369,8 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
             "skipped": skipped,
             "failed": failed,
         }
-        print(f"wrote {measure.save(result, options.name)}")
-    return 1 if failed else 0
+    )
 
 
 if __name__ == "__main__":

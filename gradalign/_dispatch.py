@@ -26,6 +26,8 @@ _native = torch.library.Library("gradalign_native", "DEF")
 
 # First come, first asked.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+# Of waveforms and gradients.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The most paths that kernels take (kMaxPaths in csrc/weigh.h): sums of K*(K+1)/2 pairs and the matrix of a problem stay
 # in registers.
 MAX_PATHS = 8

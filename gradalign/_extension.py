@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from gradalign._dispatch import Op, first_tensor
+from gradalign._dispatch import FLOATS, Op, first_tensor
 
 # What the CUDA kernels take for granted: asynchronous copies, and more shared memory than older devices have.
 _LEAST_CAPABILITY = (8, 0)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @functools.cache
@@ -80,7 +79,7 @@ def _supports(device: str, args: tuple[Any, ...]) -> str:
     tensor = first_tensor(args)
     if tensor.device.type != device:
         return f"takes {device} tensors, found {tensor.device.type}"
-    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
         return f"takes float16, bfloat16, float32 and float64, found {tensor.dtype}"
     return _why_not_on(tensor.get_device()) if tensor.is_cuda else ""
 

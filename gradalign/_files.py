@@ -1,19 +1,23 @@
 """Files that are whole or not there: written to a temporary name beside the target, then renamed.
 
-A FIFO or a character device, such as /dev/stdout, is written to as it is. Whether a target can be written is asked
-before hours of work, not after.
+A FIFO or a character device, such as /dev/stdout, is written to as it is; so is the file that stdout goes to. Whether
+a target can be written is asked before hours of work, not after.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # Of atomic_path: the target's stem and suffix around the writer's process.
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp(\.[^.]*)?")
@@ -27,7 +31,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The temporary name is hidden and keeps the suffix (some writers choose their format by it). Readers, and whoever
     comes after a kill or a power cut, see the old file or the new one, never a part. The folder must exist. A link is
-    followed and stays. A FIFO or a character device is not replaced: there the temporary path is ``path`` itself.
+    followed and stays. A FIFO or a character device is not replaced: there the temporary path is ``path`` itself. Nor
+    is the file that stdout goes to (`own_output`): it is written to where stdout stands.
 
     Raises:
         IsADirectoryError, FileExistsError: ``path`` is a folder, or a block device or a socket.
@@ -43,12 +48,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     >>> folder.cleanup()
     """
     path = Path(path)
-    stream, target = _is_stream(path), _followed(path)
+    output, stream, target = own_output(path), _is_stream(path), _followed(path)
     name = f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{target.suffix}"
-    temporary = path if stream else target.with_name(name)
+    folder = Path(tempfile.gettempdir()) if output is not None else target.parent
+    temporary = path if stream else folder / name
     try:
         yield temporary
-        if not stream:
+        if output is not None:
+            with open(output, "wb", closefd=False) as file:
+                file.write(temporary.read_bytes())
+            temporary.unlink()
+        elif not stream:
             with temporary.open("rb") as file:
                 # Without this, some file systems bring back an empty file after a power cut: the rename outran the
                 # data.
@@ -76,6 +86,18 @@ def _is_stream(path: Path) -> bool:
     return not stat.S_ISREG(mode)
 
 
+def own_output(path: str | Path) -> int | None:
+    """Which of stdout (1) and stderr (2) goes to a regular file that is ``path``, such as /dev/stdout under ``>> log``.
+
+    Whoever opens it anew loses what was written there before, or what comes next.
+    """
+    with suppress(OSError):
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            return next((output for output in (1, 2) if os.path.samestat(found, os.fstat(output))), None)
+    return None
+
+
 def _followed(path: Path) -> Path:
     """Where a link leads to; any other path as it is."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -85,6 +107,39 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically; see `atomic_path`. Names of files in it need not be UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_json(path: str | Path, error: type[Exception]) -> dict[str, Any]:
+    """The object in a JSON file; ``error``, naming the file, where there is none in it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise error(f"{path}: expected JSON; found: {problem}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object; found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def locked(folder: str | Path, busy: Exception, wait_s: float = 0.0) -> Iterator[None]:
+    """Keep other processes out of a folder; the kernel releases the lock however this one ends.
+
+    Raises ``busy`` where another process holds the lock for longer than ``wait_s``.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise busy from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -118,6 +173,8 @@ def expect_folder(path: str | Path) -> None:
 
 def expect_file_or_nothing(path: str | Path) -> None:
     """Raise where `atomic_path` would: what `expect_folder` raises too, for the file that a link leads to."""
+    if own_output(path) is not None:
+        return
     if not _is_stream(Path(path)):
         expect_folder(_followed(Path(path)))
     elif not os.access(path, os.W_OK):

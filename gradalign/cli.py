@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from gradalign._files import expect_file_or_nothing, expect_folder, expect_folder_or_nothing
+from gradalign._files import expect_file_or_nothing, expect_folder, expect_folder_or_nothing, own_output
+from gradalign.data import datasets
 
 if TYPE_CHECKING:
     from gradalign.data.packed import PackedDataset
@@ -42,8 +43,6 @@ class _Resumable(KeyboardInterrupt):
 
 
 def _train(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from gradalign._errors import GradalignError
     from gradalign.config import Sweep, TrainConfig, read_sweep
     from gradalign.sweep import sweep
@@ -64,13 +63,9 @@ def _train(args: argparse.Namespace) -> int:
     config = replace(plan.config, **{name: value for name, value in flags.items() if value is not None})
     if config.data is None and config.train_protocol is None:
         raise ValueError("expected DATA, or --train-protocol and the like; found neither")
+    jobs = plan.jobs if args.jobs is None else args.jobs
     try:
-        sweep(
-            config,
-            args.align or plan.methods,
-            args.seeds or plan.seeds,
-            plan.jobs if args.jobs is None else args.jobs,
-        )
+        sweep(config, args.align or plan.methods, args.seeds or plan.seeds, jobs)
     except KeyboardInterrupt:
         raise _Resumable("the same command goes on from the last checkpoint of each run") from None
     except GradalignError:
@@ -115,16 +110,19 @@ def _score(args: argparse.Namespace) -> int:
         write_text(args.output, "".join(f"{u.name} {score:.9g}\n" for u, score in pairs if score == score))
     about = _beside(args.output)
     print(f"scores: {args.output}", file=about)
-    if bad:
-        print(f"{len(bad)} skipped:", file=about)
-        for reason in bad:
-            print(f"  {reason}", file=about)
+    _list("skipped", bad, about)
     return 0
+
+
+def _list(what: str, reasons: Sequence[str], file: TextIO | None = None) -> None:
+    """Print how many there are, and each one's reason; nothing for none."""
+    if reasons:
+        print(f"{len(reasons)} {what}:", *(f"  {reason}" for reason in reasons), sep="\n", file=file)
 
 
 def _beside(output: str) -> TextIO:
     """Where messages about an output go: not into what may be /dev/stdout."""
-    return sys.stdout if Path(output).is_file() else sys.stderr
+    return sys.stdout if Path(output).is_file() and own_output(output) is None else sys.stderr
 
 
 def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset, Path, bool]:
@@ -133,7 +131,6 @@ def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset
     Single files, and every audio file below folders, are utterances named by their path.
     """
     from gradalign.data.audio import SUFFIXES, list_audio
-    from gradalign.data.datasets import read_dataset
     from gradalign.data.packed import PackedDataset, is_packed
     from gradalign.data.protocol import Utterance, read_protocol
 
@@ -145,10 +142,10 @@ def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset
         raise ValueError(f"expected one folder with {dataset or protocol}; found {len(args.audio)} paths")
     if protocol is not None:
         return read_protocol(protocol), first, True
-    if dataset is not None:
-        return read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
     if len(args.audio) == 1 and is_packed(first):
         return PackedDataset(first, args.subset), first, True
+    if dataset is not None:
+        return datasets.read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
     utterances = []
     for path in args.audio:
         found = list_audio(path) if path.is_dir() else [path]
@@ -167,11 +164,8 @@ def _conflicts(args: argparse.Namespace) -> int:
         found = conflicts.find_runs(path)
         runs += found
         if not found:
-            given = {
-                name: getattr(args, name)
-                for name in ("detector", "algo", "seed", "batch_size", "lr", "num_samples", "device")
-                if getattr(args, name) is not None
-            }
+            flags = {name: getattr(args, name) for name in ("seed", *_MEASURED)}
+            given = {name: value for name, value in flags.items() if value is not None}
             config = TrainConfig(data=str(path), epochs=args.steps, **given)
             measured[str(path)] = conflicts.measure(config, args.steps)
     if len({run.name for run in runs}) < len(runs):
@@ -185,13 +179,15 @@ def _conflicts(args: argparse.Namespace) -> int:
 
 def _labels(args: argparse.Namespace) -> tuple[list[Utterance] | None, Collection[str]]:
     """What --dataset knows of a score file, as `read_scores` takes it."""
-    from gradalign.data.datasets import index_dataset
+    from gradalign.data.packed import PackedDataset, is_packed
 
     if (args.dataset is None) != (args.root is None):
         raise ValueError("expected --dataset and --root together; found one of them")
     if args.dataset is None:
         return None, ()
-    index = index_dataset(args.dataset, args.root, args.subset)
+    if is_packed(args.root):
+        return PackedDataset(args.root, args.subset).utterances, ()
+    index = datasets.index_dataset(args.dataset, args.root, args.subset)
     return index.utterances, index.others
 
 
@@ -283,10 +279,7 @@ def _augment(args: argparse.Namespace) -> int:
         print(f"{result.kept} kept: there already")
     if result.scaled:
         print(f"{result.scaled} scaled down to full scale, which the sample format cannot exceed")
-    if result.skipped:
-        print(f"{len(result.skipped)} skipped:")
-        for _, reason in result.skipped:
-            print(f"  {reason}")
+    _list("skipped", [reason for _, reason in result.skipped])
     return 0
 
 
@@ -329,21 +322,23 @@ def _data_check(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from gradalign.data import packed
-    from gradalign.data.datasets import read_dataset, subsets
 
     if args.verify:
         found = packed.verify(args.out, progress=True)
     else:
         if args.data is None:
             raise ValueError("expected DATA and OUT, or --verify and OUT; found OUT alone")
-        there = [name for name in ("train", "dev", "test") if name in subsets(args.dataset, args.data)]
-        names = args.splits or there
+        there = datasets.subsets(args.dataset, args.data)
+        names = args.splits or [name for name in there if name in datasets.SPLITS]
         if not names:
             missing = "no list of one in it" if args.data.exists() else "nothing there"
             raise ValueError(f"{args.data}: expected a {args.dataset} data set; found {missing}")
         try:
             found = packed.pack(
-                {name: read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad) for name in names},
+                {
+                    name: datasets.read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad)
+                    for name in names
+                },
                 args.out,
                 sample_rate=args.sample_rate,
                 resample=args.resample,
@@ -363,10 +358,7 @@ def _pack(args: argparse.Namespace) -> int:
         )
     if found.rounded:
         print(f"{found.rounded} rounded to 16 bits, {found.clipped} of them cut to full scale")
-    if found.bad:
-        print(f"{len(found.bad)} bad:")
-        for reason in found.bad:
-            print(f"  {reason}")
+    _list("bad", found.bad)
     return 0
 
 
@@ -398,7 +390,7 @@ def _info(args: argparse.Namespace) -> int:
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
-_DATA_SETS = "corpus, asvspoof2019-la, asvspoof2021-la, asvspoof2021-df, asvspoof5, in-the-wild, for, mlaad or csv"
+_DATA_SETS = " or ".join(", ".join(datasets.names()).rsplit(", ", 1))
 
 
 def _rates(text: str) -> tuple[float, float, float]:
@@ -539,6 +531,8 @@ _SETTINGS: tuple[tuple[str, Any, Any, str], ...] = (
     ("tensorboard", bool, "", "write the metrics for TensorBoard too"),
     ("skip_bad", bool, "", "leave out and list audio that cannot be read instead of stopping"),
 )
+# Those of them that `gradalign conflicts` takes.
+_MEASURED = ("detector", "algo", "batch_size", "lr", "num_samples", "device")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -569,7 +563,7 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
         "--protocol", type=Path, metavar="FILE", help="labels from `speaker utterance - attack label` lines"
     )
     labels.add_argument("--dataset", metavar="NAME", help=f"labels, codecs and speakers of {_DATA_SETS}")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="the data set's folder")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the data set's folder, or a packed one")
     parser.add_argument(
         "--subset",
         default="test",
@@ -780,7 +774,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     conflicts.add_argument("--seed", type=_count_or_0, metavar="N", help="of weights, order and augmentation, for DATA")
     for name, kind, values, about in _SETTINGS:
-        if name in ("detector", "algo", "batch_size", "lr", "num_samples", "device"):
+        if name in _MEASURED:
             _add_setting(conflicts, name, kind, values, f"{about}, for DATA")
 
     augment = _command(
@@ -926,15 +920,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal may lack a character, and a file's name need not be UTF-8: no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        parser = build_parser()
-        args, rest = parser.parse_known_args(argv)
+        args, rest = build_parser().parse_known_args(argv)
         if args.command == "bench":
             args.options = rest
         elif rest:
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
         code = int(args.run(args))
         # Here, so that a reader who went away is noticed here, not when Python ends.
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from gradalign import alignment
 from gradalign._errors import ConfigError
+from gradalign._files import read_json
 from gradalign.data.protocol import read_text
 
 METHODS = tuple(alignment.METHODS)
@@ -129,36 +130,15 @@ class TrainConfig:
             "amp": ("off", "bf16", "fp16"),
         }
         for f in fields(self):
-            value = getattr(self, f.name)
-            kind = str(f.type).removesuffix(" | None")
-            if value is None and "None" in str(f.type):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None and kind.endswith("None"):
                 continue
-            if kind.startswith("tuple"):
-                ok = (
-                    isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
-                )
-                _expect(ok, f.name, "two numbers above 0", value)
-                object.__setattr__(self, f.name, (float(value[0]), float(value[1])))
-            elif kind.startswith("list"):
-                _expect(
-                    isinstance(value, list) and all(isinstance(v, str) for v in value), f.name, "a list of names", value
-                )
-            elif kind.startswith("dict"):
-                _expect(
-                    isinstance(value, dict) and all(isinstance(k, str) for k in value),
-                    f.name,
-                    "a dict with names as keys",
-                    value,
-                )
-            elif kind == "bool":
-                _expect(isinstance(value, bool), f.name, "true or false", value)
-            elif kind == "int":
-                _expect(isinstance(value, int) and not isinstance(value, bool), f.name, "a whole number", value)
-            elif kind == "float":
-                _expect(_is_number(value) and value >= 0, f.name, "a finite number, 0 or above", value)
+            is_right, expected = _KINDS[kind.removesuffix(" | None")]
+            _expect(is_right(value), f.name, expected, value)
+            if kind == "float":
                 object.__setattr__(self, f.name, float(value))
-            else:
-                _expect(isinstance(value, str), f.name, "a string", value)
+            elif kind == "tuple[float, float]":
+                object.__setattr__(self, f.name, tuple(map(float, value)))
             if f.name in choices:
                 _expect(value in choices[f.name], f.name, "one of " + ", ".join(choices[f.name]), value)
         for name in ("sample_rate", "num_samples", "batch_size", "epochs", "accumulate", "average_best"):
@@ -205,13 +185,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
         """Read a file that `to_json` wrote; settings it lacks are defaults. Raises ConfigError naming the file."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: expected JSON; found: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object; found {type(values).__name__}")
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json(path, ConfigError), str(path))
 
     @property
     def run_dir(self) -> Path:
@@ -253,25 +227,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         DataError: when the file is not there, or no text.
         ImportError: without PyYAML.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError(f"{path}: reading it needs `pip install 'gradalign[train]'`") from None
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 takes 1e-6 for a string; nobody who writes a learning rate does."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-    def parse(text: str, source: str) -> Any:
-        try:
-            return yaml.load(text, Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{source}: expected YAML; found: {' '.join(str(error).split())}") from None
-
-    values = parse(read_text(Path(path), "configuration file"), str(path))
+    values = _parse_yaml(read_text(Path(path), "configuration file"), str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected settings by name; found {type(values).__name__}")
     if isinstance(values.get("data"), str):
@@ -286,7 +242,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"{override}: expected `{section}` to be a section; found {target!r}")
-        target[name] = parse(text, override)
+        target[name] = _parse_yaml(text, override)
     if values.get("amp") is False:
         # YAML 1.1 takes `off` for false.
         values["amp"] = "off"
@@ -307,8 +263,57 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(configs[0], methods, seeds, jobs)
 
 
+def _parse_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds; ConfigError, naming its ``source``, where it is none or names a key twice."""
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError(f"{source}: reading it needs `pip install 'gradalign[train]'`") from None
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            # PyYAML would take the last of several.
+            seen: dict[str, yaml.Node] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (first := seen.setdefault(key.value, key)) is not key:
+                    line, before = key.start_mark.line + 1, first.start_mark.line + 1
+                    raise ConfigError(
+                        f"{source}:{line}: expected each key once; found {key.value!r} again (see line {before})"
+                    )
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 takes 1e-6 for a string; nobody who writes a learning rate does.
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: expected YAML; found: {' '.join(str(error).split())}") from None
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# By the type of a setting: whether a value is of it, and what it is called.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "float": (lambda value: _is_number(value) and value >= 0, "a finite number, 0 or above"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "tuple[float, float]": (
+        lambda value: (
+            isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v > 0 for v in value)
+        ),
+        "two numbers above 0",
+    ),
+    "list[str]": (lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of names"),
+    "dict[str, Any]": (
+        lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+        "a dict with names as keys",
+    ),
+}
 
 
 def _expect(ok: bool, name: str, expected: str, found: Any) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradalign import detectors, figures, ops
-from gradalign._errors import ConfigError, DataError
+from gradalign import figures, ops
+from gradalign._errors import DataError
 from gradalign._files import atomic_path, write_text
 from gradalign.config import TrainConfig
 from gradalign.report import Run, draw_conflicts, group_by_method, read_run, read_runs, share_negative
 from gradalign.scoring import choose_device
-from gradalign.trainer import make_loss, training_views
+from gradalign.trainer import make_detector, make_loss, training_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,11 +112,7 @@ def measure(config: TrainConfig, steps: int, progress: bool = True) -> LayerCosi
     from tqdm import tqdm
 
     torch.manual_seed(config.seed)
-    try:
-        model = detectors.create(config.detector, **config.detector_options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"detector: {error}") from None
-    model = model.to(choose_device(config.device)).train()
+    model = make_detector(config).to(choose_device(config.device)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     views = (view for epoch in range(config.epochs) for view in training_views(config, epoch))
     bar = tqdm(islice(views, steps), total=steps, unit="step", desc="conflicts", disable=None if progress else True)
@@ -195,7 +191,7 @@ def draw(analysis: Analysis) -> Figure:
     groups = {m: [r for r in g if len(r.cosines)] for m, g in group_by_method(analysis.runs).items()}
     groups = {m: g for m, g in groups.items() if g}
     maps = _parameter_maps(groups)
-    heights = [3.4] * (len(groups) > 0) + [4.6] * len(maps)
+    heights = ([3.4] if groups else []) + [4.6] * len(maps)
     for found in analysis.measured.values():
         heights += [3.0, 1.2 + 0.16 * len(found.names)]
     if not heights:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,16 +55,24 @@ class Scores:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def split(self, attack: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """``(bona fide scores, spoof scores)``, the latter of one attack if it is named."""
+    def split(self, attacks: Collection[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """``(bona fide scores, spoof scores)``, the latter of some attacks if they are named."""
         spoof = ~self.bonafide
-        if attack is not None:
-            spoof &= np.array([a == attack for a in self.attacks], dtype=bool)
+        if attacks is not None:
+            spoof &= np.array([a in attacks for a in self.attacks], dtype=bool)
         return self.values[self.bonafide], self.values[spoof]
 
     def attack_names(self) -> list[str]:
         """The attacks of the spoofed utterances, sorted."""
         return sorted({a for a, b in zip(self.attacks, self.bonafide, strict=True) if not b and a != "-"})
+
+
+def _number(text: str) -> float:
+    """The number that a text is, NaN for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
@@ -95,11 +104,9 @@ def read_scores(
         DataError: naming file, line, expected and found; or a file that is not there.
     """
     path = Path(path)
-    labels = None
     if protocol is not None:
         known = read_protocol(protocol)
-    if known is not None:
-        labels = {u.name: u for u in known}
+    labels = None if known is None else {u.name: u for u in known}
     rows: list[tuple[str, str, bool, float, str, str]] = []
     seen: set[str] = set()
     for number, fields in _lines(path):
@@ -120,10 +127,7 @@ def read_scores(
                 f"{path}:{number}: expected `utterance attack label score` with label bonafide or spoof; "
                 f"found {' '.join(fields)!r}"
             )
-        try:
-            value = float(fields[-1])
-        except ValueError:
-            value = float("nan")
+        value = _number(fields[-1])
         if not np.isfinite(value):
             raise DataError(f"{path}:{number}: expected a finite score; found {fields[-1]!r}")
         if fields[0] in seen:
@@ -164,10 +168,9 @@ def write_scores(path: str | Path, scores: Scores, form: str = "2019") -> None:
     lines = ["filename\tcm-score\n"] if form == "5" else []
     columns = zip(scores.utterances, scores.attacks, scores.bonafide, scores.values.tolist(), strict=True)
     for name, attack, is_bonafide, value in columns:
-        label = (
-            f" {attack} {'bonafide' if is_bonafide else 'spoof'} " if form == "2019" else "\t" if form == "5" else " "
-        )
-        lines.append(f"{name}{label}{value:.9g}\n")
+        label = "bonafide" if is_bonafide else "spoof"
+        between = {"2019": f" {attack} {label} ", "2021": " ", "5": "\t"}[form]
+        lines.append(f"{name}{between}{value:.9g}\n")
     write_text(path, "".join(lines))
 
 
@@ -179,11 +182,7 @@ def read_asv_rates(path: str | Path) -> AsvRates:
     path = Path(path)
     found: dict[str, list[float]] = {"target": [], "nontarget": [], "spoof": []}
     for number, fields in _lines(path):
-        kinds = [f for f in fields[:-1] if f in found]
-        try:
-            value = float(fields[-1])
-        except ValueError:
-            value = float("nan")
+        kinds, value = [f for f in fields[:-1] if f in found], _number(fields[-1])
         if len(kinds) != 1 or not np.isfinite(value):
             raise DataError(
                 f"{path}:{number}: expected a line with one of target, nontarget, spoof and a score at its end; "
@@ -223,7 +222,7 @@ def evaluate(
     asv: AsvRates | None = None,
     tdcf_version: str = "2021",
     resamples: int = 0,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """One row of error measures over all scores, and with ``by`` one for each attack, codec or speaker.
 
     An attack's spoofed utterances are held against all bona fide ones; a codec's or a speaker's against its own. What
@@ -238,10 +237,10 @@ def evaluate(
         ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
     """
     conditions = _conditions(scores, by)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for condition, chosen in conditions:
         bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))
-        row: dict[str, object] = {"condition": condition, "bonafide": len(bonafide), "spoof": len(spoof)}
+        row: dict[str, Any] = {"condition": condition, "bonafide": len(bonafide), "spoof": len(spoof)}
         if len(bonafide) == 0 or len(spoof) == 0:
             if condition == "all":
                 raise ValueError(
@@ -328,7 +327,7 @@ def _cell(key: str, value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def format_table(rows: Sequence[dict[str, object]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `evaluate` as an aligned text table, EER in percent."""
     keys = list(rows[0])
     cells = [[_HEADINGS.get(k, k) for k in keys]] + [[_cell(k, row[k]) for k in keys] for row in rows]
@@ -340,7 +339,7 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def format_csv(rows: Sequence[dict[str, object]]) -> str:
+def format_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `evaluate` as CSV with a header line, every digit kept."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
@@ -349,6 +348,6 @@ def format_csv(rows: Sequence[dict[str, object]]) -> str:
     return out.getvalue()
 
 
-def format_json(rows: Sequence[dict[str, object]]) -> str:
+def format_json(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `evaluate` as a JSON list."""
     return json.dumps(list(rows), indent=2) + "\n"

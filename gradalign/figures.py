@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: distinct under every common colour blindness, and in grey.
 _COLORS = {"none": "#404040", "pcgrad": "#0072B2", "gradvac": "#D55E00", "cagrad": "#009E73", "mean": "#CC79A7"}
 _SPARE_COLORS = ("#E69F00", "#56B4E9", "#8a6d3b", "#7b5ea7")
-CATEGORY_COLORS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7b5ea7")
+CATEGORY_COLORS = (*_COLORS.values(), *_SPARE_COLORS)
 """For things that are not methods, in the order they come."""
 _STYLE: dict[Any, Any] = {
     "font.size": 10.0,
@@ -65,10 +65,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def to_bytes(figure: Figure, kind: str, dpi: int = 100) -> bytes:
     """The figure as a ``png`` or ``svg`` file; the same figure gives the same bytes."""
-    import matplotlib as mpl
-
     out = io.BytesIO()
-    with mpl.rc_context(_STYLE):
+    with styled():
         figure.savefig(out, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return out.getvalue()
 
@@ -113,8 +111,11 @@ def _list_beside(axes: Axes, texts: Sequence[str], colors: Sequence[str]) -> Non
         )
 
 
-def _label_lines(axes: Axes, ends: Mapping[str, float], texts: Mapping[str, str] | None = None) -> None:
-    """Write each method's name at the right edge beside its line's end, moved apart where they collide."""
+def label(axes: Axes, ends: Mapping[str, float]) -> None:
+    """Write each method's name at the right edge beside its line's end, moved apart where they collide.
+
+    ``ends`` are those of `draw_epochs`; the limits of the axes must be final.
+    """
     to_axes = axes.transData + axes.transAxes.inverted()
     x = axes.get_xlim()[0]
     places = sorted(((float(to_axes.transform((x, y))[1]), name) for name, y in ends.items() if np.isfinite(y)))
@@ -128,7 +129,7 @@ def _label_lines(axes: Axes, ends: Mapping[str, float], texts: Mapping[str, str]
             heights[i] = min(heights[i], heights[i + 1] - gap)
     for height, (_, name) in zip(heights, places, strict=True):
         axes.annotate(
-            (texts or {}).get(name, name),
+            name,
             xy=(1.0, height),
             xycoords="axes fraction",
             xytext=(5, 0),
@@ -174,11 +175,6 @@ def draw_epochs(
     axes.set_xlabel("epoch")
     axes.margins(x=0.02)
     return ends
-
-
-def label(axes: Axes, ends: Mapping[str, float], texts: Mapping[str, str] | None = None) -> None:
-    """Label the lines of `draw_epochs` at the right edge, after the limits are final."""
-    _label_lines(axes, ends, texts)
 
 
 def draw_det(

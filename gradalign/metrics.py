@@ -200,7 +200,7 @@ def _bisect_eer(positive: _Draws, negative: _Draws, count: int, resamples: int) 
     """The EER of each resample: P_miss - P_fa never falls with the threshold, from -1 at the lowest to 1."""
     low, high = np.zeros(resamples, np.int64), np.full(resamples, count - 1)
     while (high - low).max() > 1:
-        middle = np.maximum((low + high) // 2, low)
+        middle = (low + high) // 2
         miss = positive.share(low, middle, high)
         accept = 1 - negative.share(low, middle, high)
         upper = miss - accept >= 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from gradalign import _dispatch, _extension, alignment, reference
-from gradalign._dispatch import Op
+from gradalign._dispatch import FLOATS, Op
 
 
 def _like_first(x, *_):
@@ -32,19 +32,16 @@ def _expect(name, value, shape, *dtypes):
         raise TypeError(f"`{name}` must be {wanted}; found {str(value.dtype).removeprefix('torch.')}")
 
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
 def _check_drawn(seeds, **drawn):
     if seeds is None and any(value is None for value in drawn.values()):
         raise ValueError(f"expected `seeds`, or {', '.join(f'`{name}`' for name in drawn)}; found None")
 
 
 def _check_notch_bank(center_hz, width_hz, taps, gain_db, sample_rate, num_taps, dtype):
-    _expect("center_hz", center_hz, (None, None, None), *_FLOATS)
-    _expect("width_hz", width_hz, center_hz.shape, *_FLOATS)
+    _expect("center_hz", center_hz, (None, None, None), *FLOATS)
+    _expect("width_hz", width_hz, center_hz.shape, *FLOATS)
     _expect("taps", taps, center_hz.shape, torch.int64)
-    _expect("gain_db", gain_db, center_hz.shape[:2], *_FLOATS)
+    _expect("gain_db", gain_db, center_hz.shape[:2], *FLOATS)
     _check_size(center_hz.shape[2], num_taps)
 
 
@@ -67,34 +64,34 @@ def _check_notch_filters(seeds, filters, min_gain_db, max_gain_db, *rest):
 
 
 def _check_filters(filters, *shape):
-    _expect("filters", filters, shape, *_FLOATS)
+    _expect("filters", filters, shape, *FLOATS)
     if 0 in filters.shape[1:]:
         raise ValueError(f"`filters` must hold a filter of at least one tap; found {list(filters.shape)}")
 
 
 def _check_lnl(x, filters, lengths):
-    _expect("x", x, (None, None), *_FLOATS)
+    _expect("x", x, (None, None), *FLOATS)
     _check_filters(filters, len(x), None, None)
     _expect("lengths", lengths, (len(x),), torch.int64)
 
 
 def _check_isd(x, lengths, seeds, factor, p, g_sd):
-    _expect("x", x, (None, None), *_FLOATS)
+    _expect("x", x, (None, None), *FLOATS)
     _expect("lengths", lengths, (len(x),), torch.int64)
     _expect("seeds", seeds, (len(x),), torch.int64)
-    _expect("factor", factor, x.shape, *_FLOATS)
+    _expect("factor", factor, x.shape, *FLOATS)
     _check_drawn(seeds, factor=factor)
     if not 0 <= p <= 100:
         raise ValueError(f"`p` must be a percentage in [0, 100]; found {p}")
 
 
 def _check_ssi(x, filters, lengths, seeds, noise, snr_db, snr_min, snr_max):
-    _expect("x", x, (None, None), *_FLOATS)
+    _expect("x", x, (None, None), *FLOATS)
     _check_filters(filters, len(x), None)
     _expect("lengths", lengths, (len(x),), torch.int64)
     _expect("seeds", seeds, (len(x),), torch.int64)
-    _expect("noise", noise, x.shape, *_FLOATS)
-    _expect("snr_db", snr_db, (len(x),), *_FLOATS)
+    _expect("noise", noise, x.shape, *FLOATS)
+    _expect("snr_db", snr_db, (len(x),), *FLOATS)
     _check_drawn(seeds if noise is None else None, noise=noise, snr_db=snr_db)
 
 
@@ -102,7 +99,7 @@ def _check_rawboost(x, filters, lengths, seeds, factor, noise, snr_db, algo, p, 
     if algo not in range(1, 9):
         raise ValueError(f"`algo` must be one of 1..8; found {algo}")
     steps = reference.STEPS[algo]
-    _expect("x", x, (None, None), *_FLOATS)
+    _expect("x", x, (None, None), *FLOATS)
     if "lnl" in steps or "ssi" in steps:
         least = ("lnl" in steps) + ("ssi" in steps)
         if filters is None or filters.dim() != 3 or filters.shape[1] < least:
@@ -162,7 +159,7 @@ def _no_second_derivative(*_):
 def _backward_of(check):
     def check_backward(grad, x, *rest):
         check(x, *rest)
-        _expect("grad", grad, x.shape, *_FLOATS)
+        _expect("grad", grad, x.shape, *FLOATS)
 
     return check_backward
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from gradalign import ops, reference
 from gradalign._device import to_device
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from gradalign._dispatch import FLOATS
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ class RawBoostConfig:
                 raise TypeError(f"`{f.name}` must be a finite number; found {value!r}")
         if self.algo not in reference.STEPS:
             raise ValueError(f"`algo` must be one of 0..8; found {self.algo}")
-        for name, least in (("sample_rate", 1), ("n_f", 1), ("n_bands", 1), ("min_coeff", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}; found {getattr(self, name)}")
+        for name in ("sample_rate", "n_f", "n_bands", "min_coeff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; found {getattr(self, name)}")
         for low, high in (
             ("min_f", "max_f"),
             ("min_bw", "max_bw"),
@@ -221,7 +220,7 @@ class RawBoost(nn.Module):
         if missing:
             raise TypeError(f"args must have the published names; missing {', '.join(missing)}")
         parameters = {ours: getattr(args, published) for ours, published in names.items()}
-        return cls(**({} if algo is None else {"algo": algo}), **parameters, sample_rate=sample_rate)
+        return cls(**{"algo": algo, **parameters}, sample_rate=sample_rate)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """Augment a batch.
@@ -374,7 +373,7 @@ class RawBoost(nn.Module):
         )
 
     def _check_input(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
-        if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"`x` must be a float16, bfloat16, float32 or float64 tensor; found {found}")
         if x.dim() not in (1, 2):
@@ -439,20 +438,14 @@ def _row(value: Any) -> Any:
 
 
 def _check_seeds(seeds: Tensor, batch: int | None) -> Tensor:
-    if (
-        not isinstance(seeds, Tensor)
-        or seeds.dtype != torch.int64
-        or seeds.dim() != 1
-        or (batch is not None and seeds.shape[0] != batch)
-    ):
-        found = (
-            f"{str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}"
-            if isinstance(seeds, Tensor)
-            else type(seeds).__name__
-        )
-        error = TypeError if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 else ValueError
-        raise error(f"`seeds` must be an int64 tensor [{'B' if batch is None else batch}]; found {found}")
-    return seeds
+    is_int64 = isinstance(seeds, Tensor) and seeds.dtype == torch.int64
+    if is_int64 and seeds.dim() == 1 and (batch is None or seeds.shape[0] == batch):
+        return seeds
+    found = type(seeds).__name__
+    if isinstance(seeds, Tensor):
+        found = f"{str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}"
+    error = ValueError if is_int64 else TypeError
+    raise error(f"`seeds` must be an int64 tensor [{'B' if batch is None else batch}]; found {found}")
 
 
 def _check_lengths(lengths: Tensor, batch: int, num_samples: int, device: torch.device) -> Tensor:

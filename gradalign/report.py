@@ -12,17 +12,18 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gradalign import figures, metrics
 from gradalign._errors import DataError
-from gradalign._files import atomic_path
+from gradalign._files import atomic_path, read_json
 from gradalign.evaluation import Scores, read_scores
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ BASELINE = "none"
 """The method that the others are compared with, when it was trained."""
 
 _METHOD_ORDER = ("none", "mean", "pcgrad", "gradvac", "cagrad")
-_DEGREES_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+# Student's t at 97.5%, by degrees of freedom from 1 on; the last for all above.
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -86,16 +88,6 @@ class Run:
         return share_negative(self.cosines)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected JSON; found: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object; found {type(value).__name__}")
-    return value
-
-
 def _read_epochs(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -125,11 +117,11 @@ def read_run(folder: str | Path) -> Run:
     method, seed = (named[1], int(named[2])) if named else (folder.name, 0)
     parts: dict[str, Any] = {}
     try:
-        parts["config"] = _read_json(folder / "config.json")
+        parts["config"] = read_json(folder / "config.json", DataError)
         method = str(parts["config"].get("align", method))
         seed = int(parts["config"].get("seed", seed))
         for key, name, read in (
-            ("environment", "environment.json", _read_json),
+            ("environment", "environment.json", partial(read_json, error=DataError)),
             ("epochs", "metrics.jsonl", _read_epochs),
             ("cosines", "steps.csv", read_cosines),
             ("dev", "scores_dev.txt", read_scores),
@@ -143,7 +135,7 @@ def read_run(folder: str | Path) -> Run:
             status, reason = "unreadable", "results.json without epochs in metrics.jsonl"
         else:
             status, reason = "finished", ""
-            parts["train_attacks"] = _read_json(folder / "results.json").get("train_attacks")
+            parts["train_attacks"] = read_json(folder / "results.json", DataError).get("train_attacks")
     except (ValueError, OSError) as error:
         status, reason = "unreadable", str(error)
     return Run(folder.name, folder, method, seed, status, reason, **parts)
@@ -217,7 +209,7 @@ def compare(baseline: dict[int, float], other: dict[int, float], resolution: flo
     if len(seeds) < 2:
         return {"mean": mean, "low": None, "high": None, "seeds": seeds, "verdict": "too few seeds"}
     freedom = len(seeds) - 1
-    quantile = _DEGREES_95[freedom - 1] if freedom <= len(_DEGREES_95) else 2.131
+    quantile = _T_95[min(freedom, len(_T_95)) - 1]
     variance = float(differences.var(ddof=1)) + resolution**2 / 6
     half = quantile * math.sqrt(variance / len(seeds))
     verdict = "difference" if abs(mean) > half else "within spread"
@@ -234,33 +226,65 @@ def _seen_attacks(runs: Sequence[Run]) -> set[str] | None:
     return found
 
 
-def _eer(scores: Scores | None, attacks: set[str] | None = None) -> float:
-    if scores is None:
-        return math.nan
-    bonafide, spoof = scores.split()
-    if attacks is not None:
-        chosen = [not b and a in attacks for a, b in zip(scores.attacks, scores.bonafide, strict=True)]
-        spoof = scores.values[np.array(chosen, dtype=bool)]
-    return float(metrics.eer(bonafide, spoof)) if len(bonafide) and len(spoof) else math.nan
+def _error(metric: Callable[..., float], scores: Scores | None, attacks: Collection[str] | None = None) -> float:
+    """A metric over all attacks or some; NaN without scores of both classes."""
+    bonafide, spoof = ((), ()) if scores is None else scores.split(attacks)
+    return metric(bonafide, spoof) if len(bonafide) and len(spoof) else math.nan
 
 
-def _min_dcf(scores: Scores | None, attacks: set[str]) -> float:
-    if scores is None:
-        return math.nan
-    chosen = [not b and a in attacks for a, b in zip(scores.attacks, scores.bonafide, strict=True)]
-    bonafide, spoof = scores.values[scores.bonafide], scores.values[np.array(chosen, dtype=bool)]
-    return float(metrics.min_dcf(bonafide, spoof)) if len(bonafide) and len(spoof) else math.nan
+class _Measure(NamedTuple):
+    """A column of the tables: its key in summary.json, and how it is printed."""
+
+    key: str
+    heading: str
+    factor: float
+    digits: int
+    unit: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.heading} [{self.unit}]" if self.unit else self.heading
+
+    def value(self, value: float) -> str:
+        """The value of one seed; a count has no digits behind the point."""
+        return str(value) if isinstance(value, int) else f"{self.factor * value:.{self.digits}f}"
+
+    def values(self, stat: dict[str, Any]) -> str:
+        """The values of all seeds of a `spread`."""
+        return ", ".join(map(self.value, stat["values"].values()))
+
+    def text(self, stat: dict[str, Any] | None) -> str:
+        """Mean, lowest and highest seed of a `spread`."""
+        if stat is None:
+            return "–"
+        if stat["sd"] is None:
+            return f"{self.values(stat)} (one seed)"
+        mean = f"{self.factor * stat['mean']:.{self.digits}f}"
+        return f"{mean} ({self.value(stat['min'])}–{self.value(stat['max'])})"
+
+    def difference(self, item: dict[str, Any]) -> str:
+        """The mean difference of a comparison."""
+        return self._signed(item["mean"]) + (" points" if self.unit == "%" else "")
+
+    def interval(self, item: dict[str, Any]) -> str:
+        """The interval of a comparison."""
+        return f"95% interval {self._signed(item['low'])} to {self._signed(item['high'])}"
+
+    def _signed(self, value: float) -> str:
+        """A number with its sign, minus as the typographic sign; never a negative zero."""
+        text = f"{self.factor * value:+.{self.digits}f}"
+        return ("+" + text[1:] if float(text) == 0 else text).replace("-", "−")
 
 
-# Columns of the tables: key in summary.json, heading, factor and digits for printing, unit.
 _MEASURES = (
-    ("conflict_share", "steps in conflict", 100.0, 1, "%"),
-    ("test_eer", "EER, unseen-attack test", 100.0, 2, "%"),
-    ("dev_eer", "EER, dev", 100.0, 2, "%"),
-    ("test_min_dcf", "min DCF, unseen-attack test", 1.0, 3, ""),
-    ("best_epoch", "epochs to best dev loss", 1.0, 1, ""),
-    ("seconds", "wall time per run", 1 / 60, 1, "min"),
+    _Measure("conflict_share", "steps in conflict", 100.0, 1, "%"),
+    _Measure("test_eer", "EER, unseen-attack test", 100.0, 2, "%"),
+    _Measure("dev_eer", "EER, dev", 100.0, 2, "%"),
+    _Measure("test_min_dcf", "min DCF, unseen-attack test", 1.0, 3, ""),
+    _Measure("best_epoch", "epochs to best dev loss", 1.0, 1, ""),
+    _Measure("seconds", "wall time per run", 1 / 60, 1, "min"),
 )
+_ATTACK_EER = _Measure("eer", "EER", 100, 2, "%")
 _COMPARED = ("test_eer", "dev_eer", "best_epoch", "conflict_share")
 
 
@@ -282,10 +306,10 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     for method, group in group_by_method(finished).items():
         measured: dict[str, dict[int, float]] = {
             "conflict_share": {run.seed: run.conflict_share() for run in group},
-            "test_eer": {run.seed: _eer(run.test, headline) for run in group},
-            "test_eer_all": {run.seed: _eer(run.test) for run in group},
-            "dev_eer": {run.seed: _eer(run.dev) for run in group},
-            "test_min_dcf": {run.seed: _min_dcf(run.test, headline) for run in group},
+            "test_eer": {run.seed: _error(metrics.eer, run.test, headline) for run in group},
+            "test_eer_all": {run.seed: _error(metrics.eer, run.test) for run in group},
+            "dev_eer": {run.seed: _error(metrics.eer, run.dev) for run in group},
+            "test_min_dcf": {run.seed: _error(metrics.min_dcf, run.test, headline) for run in group},
             "best_epoch": {run.seed: run.best_epoch() for run in group},
             "best_dev_loss": {run.seed: float(np.nanmin(run.curve("dev_loss"))) for run in group},
             "seconds": {run.seed: float(np.nansum(run.curve("seconds"))) for run in group},
@@ -296,7 +320,8 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
             "seeds": [run.seed for run in group],
             **{key: spread(by_seed) for key, by_seed in measured.items()},
             "attacks": {
-                attack: spread({run.seed: _eer(run.test, {attack}) for run in group}) for attack in sorted(tested)
+                attack: spread({run.seed: _error(metrics.eer, run.test, {attack}) for run in group})
+                for attack in sorted(tested)
             },
         }
     comparisons = []
@@ -334,58 +359,29 @@ def _summarize(runs_dir: Path, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _signed(value: float, digits: int) -> str:
-    """A number with its sign, minus as the typographic sign; never a negative zero."""
-    text = f"{value:+.{digits}f}"
-    return ("+" + text[1:] if float(text) == 0 else text).replace("-", "−")
-
-
-def _value(value: float, factor: float, digits: int) -> str:
-    """The value of one seed; a count has no digits behind the point."""
-    return str(value) if isinstance(value, int) else f"{factor * value:.{digits}f}"
-
-
-def _values(stat: dict[str, Any], factor: float, digits: int) -> str:
-    return ", ".join(_value(value, factor, digits) for value in stat["values"].values())
-
-
-def _format(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
-    if stat is None:
-        return "–"
-    if stat["sd"] is None:
-        return f"{_values(stat, factor, digits)} (one seed)"
-    low, high = (_value(stat[key], factor, digits) for key in ("min", "max"))
-    return f"{factor * stat['mean']:.{digits}f} ({low}–{high})"
-
-
 def _same(item: dict[str, Any]) -> bool:
     """Whether no seed differs at all, so that there is no interval to speak of."""
     return bool(item["low"] == item["high"] == 0)
 
 
-def _comparison_sentence(item: dict[str, Any], measures: Sequence[tuple[str, str, float, int, str]]) -> str:
-    _, heading, factor, digits, unit = next(m for m in measures if m[0] == item["measure"])
-    unit = " points" if unit == "%" else (" epochs" if item["measure"] == "best_epoch" else "")
-    title = f"{item['method']} against {item['baseline']}, {heading}:"
+def _comparison_sentence(item: dict[str, Any], measures: Sequence[_Measure]) -> str:
+    measure = next(m for m in measures if m.key == item["measure"])
+    title = f"{item['method']} against {item['baseline']}, {measure.heading}:"
     count = len(item["seeds"])
     if _same(item):
         return f"{title} the same in each of {count} paired seeds."
-    text = f"{title} {_signed(factor * item['mean'], digits)}{unit}"
+    text = f"{title} {measure.difference(item)}{' epochs' if measure.key == 'best_epoch' else ''}"
     if item["low"] is None:
         return f"{text} on one common seed: no spread to judge it by."
-    interval = f"95% interval {_signed(factor * item['low'], digits)} to {_signed(factor * item['high'], digits)}"
-    verdict = (
-        "a difference beyond the seed spread"
-        if item["verdict"] == "difference"
-        else "no difference beyond the seed spread"
-    )
-    return f"{text} on average over {count} paired seeds ({interval}): {verdict}."
+    verdict = f"{'a' if item['verdict'] == 'difference' else 'no'} difference beyond the seed spread"
+    return f"{text} on average over {count} paired seeds ({measure.interval(item)}): {verdict}."
 
 
-def _headings(summary: dict[str, Any]) -> list[tuple[str, str, float, int, str]]:
+def _measures(summary: dict[str, Any]) -> list[_Measure]:
+    """The columns, by what the test set of these runs is."""
     if summary["unseen_attacks_only"]:
         return list(_MEASURES)
-    return [(k, h.replace("unseen-attack test", "test"), f, d, u) for k, h, f, d, u in _MEASURES]
+    return [m._replace(heading=m.heading.replace("unseen-attack test", "test")) for m in _MEASURES]
 
 
 def _attacks_unknown(summary: dict[str, Any]) -> list[str]:
@@ -402,19 +398,14 @@ def _attacks_unknown(summary: dict[str, Any]) -> list[str]:
 def text_summary(runs_dir: str | Path) -> str:
     """The summary as plain text for a terminal: one line per method, then the comparisons."""
     summary = summarize(runs_dir)
-    measures = _headings(summary)
-    table = [["method", "seeds", *[f"{h}{f' [{u}]' if u else ''}" for _, h, _, _, u in measures]]]
-    for method, row in summary["methods"].items():
-        table.append([method, str(row["runs"]), *[_format(row[key], f, d) for key, _, f, d, _ in measures]])
-    lines = []
-    if summary["methods"]:
-        for i, heading in enumerate(table[0]):
-            width = max(len(line[0]) for line in table)
-            if i >= 2:
-                lines.append(heading)
-                lines += [f"  {line[0].ljust(width)}  {line[i]}" for line in table[1:]]
-        seeds = ", ".join(f"{method} {row['runs']}" for method, row in summary["methods"].items())
-        lines.insert(0, f"mean (lowest–highest) over seeds: {seeds}")
+    measures, methods, lines = _measures(summary), summary["methods"], []
+    if methods:
+        seeds = ", ".join(f"{method} {row['runs']}" for method, row in methods.items())
+        lines.append(f"mean (lowest–highest) over seeds: {seeds}")
+        width = max(map(len, ("method", *methods)))
+        for measure in measures:
+            lines.append(measure.title)
+            lines += [f"  {method:<{width}}  {measure.text(row[measure.key])}" for method, row in methods.items()]
     compared = [item for item in summary["comparisons"] if item["measure"] != "conflict_share"]
     lines += [_comparison_sentence(item, measures) for item in compared]
     lines += _attacks_unknown(summary)
@@ -462,9 +453,7 @@ def _draw_det(axes: Axes, groups: dict[str, list[Run]], summary: dict[str, Any])
         pairs = []
         for run in group:
             if run.test is not None:
-                chosen = [not b and a in attacks for a, b in zip(run.test.attacks, run.test.bonafide, strict=True)]
-                spoof = run.test.values[np.array(chosen, dtype=bool)]
-                bonafide = run.test.values[run.test.bonafide]
+                bonafide, spoof = run.test.split(attacks)
                 if len(bonafide) and len(spoof):
                     p_miss, p_fa, _ = metrics.det_curve(bonafide, spoof)
                     pairs.append((p_fa, p_miss))
@@ -475,18 +464,17 @@ def _draw_det(axes: Axes, groups: dict[str, list[Run]], summary: dict[str, Any])
     figures.draw_det(axes, curves, texts)
 
 
-def _test_eers(summary: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
-    found = {m: row[key] for m, row in summary["methods"].items()}
-    return {m: {s: 100 * v for s, v in stat["values"].items()} for m, stat in found.items() if stat}
+def _percent(stat: dict[str, Any]) -> dict[str, float]:
+    return {seed: 100 * value for seed, value in stat["values"].items()}
+
+
+def _test_eers(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {m: _percent(row["test_eer"]) for m, row in summary["methods"].items() if row["test_eer"]}
 
 
 def _attack_eers(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     return {
-        method: {
-            attack: {seed: 100 * value for seed, value in stat["values"].items()}
-            for attack, stat in row["attacks"].items()
-            if stat
-        }
+        method: {attack: _percent(stat) for attack, stat in row["attacks"].items() if stat}
         for method, row in summary["methods"].items()
     }
 
@@ -501,9 +489,9 @@ def _test_name(summary: dict[str, Any]) -> str:
 
 def _draw_table(axes: Axes, summary: dict[str, Any]) -> None:
     axes.set_axis_off()
-    measures = _headings(summary)
+    measures = _measures(summary)
     left = [0.0, 0.10] + [0.155 + 0.143 * i for i in range(len(measures))]
-    heads = ["method", "seeds"] + [f"{h}{f' [{u}]' if u else ''}" for _, h, _, _, u in measures]
+    heads = ["method", "seeds", *(measure.title for measure in measures)]
     notes = _short_comparisons(summary)
     rows = len(summary["methods"]) + 0.8 * len(notes)
     step = 1.0 / (max(rows, 2) + 1.2)
@@ -512,7 +500,7 @@ def _draw_table(axes: Axes, summary: dict[str, Any]) -> None:
         axes.text(x, top, text, transform=axes.transAxes, color="#666666", va="center", fontsize=9.5)
     for i, (method, row) in enumerate(summary["methods"].items()):
         y = top - step * (i + 1)
-        cells = [method, str(row["runs"])] + [_format(row[k], f, d) for k, _, f, d, _ in measures]
+        cells = [method, str(row["runs"]), *(measure.text(row[measure.key]) for measure in measures)]
         for j, (x, text) in enumerate(zip(left, cells, strict=True)):
             axes.text(
                 x,
@@ -535,17 +523,17 @@ def _short_comparisons(summary: dict[str, Any]) -> list[str]:
     for method in summary["methods"]:
         items = {i["measure"]: i for i in summary["comparisons"] if i["method"] == method and i["low"] is not None}
         texts = []
-        for key, name, factor, unit in (
-            ("test_eer", "test EER", 100, " points"),
-            ("best_epoch", "epochs to best", 1, ""),
+        for measure in (
+            _Measure("test_eer", "test EER", 100, 1, "%"),
+            _Measure("best_epoch", "epochs to best", 1, 1, ""),
         ):
-            if key in items and _same(items[key]):
-                texts.append(f"{name} the same in every seed")
-            elif key in items:
-                item = items[key]
+            item = items.get(measure.key)
+            if item and _same(item):
+                texts.append(f"{measure.heading} the same in every seed")
+            elif item:
                 within = "beyond" if item["verdict"] == "difference" else "no difference beyond"
-                interval = f"95% interval {_signed(factor * item['low'], 1)} to {_signed(factor * item['high'], 1)}"
-                texts.append(f"{name} {_signed(factor * item['mean'], 1)}{unit} ({interval}: {within} seed spread)")
+                found = f"{measure.difference(item)} ({measure.interval(item)}: {within} seed spread)"
+                texts.append(f"{measure.heading} {found}")
         if texts:
             lines.append(f"{method} against {BASELINE}, paired by seed: {'; '.join(texts)}")
     return lines
@@ -573,7 +561,7 @@ def draw_overview(runs: list[Run], summary: dict[str, Any]) -> Figure:
             panels[3].set_axis_off()
         if summary["methods"] and summary["attacks"]:
             panels[4].set_title(f"EER on the {_test_name(summary)} set [%], one dot per seed")
-            figures.draw_seeds(panels[4], _test_eers(summary, "test_eer"))
+            figures.draw_seeds(panels[4], _test_eers(summary))
             panels[5].set_title("EER per attack: mean, lowest to highest seed")
             figures.draw_attacks(panels[5], _attack_eers(summary), _seen(summary))
         else:
@@ -589,13 +577,6 @@ def _overview_title(runs: list[Run], summary: dict[str, Any]) -> str:
     methods = ", ".join(summary["methods"]) or ", ".join(group_by_method(runs))
     algo = summary["settings"].get("algo", "?")
     return f"Detector “{detector}” trained on clean and RawBoost-{algo} speech; alignment: {methods} ({count} runs)"
-
-
-def _small(draw: Any, width: float = 6.4, height: float = 4.0) -> Figure:
-    with figures.styled():
-        figure = figures.new_figure(width, height)
-        draw(figure.add_subplot())
-    return figure
 
 
 def draw_conflicts(groups: dict[str, list[Run]], figure: Any = None) -> Any:
@@ -653,46 +634,46 @@ def _picture(figure: Figure, caption: str, alt: str) -> str:
     )
 
 
+def _panel(draw: Callable[[Axes], None], caption: str, alt: str, height: float = 4.0) -> str:
+    with figures.styled():
+        figure = figures.new_figure(6.4, height)
+        draw(figure.add_subplot())
+    return _picture(figure, caption, alt)
+
+
 def _method_cell(method: str) -> str:
     return f'<b style="color:{figures.color(method)}">{_text(method)}</b>'
 
 
-def _stat_cell(stat: dict[str, Any] | None, factor: float, digits: int) -> str:
-    if stat is None:
-        return "–"
-    return f"{_text(_format(stat, factor, digits))}<small>{_values(stat, factor, digits)}</small>"
+def _stat_cell(stat: dict[str, Any] | None, measure: _Measure) -> str:
+    return "–" if stat is None else f"{_text(measure.text(stat))}<small>{measure.values(stat)}</small>"
 
 
 def _comparison_table(summary: dict[str, Any]) -> str:
     methods = [m for m in summary["methods"] if m != BASELINE]
     rows = [["mean difference, seed by seed", *[_method_cell(m) for m in methods]]]
     items = {(i["measure"], i["method"]): i for i in summary["comparisons"]}
-    for key, heading, factor, digits, unit in _headings(summary):
-        if key not in _COMPARED:
-            continue
-        cells = []
-        for method in methods:
-            item = items.get((key, method))
-            if item is None:
-                cells.append("–")
-                continue
-            if _same(item):
-                values = _values(summary["methods"][method][key], factor, digits)
-                cells.append(f"the same in every seed<small>{values}</small>")
-                continue
-            value = f"{_signed(factor * item['mean'], digits)}{' points' if unit == '%' else ''}"
-            if item["low"] is None:
-                cells.append(f"{value}<small>one common seed: no spread to judge by</small>")
-                continue
-            interval = (
-                f"95% interval {_signed(factor * item['low'], digits)} to {_signed(factor * item['high'], digits)}"
-            )
-            if item["verdict"] == "difference":
-                cells.append(f"<b>{value}</b><small>{interval}<br><b>beyond the seed spread</b></small>")
-            else:
-                cells.append(f"{value}<small>{interval}<br>no difference beyond the seed spread</small>")
-        rows.append([_text(heading), *cells])
+    for measure in _measures(summary):
+        if measure.key in _COMPARED:
+            cells = [
+                _comparison_cell(items.get((measure.key, m)), summary["methods"][m][measure.key], measure)
+                for m in methods
+            ]
+            rows.append([_text(measure.heading), *cells])
     return _table(rows)
+
+
+def _comparison_cell(item: dict[str, Any] | None, stat: dict[str, Any], measure: _Measure) -> str:
+    if item is None:
+        return "–"
+    if _same(item):
+        return f"the same in every seed<small>{measure.values(stat)}</small>"
+    value = measure.difference(item)
+    if item["low"] is None:
+        return f"{value}<small>one common seed: no spread to judge by</small>"
+    if item["verdict"] == "difference":
+        return f"<b>{value}</b><small>{measure.interval(item)}<br><b>beyond the seed spread</b></small>"
+    return f"{value}<small>{measure.interval(item)}<br>no difference beyond the seed spread</small>"
 
 
 def _explanation(runs: list[Run], summary: dict[str, Any]) -> str:
@@ -726,7 +707,7 @@ means over seeds, in brackets the lowest and the highest seed.</p>"""
 
 
 def _page(runs: list[Run], summary: dict[str, Any]) -> str:
-    measures, methods, groups = _headings(summary), summary["methods"], _drawn(runs)
+    measures, methods, groups = _measures(summary), summary["methods"], _drawn(runs)
     parts = [f"<h1>{_text(_overview_title(runs, summary))}</h1>", _explanation(runs, summary)]
 
     if summary["comparisons"]:
@@ -739,10 +720,9 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
         )
     if methods:
         parts.append("<h2>Results per method</h2>")
-        head = ["method", "seeds", *[_text(f"{h}{f' [{u}]' if u else ''}") for _, h, _, _, u in measures]]
-        rows = [head]
+        rows = [["method", "seeds", *(_text(measure.title) for measure in measures)]]
         for method, row in methods.items():
-            cells = [_stat_cell(row[key], factor, digits) for key, _, factor, digits, _ in measures]
+            cells = [_stat_cell(row[measure.key], measure) for measure in measures]
             seeds = f"{row['runs']}<small>{', '.join(map(str, row['seeds']))}</small>"
             rows.append([_method_cell(method), seeds, *cells])
         parts.append(_table(rows))
@@ -751,10 +731,10 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
         parts.append("<h2>EER per attack of the test set [%]</h2>")
         rows = [["attack", "in training", *[_method_cell(m) for m in methods]]]
         for attack, kind in sorted(summary["attacks"].items(), key=lambda item: (item[1] == "seen", item[0])):
-            cells = [_stat_cell(row["attacks"][attack], 100, 2) for row in methods.values()]
+            cells = [_stat_cell(row["attacks"][attack], _ATTACK_EER) for row in methods.values()]
             known = {"seen": "yes", "unseen": "no (unseen)", "unknown": "not known"}
             rows.append([_text(attack), known[kind], *cells])
-        everything = [_stat_cell(row["test_eer_all"], 100, 2) for row in methods.values()]
+        everything = [_stat_cell(row["test_eer_all"], _ATTACK_EER) for row in methods.values()]
         rows.append(["<b>all attacks pooled</b>", "", *everything])
         parts.append(_table(rows))
         notes = ["Each attack against all bona fide utterances of the test set.", *_attacks_unknown(summary)]
@@ -770,51 +750,52 @@ def _page(runs: list[Run], summary: dict[str, Any]) -> str:
     if groups:
         parts.append("<h2>Curves</h2><div class='pair'>")
         parts.append(
-            _picture(
-                _small(lambda axes: _draw_conflict_share(axes, groups)),
+            _panel(
+                lambda axes: _draw_conflict_share(axes, groups),
                 "Share of each epoch's steps in which the two views' gradients have a negative cosine. Line: mean over "
                 "seeds, as far as every seed trained; band: lowest to highest seed; thin: each seed.",
                 "conflict share against epochs",
             )
         )
         parts.append(
-            _picture(
-                _small(lambda axes: _draw_loss(axes, groups)),
+            _panel(
+                lambda axes: _draw_loss(axes, groups),
                 "Class-weighted cross-entropy: dev solid, with a ring at each seed's best epoch; training (mean of "
                 "both views) dashed.",
                 "loss against epochs",
             )
         )
         parts.append(
-            _picture(
-                _small(lambda axes: _draw_dev_eer(axes, groups)),
+            _panel(
+                lambda axes: _draw_dev_eer(axes, groups),
                 "EER on the dev set after each epoch.",
                 "dev EER against epochs",
             )
         )
         if methods and summary["attacks"]:
             parts.append(
-                _picture(
-                    _small(lambda axes: figures.draw_seeds(axes, _test_eers(summary, "test_eer"))),
+                _panel(
+                    lambda axes: figures.draw_seeds(axes, _test_eers(summary)),
                     f"EER [%] on the {_test_name(summary)} set. One dot per seed, joined across methods; bar: mean. "
                     "The axis need not begin at 0.",
                     "test EER per seed",
                 )
             )
             parts.append(
-                _picture(
-                    _small(lambda axes: _draw_det(axes, groups, summary), 6.4, 5.6),
+                _panel(
+                    lambda axes: _draw_det(axes, groups, summary),
                     f"Detection error trade-off on the {_test_name(summary)} set, axes in probit scale: lower left is "
                     "better, the dotted diagonal holds the EER. Bold: mean over seeds; thin: each seed.",
                     "DET curves",
+                    5.6,
                 )
             )
-            height = max(5.6, 1.5 + 0.4 * len(summary["attacks"]))
             parts.append(
-                _picture(
-                    _small(lambda axes: figures.draw_attacks(axes, _attack_eers(summary), _seen(summary)), 6.4, height),
+                _panel(
+                    lambda axes: figures.draw_attacks(axes, _attack_eers(summary), _seen(summary)),
                     "EER per attack: mean over seeds, line from the lowest to the highest seed.",
                     "EER per attack",
+                    max(5.6, 1.5 + 0.4 * len(summary["attacks"])),
                 )
             )
         parts.append("</div>")

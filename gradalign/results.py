@@ -45,9 +45,8 @@ class Result:
 def measure(detector: str, method: str, seed: int, dataset: str, scores: Scores) -> Result:
     """The row of one score file; ValueError where a class is missing."""
     row = evaluate(scores, resamples=RESAMPLES)[0]
-    counts = int(str(row["bonafide"])), int(str(row["spoof"]))
-    keys = ("eer", "eer_low", "eer_high", "min_dcf", "act_dcf", "cllr")
-    return Result(detector, method, seed, dataset, *counts, *(float(str(row[key])) for key in keys))
+    keys = ("bonafide", "spoof", "eer", "eer_low", "eer_high", "min_dcf", "act_dcf", "cllr")
+    return Result(detector, method, seed, dataset, *(row[key] for key in keys))
 
 
 def read_results(runs_dir: str | Path) -> list[Result]:
@@ -156,11 +155,12 @@ def _grid(results: Sequence[Result]) -> tuple[list[str], list[list[str]], set[tu
 
 def caption(results: Sequence[Result]) -> str:
     """What the numbers in the table are."""
-    several = {len(cell.eers) > 1 for row in _cells(results).values() for cell in row.values()}
-    spread = ["mean (lowest–highest) over seeds"] * (True in several)
-    spread += ["one run [95% bootstrap interval over utterances]"] * (False in several)
+    counts = [len(cell.eers) for row in _cells(results).values() for cell in row.values()]
+    forms = ["mean (lowest–highest) over seeds"] if max(counts) > 1 else []
+    if min(counts) == 1:
+        forms.append("one run [95% bootstrap interval over utterances]")
     return (
-        f"Equal error rate in percent: {', or '.join(spread)}. Over all attacks of a data set, those seen in training "
+        f"Equal error rate in percent: {', or '.join(forms)}. Over all attacks of a data set, those seen in training "
         "too, which the first number of a report leaves out. Bold: the lowest of a detector on a data set."
     )
 

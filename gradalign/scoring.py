@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradalign import _ranks
+from gradalign import _ranks, detectors
 from gradalign._checkpoint import load_checkpoint, load_weights
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
@@ -69,8 +69,6 @@ def load_detector(path: str | Path, device: str = "auto") -> TrainedDetector:
         CheckpointError: naming the file, when it is missing, damaged, or does not fit the detector it names.
         ConfigError: for a device that is not there.
     """
-    from gradalign import detectors
-
     path = Path(path)
     if path.is_dir():
         path = path / "best.pt"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import fcntl
 import hashlib
 import importlib
 import io
@@ -32,21 +31,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradalign import _ranks
+from gradalign import _ranks, detectors, metrics
 from gradalign._checkpoint import WEIGHTS, load_checkpoint, load_weights, save_checkpoint
 from gradalign._device import to_device
 from gradalign._distributed import num_ranks
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
-from gradalign._files import remove_leftovers, write_text
+from gradalign._files import locked, remove_leftovers, write_text
 from gradalign.config import TrainConfig
 from gradalign.data import datasets
 from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
 from gradalign.data.packed import PackedDataset, is_packed, packed_splits
-from gradalign.data.protocol import Utterance, read_protocol
+from gradalign.data.protocol import Utterance, expect_disjoint, read_protocol
+from gradalign.detectors.ssl import SSLDetector
 from gradalign.evaluation import Scores, write_scores
+from gradalign.info import versions
 from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, without_pretrained
+
+# A killed process' readers share its lock, and notice its end within 5 seconds.
+_LOCK_WAIT_S = 10.0
 
 
 def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
@@ -72,7 +76,8 @@ def train(config: TrainConfig, progress: bool = True, on_epoch: Callable[[dict[s
     run.mkdir(parents=True, exist_ok=True)
     _ranks.join(choose_device(config.device))
     first = _ranks.rank() == 0
-    with _exclusive(run) if first else nullcontext(), _torch_settings(config):
+    busy = GradalignError(f"{run}: another process is training this run")
+    with locked(run, busy, _LOCK_WAIT_S) if first else nullcontext(), _torch_settings(config):
         _ranks.wait()
         if first:
             remove_leftovers(run)
@@ -290,6 +295,15 @@ def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor
             yield first, second, batch.label.to(device)
 
 
+def make_detector(config: TrainConfig, pretrained: bool = True) -> nn.Module:
+    """The detector of a run, on the CPU, perhaps without its pretrained weights. Raises ConfigError."""
+    options = config.detector_options if pretrained else without_pretrained(config.detector_options)
+    try:
+        return detectors.create(config.detector, **options)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"detector: {error}") from None
+
+
 def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """The class-weighted cross-entropy of a run: (logits [B, 2], labels int64 [B]) -> scalar, in float32."""
     weight = torch.tensor(config.class_weights, device=choose_device(config.device))
@@ -328,9 +342,6 @@ class _Progress:
 
 class _Training:
     def __init__(self, config: TrainConfig, progress: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
-        from gradalign import detectors
-        from gradalign.detectors.ssl import SSLDetector
-
         self.config, self.run, self.show, self.on_epoch = config, config.run_dir, progress, on_epoch
         self.first = _ranks.rank() == 0
         if config.batch_size < num_ranks():
@@ -349,11 +360,7 @@ class _Training:
         torch.manual_seed(config.seed)
         # A run that goes on has all weights from its checkpoint.
         goes_on = (self.run / "checkpoint.pt").exists()
-        options = without_pretrained(config.detector_options) if goes_on else config.detector_options
-        try:
-            model = detectors.create(config.detector, **options)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"detector: {error}") from None
+        model = make_detector(config, pretrained=not goes_on)
         frontend = config.detector_options.get("frontend") or {}
         if isinstance(model, SSLDetector) and not frontend.get("weights"):
             self._say(
@@ -546,8 +553,7 @@ class _Training:
         logits, bad = self._predict(self.dev_data, "")
         loss = self._loss(logits, bad)
         done = int(steps + skipped)
-        cosines = np.array(at.cosines[len(at.cosines) - done :])
-        cosines = cosines[np.isfinite(cosines)]
+        conflicts = _conflicts(at.cosines[len(at.cosines) - done :])
         at.epoch, at.position, at.sums = at.epoch + 1, 0, [0.0, 0.0, 0.0, 0.0]
         at.seconds += time.monotonic() - started
         row = {
@@ -559,8 +565,7 @@ class _Training:
             "train_loss_augmented": augmented / steps,
             "dev_loss": loss,
             "dev_eer": None if loss is None else _errors(self.dev_data.utterances, scores_of(logits)).get("eer"),
-            "conflict_rate": float((cosines < 0).mean()) if len(cosines) else None,
-            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            **conflicts,
             "skipped_steps": int(skipped),
             "seconds": round(at.seconds, 3),
         }
@@ -631,8 +636,6 @@ class _Training:
         if best["epoch"] != at.best_epoch:
             raise CheckpointError(f"{self.run / 'best.pt'}: expected epoch {at.best_epoch}; found {best['epoch']}")
         load_weights(self.model, best["model"], self.run / "best.pt")
-        cosines = np.array(at.cosines)
-        cosines = cosines[np.isfinite(cosines)]
         results: dict[str, Any] = {
             "align": self.config.align,
             "seed": self.config.seed,
@@ -640,8 +643,7 @@ class _Training:
             "epochs_to_best": at.best_epoch,
             "best_dev_loss": at.best_loss,
             "steps": len(at.cosines),
-            "conflict_rate": float((cosines < 0).mean()) if len(cosines) else None,
-            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            **_conflicts(at.cosines),
             "skipped_steps": sum(row["skipped_steps"] for row in at.history),
             "seconds": round(sum(row["seconds"] for row in at.history), 3),
             "data_digest": self.data_digest,
@@ -650,28 +652,24 @@ class _Training:
         seen = set(results["train_attacks"])
         for split, data in (("dev", self.dev_data), ("test", self.test_data)):
             if data is not None:
-                logits, bad = self._predict(data, f"{self.run.name} {split}")
-                expect_finite(logits, bad, data)
-                scores = scores_of(logits)
-                if self.first:
-                    write_scores(self.run / f"scores_{split}.txt", Scores.of(data.utterances, scores))
-                results |= {f"{split}_{k}": v for k, v in _errors(data.utterances, scores, seen).items()}
+                results |= {f"{split}_{k}": v for k, v in self._score(split, data, seen).items()}
         for name in self.config.test_sets:
-            results.setdefault("test_sets", {})[name] = self._score_set(name)
+            found = self._score(name, _open_test_set(self.config, name), set())
+            results.setdefault("test_sets", {})[name] = found
         self._write_conflict_map()
         results["bad_files"] = len(at.bad)
         if at.bad:
             self._write("skipped.txt", "".join(f"{message}\n" for message in at.bad.values()))
         self._write("results.json", json.dumps(results, indent=2) + "\n")
 
-    def _score_set(self, name: str) -> dict[str, Any]:
-        """Score a further test set; returns its errors."""
-        opened = _open_test_set(self.config, name)
-        logits, bad = self._predict(opened, f"{self.run.name} {name}")
-        expect_finite(logits, bad, opened)
+    def _score(self, name: str, data: SpeechDataset, seen: set[str]) -> dict[str, Any]:
+        """Write a data set's scores; returns its errors, with the attacks ``seen`` in training."""
+        logits, bad = self._predict(data, f"{self.run.name} {name}")
+        expect_finite(logits, bad, data)
+        scores = scores_of(logits)
         if self.first:
-            write_scores(self.run / f"scores_{name}.txt", Scores.of(opened.utterances, scores_of(logits)))
-        return _errors(opened.utterances, scores_of(logits), set())
+            write_scores(self.run / f"scores_{name}.txt", Scores.of(data.utterances, scores))
+        return _errors(data.utterances, scores, seen)
 
     def _write_conflict_map(self) -> None:
         stats = self.optimizer.stats
@@ -815,10 +813,16 @@ def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device)
         raise ConfigError(f"align_options: {error}") from None
 
 
+def _conflicts(cosines: list[float]) -> dict[str, float | None]:
+    """The share of steps whose views disagree, and their mean cosine; None without a finite one."""
+    finite = np.array(cosines)[np.isfinite(cosines)]
+    if not len(finite):
+        return {"conflict_rate": None, "cosine_mean": None}
+    return {"conflict_rate": float((finite < 0).mean()), "cosine_mean": float(finite.mean())}
+
+
 def _errors(utterances: list[Utterance], scores: np.ndarray, seen: set[str] | None = None) -> dict[str, Any]:
     """Error measures of scores (NaN: left out); with the attacks ``seen`` in training also per attack and unseen."""
-    from gradalign import metrics
-
     there = np.isfinite(scores)
     labels = np.array([u.label for u in utterances], dtype=bool)
     attacks = np.array([u.attack for u in utterances])
@@ -853,18 +857,7 @@ def _train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
 
 
 def _expect_disjoint(**splits: SpeechDataset) -> None:
-    """Raise DataError where a split names a file of an earlier one: its errors would be those of training."""
-    files: dict[tuple[Path, str] | Path, str] = {}
-    for split, data in splits.items():
-        folder = data.audio_dir.resolve()
-        here = {u.path or (folder, u.name): u.name for u in data.utterances}
-        shared = [file for file in here if file in files]
-        if shared:
-            raise DataError(
-                f"{folder}: expected other files in {split} than in {files[shared[0]]}; found {len(shared)} in both, "
-                f"such as {here[shared[0]]!r}"
-            )
-        files |= dict.fromkeys(here, split)
+    expect_disjoint({split: (data.audio_dir, data.utterances) for split, data in splits.items()})
 
 
 def _digest(*splits: SpeechDataset) -> str:
@@ -874,8 +867,6 @@ def _digest(*splits: SpeechDataset) -> str:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    from gradalign.info import versions
-
     found: dict[str, Any] = {
         **versions(),
         "platform": platform.platform(),
@@ -892,29 +883,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-# A killed process' readers share its lock, and notice its end within 5 seconds.
-_LOCK_WAIT_S = 10.0
-
-
-@contextmanager
-def _exclusive(run: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder; the kernel releases the lock however this one ends."""
-    handle = os.open(run, os.O_RDONLY)
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise GradalignError(f"{run}: another process is training this run") from None
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _keep_freed_memory() -> None:
     """Ask glibc to use freed memory again and not to hand it back to the system.
 
@@ -922,12 +890,9 @@ def _keep_freed_memory() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
+        for option in (-3, -1):
             set_option(option, 2**31 - 1)
-
-
-# From malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def _reusable_buffers() -> AbstractContextManager:

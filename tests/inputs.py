@@ -1,18 +1,39 @@
 """One generator of awkward inputs per op: `CASES[op]` yields (name, arguments) with float tensors of the dtype and
-device asked for.
+device asked for. And a short training on a few clips.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import gradalign as ga
 from gradalign import alignment, reference
+from gradalign.config import TrainConfig
 
+CLIPS = Path(__file__).parent / "data" / "clips"
 BATCH = 3
 # Shorter than any filter, around tile and vector edges, and the field's usual 64600.
 SAMPLES = (1, 2, 15, 127, 500, 1500, 4097, 64600)
 SMALL_SAMPLES = (1, 2, 127, 700)
+
+
+def config_of(out: Path, **changes) -> TrainConfig:
+    """A short training on the clips, without dropout, whose random numbers are each process' own."""
+    settings = TrainConfig(
+        data=str(CLIPS),
+        out=str(out),
+        detector="light",
+        detector_options={"dropout": 0.0},
+        num_samples=8000,
+        batch_size=4,
+        epochs=3,
+        lr=1e-3,
+        threads=1,
+        device="cpu",
+    )
+    return replace(settings, **changes)
 
 
 def seeds(device="cpu") -> torch.Tensor:
@@ -32,6 +53,19 @@ def strided_wave(num_samples: int, dtype: torch.dtype, device="cpu") -> torch.Te
 
 def lengths(num_samples: int, device="cpu") -> torch.Tensor:
     return torch.tensor([num_samples, num_samples // 2, 0], dtype=torch.int64, device=device)
+
+
+def augmented(boost: ga.RawBoost, x, seeds, lengths, backend: str, device="cpu") -> tuple[torch.Tensor, ...]:
+    """What a backend makes of a batch and, but for algorithm 0, of a gradient: both on the CPU."""
+    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    # A leaf of its own: on the CPU, `to` alone would hand out x, and its gradients would add up over the runs.
+    wave = x.clone().to(device).requires_grad_()
+    with ga.use_backends(backend):
+        y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
+        if boost.config.algo == 0:
+            return (y.detach().cpu(),)
+        (y * towards.to(device)).sum().backward()
+    return y.detach().cpu(), wave.grad.cpu()
 
 
 def nearly_orthogonal(size: int, total: int, device="cpu") -> Iterator[tuple[list[torch.Tensor], float, float]]:

@@ -17,7 +17,6 @@ import soundfile
 
 from gradalign import cli, evaluation
 from gradalign.config import TrainConfig
-from gradalign.data import datasets
 from gradalign.fusion import Fusion
 
 COMMANDS = ["train", "score", "evaluate", "conflicts", "augment", "corpus build", "corpus check", "data check"]
@@ -146,13 +145,24 @@ def test_no_folder_for_the_scores_is_seen_before_scoring(tmp_path, capsys):
     assert f"{out}: expected a folder to write it into; found none" in capsys.readouterr().err
 
 
-def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path):
+def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path, capsys):
     model, out = str(runs / "pcgrad-seed0"), tmp_path / "scores.txt"
     assert cli.main(["pack", str(corpus), str(tmp_path / "packed")]) == 0
-    assert cli.main(["score", model, str(tmp_path / "packed"), "-o", str(out), "--device", "cpu"]) == 0
+    command = ["score", model, str(tmp_path / "packed"), "--dataset", "corpus", "-o", str(out), "--device", "cpu"]
+    assert cli.main(command) == 0
+    written = out.read_text()
+    assert cli.main([part for part in command if part not in ("--dataset", "corpus")]) == 0
+    assert out.read_text() == written
     found, expected = evaluation.read_scores(out), evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
     assert found.utterances == expected.utterances
     assert found.values == pytest.approx(expected.values, abs=1e-5)
+    # The packed folder names its utterances too.
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), "--csv"]) == 0
+    printed = capsys.readouterr().out
+    data = ["--dataset", "corpus", "--root", str(tmp_path / "packed")]
+    assert cli.main(["evaluate", str(out), *data, "--csv"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path):
@@ -405,6 +415,17 @@ def test_scores_go_to_stdout(runs, corpus, tmp_path):
     assert stdout.is_symlink()
 
 
+def test_scores_come_after_what_is_in_a_file_that_stdout_is_appended_to(runs, tmp_path):
+    stdout, log, scores = tmp_path / "stdout", tmp_path / "log", runs / "pcgrad-seed0" / "scores_test.txt"
+    stdout.symlink_to("/proc/self/fd/1")
+    log.write_text("before\n")
+    command = [sys.executable, "-m", "gradalign", "fuse", str(scores), "-o", str(stdout)]
+    with log.open("a") as file:
+        told = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=True).stderr
+    assert log.read_text() == "before\n" + scores.read_text()
+    assert f"scores: {stdout}" in told
+
+
 def test_jobs_whose_runs_have_worker_processes_end(corpus, tmp_path):
     command = [sys.executable, "-m", "gradalign", "train", str(corpus), "--out", str(tmp_path / "runs"), *SMALL]
     command += ["--align", "none,pcgrad", "--epochs", "1", "--jobs", "2", "--num-workers", "1"]
@@ -529,7 +550,6 @@ def test_data_check_counts_and_fails_where_a_file_is_missing(corpus, tmp_path, c
     assert f"  missing: 1\n    {copy}/flac/dev3.flac\n" in capsys.readouterr().out
     assert len((copy / "corpus.sha256").read_text().splitlines()) == 15
     assert "expected a data set among corpus, " in fails(capsys, ["data", "check", "asvspoof", corpus])
-    assert cli._DATA_SETS.replace(" or", ",").split(", ") == datasets.names()
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

@@ -10,33 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import CLIPS, config_of
 
 from gradalign import detectors
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import ConfigError, DataError
 from gradalign.cli import main
-from gradalign.config import TrainConfig, read_sweep
+from gradalign.config import read_sweep
 from gradalign.sweep import sweep
 from gradalign.trainer import train, training_views
 
-CLIPS = Path(__file__).parent / "data" / "clips"
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def config_of(out, **changes) -> TrainConfig:
-    settings = TrainConfig(
-        data=str(CLIPS),
-        out=str(out),
-        detector="light",
-        detector_options={"dropout": 0.0},
-        num_samples=8000,
-        batch_size=4,
-        epochs=3,
-        lr=1e-3,
-        threads=1,
-        device="cpu",
-    )
-    return replace(settings, **changes)
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -68,6 +52,9 @@ def test_yaml_with_changes(tmp_path):
     assert config.test_sets["ITW"]["data"] == "/itw"
     # YAML takes it for false.
     assert read_sweep(path, [*changes, "amp=off"]).config.amp == "off"
+    # A merged section may give a key anew.
+    path.write_text("rawboost: &a {p: 1, g_sd: 3}\ndetector_options: {<<: *a, p: 2}\n")
+    assert read_sweep(path).config.detector_options == {"p": 2, "g_sd": 3}
     # What a run writes is read again.
     (tmp_path / "config.json").write_text(config.to_json())
     assert read_sweep(tmp_path / "config.json").config == config
@@ -90,6 +77,8 @@ def test_committed_configurations_are_whole(path):
     ("text", "changes", "message"),
     [
         ("lr: [1", (), "run.yaml: expected YAML; found: "),
+        ("lr: 1\nseed: 2\nlr: 3", (), r"run.yaml:3: expected each key once; found 'lr' again \(see line 1\)"),
+        ("rawboost: {p: 1, p: 2}", (), "run.yaml:1: expected each key once; found 'p' again"),
         ("- 1", (), "run.yaml: expected settings by name; found list"),
         ("learning_rate: 1", (), "run.yaml: unknown setting 'learning_rate'; expected data, "),
         ("lr: high", (), "run.yaml: `lr` must be a finite number, 0 or above; found 'high'"),

@@ -3,18 +3,17 @@ import gzip
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from inputs import CLIPS
 from scipy.signal import butter, sosfilt
 
 from gradalign._errors import DataError
 from gradalign.data.corpus import attacks, build, build_corpus, check_corpus, fairness, plan, signal, sources
 from gradalign.data.protocol import read_protocol
 
-CLIPS = Path(__file__).parent / "data" / "clips"
 RATE = 16000
 
 

@@ -151,21 +151,10 @@ def test_more_filters_than_a_launch_takes():
 @pytest.mark.parametrize("algo", range(9))
 def test_same_seeds_same_augmentation_and_gradient(algo):
     boost, seeds, x = ga.RawBoost(algo), inputs.seeds(), inputs.wave(4097, torch.float32)
-    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-
-    def run(backend, device, lengths):
-        # A leaf of its own: on the CPU, `to` alone would hand out x, and its gradients would add up over the runs.
-        wave = x.clone().to(device).requires_grad_()
-        with ga.use_backends(backend):
-            y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
-            if algo:
-                (y * towards.to(device)).sum().backward()
-        return y.detach().cpu(), wave.grad.cpu() if algo else y.detach().cpu()
-
     for lengths in (None, inputs.lengths(4097)):
-        found = _same_bits(lambda lengths=lengths: run("cuda", DEVICE, lengths))
+        found = _same_bits(lambda lengths=lengths: inputs.augmented(boost, x, seeds, lengths, "cuda", DEVICE))
         for backend in ("reference", "cpp"):
-            for f, e in zip(found, run(backend, "cpu", lengths), strict=True):
+            for f, e in zip(found, inputs.augmented(boost, x, seeds, lengths, backend), strict=True):
                 assert max_norm_error(f, e) <= DRAWN[torch.float32], backend
 
 

@@ -144,7 +144,7 @@ def test_loading_errors_name_the_file_and_the_keys(checkpoint, tmp_path):
         ga.detectors.load_published("aasist", checkpoint("aasist", short))
     with pytest.raises(ValueError, match=r"unexpected extra.weight"):
         ga.detectors.load_published("aasist", checkpoint("aasist", state | {"extra.weight": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"spectral_position must be \[1, 23, 24\]; found \[1, 23, 64\]"):
+    with pytest.raises(ValueError, match=r"spectral_position must be \[1, 23, 24\], found \[1, 23, 64\]"):
         ga.detectors.load_published("aasist-l", checkpoint("aasist", state))
     with pytest.raises(ValueError, match=r"unexpected x0, x1, x10, x11, x12, x13, x14, x15 and 12 more$"):
         ga.detectors.load_published("aasist", checkpoint("aasist", state | {f"x{i}": 1 for i in range(20)}))

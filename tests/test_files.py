@@ -2,6 +2,8 @@ import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -25,6 +27,19 @@ def test_a_link_is_followed_and_stays(tmp_path):
         expect_file_or_nothing(tmp_path / "lost.txt")
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "lost.txt"))):
         write_text(tmp_path / "lost.txt", "")
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_the_file_that_stdout_goes_to_is_gone_on_with(tmp_path, mode):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    log = tmp_path / "log"
+    code = "import sys\nfrom gradalign._files import expect_file_or_nothing, write_text\n"
+    code += "expect_file_or_nothing(sys.argv[1])\nwrite_text(sys.argv[1], 'text\\n')\nprint('after')"
+    with log.open(mode) as file:
+        for name in ("stdout", "log"):
+            subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], stdout=file, check=True)
+    assert log.read_text() == "text\nafter\n" * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "stdout"]
 
 
 def test_what_is_no_file_is_refused_and_stays(tmp_path, monkeypatch):

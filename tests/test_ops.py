@@ -322,7 +322,7 @@ def test_waves_filters_and_draws_that_do_not_fit_never_reach_a_kernel(backend, c
         (lambda: call.lnl(x, five[:1], None), ValueError, r"`filters` must be \[2, \*, \*\]; found \[1, 5, 11\]"),
         (lambda: call.lnl(x, five[:, :0], None), ValueError, r"a filter of at least one tap; found \[2, 0, 11\]"),
         (lambda: call.ssi(x, one[:, :0], None, seeds, None, None, 10.0, 40.0), ValueError, r"one tap; found \[2, 0\]"),
-        (lambda: call.lnl(x.long(), five, None), TypeError, "`x` must be float32, .*; found int64"),
+        (lambda: call.lnl(x.long(), five, None), TypeError, "`x` must be float16, .*; found int64"),
         (lambda: call.lnl_backward(x[:1], x, five, None), ValueError, r"`grad` must be \[2, 300\]; found \[1, 300\]"),
         (lambda: call.notch_bank(*[bands[..., :0]] * 2, bands[..., :0].long(), *design[1:]), ValueError, "found 0"),
         (lambda: call.notch_bank(bands, bands[..., 1:], *design), ValueError, r"`width_hz` must be \[2, 1, 5\]"),

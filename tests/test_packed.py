@@ -588,7 +588,7 @@ def test_a_shard_truncated_after_opening_is_named(packed):
         ({"train": [Utterance("a\tb", "s", "-", 1)]}, "train: expected names without tabs and line ends"),
         (
             {"train": utterances(3), "dev": utterances(1)},
-            "expected other files in dev than in train; found 'u0' in both",
+            "expected other files in dev than in train; found 1 in both, such as 'u0'",
         ),
     ],
 )

@@ -10,31 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import CLIPS, config_of
 
 from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint
 from gradalign._errors import ConfigError
 from gradalign.config import TrainConfig
 from gradalign.trainer import train
-
-CLIPS = Path(__file__).parent / "data" / "clips"
-
-
-def config_of(out: Path, **changes) -> TrainConfig:
-    """Without dropout, whose random numbers are each process' own."""
-    settings = TrainConfig(
-        data=str(CLIPS),
-        out=str(out),
-        detector="light",
-        detector_options={"dropout": 0.0},
-        num_samples=8000,
-        batch_size=4,
-        epochs=3,
-        lr=1e-3,
-        threads=1,
-        device="cpu",
-    )
-    return replace(settings, **changes)
 
 
 def torchrun(config: TrainConfig, num_ranks: int = 2) -> str:

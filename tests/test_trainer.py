@@ -64,19 +64,23 @@ def own_corpus(corpus, tmp_path):
     return Path(shutil.copytree(corpus, tmp_path / "data"))
 
 
-@pytest.fixture
-def config(corpus, tmp_path):
+def config_of(corpus, out, epochs=2):
     return TrainConfig(
         data=str(corpus),
-        out=str(tmp_path / "runs"),
+        out=str(out),
         detector="light",
         num_samples=4000,
         batch_size=4,
-        epochs=2,
+        epochs=epochs,
         lr=1e-3,
         threads=1,
         device="cpu",
     )
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return config_of(corpus, tmp_path / "runs")
 
 
 def weights(path):
@@ -256,17 +260,7 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    config = TrainConfig(
-        data=str(corpus),
-        out=str(tmp_path_factory.mktemp("finished")),
-        detector="light",
-        num_samples=4000,
-        batch_size=4,
-        epochs=3,
-        lr=1e-3,
-        threads=1,
-        device="cpu",
-    )
+    config = config_of(corpus, tmp_path_factory.mktemp("finished"), epochs=3)
     return config, train(config, progress=False)
 
 
@@ -801,12 +795,10 @@ def test_a_write_that_the_kernel_cuts_short_leaves_the_old_checkpoint(finished, 
 
 
 def test_two_processes_cannot_train_one_run(config, monkeypatch):
-    from gradalign import trainer
-
     monkeypatch.setattr(trainer, "_LOCK_WAIT_S", 0.0)
     config.run_dir.mkdir(parents=True)
     with (
-        trainer._exclusive(config.run_dir),
+        _files.locked(config.run_dir, RuntimeError()),
         pytest.raises(GradalignError, match="pcgrad-seed0: another process is training this run"),
     ):
         train(config, progress=False)
@@ -909,7 +901,7 @@ def test_what_a_run_of_a_sweep_could_not_foresee_is_named_too(config, capfd):
 @pytest.mark.parametrize(
     ("methods", "seeds", "jobs", "message"),
     [
-        (["none", "sgd"], [0], 1, r"`methods` must be among mean, none, .*; found 'sgd'"),
+        (["none", "sgd"], [0], 1, r"`align` must be one of mean, none, .*; found 'sgd'"),
         (["none"], [], 1, r"`seeds` must name at least one, each once; found \[\]"),
         (["none", "none"], [0], 1, r"`methods` must name at least one, each once"),
         (["none"], [0], 0, r"`jobs` must be at least 1; found 0"),

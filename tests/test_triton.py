@@ -182,23 +182,12 @@ def test_same_seeds_same_augmentation_and_gradient(algo):
     # A small filter keeps the interpreter quick; the draws are the same for every size.
     boost = ga.RawBoost(algo, n_f=3, n_bands=2, min_coeff=5, max_coeff=16, p=30)
     x, seeds = inputs.wave(600, torch.float32), inputs.seeds()
-    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-
-    def run(backend, device, lengths):
-        # A leaf of its own: on the CPU, `to` alone would hand out x, and its gradients would add up over the runs.
-        wave = x.clone().to(device).requires_grad_()
-        with ga.use_backends(backend):
-            y = boost(wave, lengths=None if lengths is None else lengths.to(device), seeds=seeds.to(device))
-            if algo:
-                (y * towards.to(device)).sum().backward()
-        return y.detach().cpu(), wave.grad.cpu() if algo else y.detach().cpu()
-
     for lengths in (None, inputs.lengths(600)):
-        found = run("triton", DEVICE, lengths)
+        found = inputs.augmented(boost, x, seeds, lengths, "triton", DEVICE)
         for backend in ("reference", "cpp"):
             if ops.lnl.why_not(backend):
                 continue
-            for f, e in zip(found, run(backend, "cpu", lengths), strict=True):
+            for f, e in zip(found, inputs.augmented(boost, x, seeds, lengths, backend), strict=True):
                 assert max_norm_error(f, e) <= DRAWN[torch.float32], backend
 
 

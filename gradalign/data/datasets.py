@@ -31,10 +31,9 @@ from pathlib import Path
 
 from gradalign._errors import AudioError, DataError
 from gradalign.data.audio import SUFFIXES, list_audio
-from gradalign.data.protocol import Utterance, gather, label_of, read_columns, read_text
+from gradalign.data.protocol import PROTOCOL_FORM, Utterance, gather, label_of, read_columns, read_text
 
 SPLITS = ("train", "dev", "test")
-PROTOCOL_FORM = "speaker utterance - attack label"
 
 
 @dataclass(frozen=True)

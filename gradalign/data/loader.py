@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from gradalign import _distributed
 from gradalign._device import to_device
 from gradalign._errors import AudioError
 from gradalign.data.audio import fit_length
@@ -91,9 +92,8 @@ class RankSampler(Sampler[list[int]]):
         if (rank is None) != (num_ranks is None):
             raise ValueError(f"expected both `rank` and `num_ranks` or neither; found {rank} and {num_ranks}")
         if rank is None or num_ranks is None:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if distributed else 0
-            num_ranks = torch.distributed.get_world_size() if distributed else 1
+            num_ranks = _distributed.num_ranks()
+            rank = torch.distributed.get_rank() if num_ranks > 1 else 0
         rank_share([], rank, num_ranks)
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.rank, self.num_ranks = rank, num_ranks
@@ -273,10 +273,11 @@ class DeviceLoader:
         return views
 
     def _report(self, bad: list[tuple[int, str]]) -> None:
-        if bad and self.on_bad is None:
+        if not bad:
+            return
+        if self.on_bad is None:
             raise AudioError(bad[0][1])
-        if bad and self.on_bad is not None:
-            self.on_bad(bad)
+        self.on_bad(bad)
 
     # ---- one batch ----
 

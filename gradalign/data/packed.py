@@ -7,14 +7,12 @@ which is written last and makes the folder a packed data set.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,10 +22,10 @@ import torch
 from torch import Tensor
 
 from gradalign._errors import AudioError, DataError
-from gradalign._files import atomic_path, remove_leftovers, write_text
+from gradalign._files import atomic_path, locked, read_json, remove_leftovers, write_text
 from gradalign.data.audio import find_audio, fit_length, read_audio, read_header
 from gradalign.data.dataset import Example, SpeechDataset, utterance_draws, window
-from gradalign.data.protocol import Utterance
+from gradalign.data.protocol import Utterance, expect_disjoint
 
 INDEX = "index.json"
 """The file by which a packed data set is recognised."""
@@ -41,6 +39,8 @@ with the reason for one that could not be read, whose length is 0.
 """
 
 _FORMAT, _VERSION, _PLAN = "gradalign packed speech", 1, "plan.json"
+# What the note of an utterance that could not be read begins with.
+_BAD = "bad: "
 # How lists are encoded: file names need not be UTF-8.
 _NAMES = "surrogateescape"
 # Utterances of a shard: 130 MB of speech of 4 seconds each.
@@ -133,7 +133,7 @@ def pack(
     plan = plan_of(lenient)
     kept = sum(map(len, splits.values()))
     out.mkdir(parents=True, exist_ok=True)
-    with _exclusive(out):
+    with locked(out, DataError(f"{out}: another process is packing into this folder")):
         begun = _begun(out, lenient, plan_of)
         remove_leftovers(out)
         if not (out / INDEX).exists():
@@ -141,7 +141,8 @@ def pack(
                 # Before the first shard that stricter settings would refuse.
                 write_text(out / _PLAN, json.dumps({"plan": plan}) + "\n")
             packer = _Packer(sample_rate, *lenient)
-            found, kept = _pack_shards(splits, folders, out, packer, shard_utterances, workers or _cores(), progress)
+            workers = workers or len(os.sched_getaffinity(0))
+            found, kept = _pack_shards(splits, folders, out, packer, shard_utterances, workers, progress)
             index = {"format": _FORMAT, "version": _VERSION, "sample_rate": sample_rate, "plan": plan, "splits": found}
             write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
         (out / _PLAN).unlink(missing_ok=True)
@@ -157,7 +158,6 @@ def _folder_of(audio_dir: str | Path | Mapping[str, str | Path] | None, split: s
 def _check_splits(splits: Mapping[str, Sequence[Utterance]], folders: Mapping[str, Path]) -> None:
     if not splits:
         raise DataError("expected at least one split to pack; found none")
-    files: dict[Any, str] = {}
     for split, utterances in splits.items():
         if not split or split.startswith(".") or "/" in split:
             raise DataError(f"expected split names that can be folders; found {split!r}")
@@ -167,26 +167,7 @@ def _check_splits(splits: Mapping[str, Sequence[Utterance]], folders: Mapping[st
             fields = (u.name, u.attack, u.speaker, u.codec)
             if any("\t" in text or "\n" in text or "\r" in text for text in fields):
                 raise DataError(f"{split}: expected names without tabs and line ends; found {fields!r}")
-        folder = folders[split].resolve()
-        here = {u.path or (folder, u.name): u.name for u in utterances}
-        shared = next((file for file in here if file in files), None)
-        if shared is not None:
-            raise DataError(f"expected other files in {split} than in {files[shared]}; found {here[shared]!r} in both")
-        files |= dict.fromkeys(here, split)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the kernel releases the lock however this one ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process is packing into this folder") from None
-        yield
-    finally:
-        os.close(handle)
+    expect_disjoint({split: (folders[split], utterances) for split, utterances in splits.items()})
 
 
 def _begun(out: Path, lenient: tuple[bool, ...], plan_of: Callable[[tuple[bool, ...]], str]) -> str | None:
@@ -196,7 +177,7 @@ def _begun(out: Path, lenient: tuple[bool, ...], plan_of: Callable[[tuple[bool, 
     """
     for name in (INDEX, _PLAN):
         if (out / name).exists():
-            plan = _read_json(out / name).get("plan")
+            plan = read_json(out / name, DataError).get("plan")
             candidates = (lenient, *product((False, True), repeat=len(_LENIENT)))
             begun = next((settings for settings in candidates if plan_of(settings) == plan), None)
             if begun is None:
@@ -274,7 +255,7 @@ class _Packer(NamedTuple):
         except AudioError as error:
             if not self.skip_bad:
                 raise
-            return np.zeros(0, np.int16), "bad: " + " ".join(str(error).split())
+            return np.zeros(0, np.int16), _BAD + " ".join(str(error).split())
         scaled = wave * np.float32(32768)
         whole = np.rint(scaled)
         clipped = whole.min() < -32768 or whole.max() > 32767
@@ -346,10 +327,6 @@ def _checksum(content: bytes, size: int = 16) -> str:
     return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -365,9 +342,13 @@ def packed_splits(folder: str | Path) -> list[str]:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    if not path.exists() and (folder / _PLAN).exists():
-        raise DataError(f"{folder}: expected a finished packed data set; found one begun: run `gradalign pack` again")
-    index = _read_json(path)
+    if not path.exists():
+        if (folder / _PLAN).exists():
+            raise DataError(
+                f"{folder}: expected a finished packed data set; found one begun: run `gradalign pack` again"
+            )
+        raise DataError(f"{path}: expected the index of a packed data set; found nothing there")
+    index = read_json(path, DataError)
     if index.get("format") != _FORMAT or index.get("version") != _VERSION:
         raise DataError(
             f"{path}: expected {_FORMAT!r} of version {_VERSION}; found {index.get('format')!r} of version "
@@ -384,18 +365,6 @@ def _field(path: Path, table: Any, name: str, kind: type[_T]) -> _T:
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected `{name}`, {kind.__name__}; found {value!r}")
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: expected the index of a packed data set; found nothing there") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON; found: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object; found {type(content).__name__}")
-    return content
 
 
 class _Shards:
@@ -518,8 +487,8 @@ class PackedDataset(SpeechDataset):
 
     def _example(self, index: int) -> Example:
         note = self._shards.notes[index]
-        if note.startswith("bad: "):
-            raise AudioError(note[len("bad: ") :])
+        if note.startswith(_BAD):
+            raise AudioError(note.removeprefix(_BAD))
         utterance = self.utterances[index]
         augmentation_seed, crop = utterance_draws(self.seed, self.epoch, utterance.name)
         whole = int(self._shards.places[index, 2])
@@ -564,6 +533,6 @@ def verify(folder: str | Path, progress: bool = False) -> PackResult:
 def _result(shards: Sequence[_Shards], kept: int = 0) -> PackResult:
     notes = [note for one in shards for note in one.notes]
     clipped = notes.count("clipped")
-    bad = [note[len("bad: ") :] for note in notes if note.startswith("bad: ")]
+    bad = [note.removeprefix(_BAD) for note in notes if note.startswith(_BAD)]
     samples = sum(sum(one.sizes) for one in shards)
     return PackResult(len(notes), samples, notes.count("rounded") + clipped, clipped, bad, kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from gradalign._errors import DataError
 
 LABELS = {"bonafide": 1, "spoof": 0}
 """The label words and their class indices."""
+
+PROTOCOL_FORM = "speaker utterance - attack label"
+"""The columns of a protocol of ASVspoof form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,26 @@ def read_protocol(path: str | Path) -> list[Utterance]:
             named twice, no utterance at all.
     """
     path = Path(path)
-    form = "speaker utterance - attack label"
-    return gather(
-        path,
-        form,
-        (
-            (number, Utterance(name, speaker, attack, label_of(path, number, label)))
-            for number, (speaker, name, _, attack, label) in read_columns(path, form)
-        ),
+    rows = (
+        (number, Utterance(name, speaker, attack, label_of(path, number, label)))
+        for number, (speaker, name, _, attack, label) in read_columns(path, PROTOCOL_FORM)
     )
+    return gather(path, PROTOCOL_FORM, rows)
+
+
+def expect_disjoint(splits: Mapping[str, tuple[Path, Sequence[Utterance]]]) -> None:
+    """Raise DataError where a split names a file of an earlier one: its errors would be those of training.
+
+    ``splits`` holds the audio folder and the utterances of each.
+    """
+    split_of: dict[Path | tuple[Path, str], str] = {}
+    for split, (folder, utterances) in splits.items():
+        folder = folder.resolve()
+        here = {u.path or (folder, u.name): u.name for u in utterances}
+        shared = [file for file in here if file in split_of]
+        if shared:
+            raise DataError(
+                f"{folder}: expected other files in {split} than in {split_of[shared[0]]}; found {len(shared)} in "
+                f"both, such as {here[shared[0]]!r}"
+            )
+        split_of |= dict.fromkeys(here, split)

@@ -7,7 +7,6 @@ class that a file names (fairseq's files name its configuration's) becomes an in
 from __future__ import annotations
 
 import _compat_pickle
-import json
 import pickle
 import pickletools
 import re
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradalign._errors import CheckpointError
+from gradalign._files import read_json
 
 # Used in pretraining only: the quantizer and its projections, the loss's projections and label embeddings, and what
 # masked frames are replaced with.
@@ -172,25 +172,30 @@ def load_weights(model: nn.Module, path: Path, hugging_face_config: dict[str, An
     # Of the same storage as the model's weights.
     targets = split_weights(model.state_dict())
     found = split_weights(named)
-    unexpected += sorted(set(found) - set(targets))
-    missing = sorted(set(targets) - set(found))
-    if unexpected or missing:
-        raise CheckpointError(
-            f"{path}: expected this model's weights; missing {listed(missing)}; unexpected {listed(unexpected)}"
-        )
-    wrong = [
-        f"{name} must be {list(target.shape)}, found {list(found[name].shape)}"
-        for name, target in targets.items()
-        if found[name].shape != target.shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{path}: expected this model's weights; {listed(wrong)}")
+    expect_weights(path, found, targets, unexpected)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(found[name])
 
 
-def listed(names: list[str]) -> str:
+def expect_weights(path: Path, found: dict[str, Any], expected: dict[str, Tensor], unexpected: list[str]) -> None:
+    """Raise CheckpointError naming the file and what is missing, ``unexpected`` or in no place, or of another shape."""
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted({*unexpected, *set(found) - set(expected)})
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: expected this model's weights; missing {_listed(missing)}; unexpected {_listed(unexpected)}"
+        )
+    wrong = [
+        f"{name} must be {list(value.shape)}, found {list(found[name].shape)}"
+        for name, value in expected.items()
+        if found[name].shape != value.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: expected this model's weights; {_listed(wrong)}")
+
+
+def _listed(names: list[str]) -> str:
     """Join up to eight names, and say how many more there are."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more if names else "none"
@@ -199,21 +204,16 @@ def listed(names: list[str]) -> str:
 def _read_hugging_face(folder: Path, expected: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The weights' file in a folder that ``save_pretrained`` wrote, and what it holds."""
     config_path = folder / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: expected a folder with config.json; found none in it") from None
-    except ValueError as error:
-        raise CheckpointError(f"{config_path}: expected JSON; {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path}: expected a JSON object; found {type(config).__name__}")
+    if not config_path.exists():
+        raise CheckpointError(f"{folder}: expected a folder with config.json; found none in it")
+    config = read_json(config_path, CheckpointError)
     wrong = [
         f"{key} must be {value!r}, found {config[key]!r}"
         for key, value in (expected | _HUGGING_FACE_FIXED).items()
         if key in config and config[key] != value
     ]
     if wrong:
-        raise CheckpointError(f"{config_path}: expected this model's configuration; {listed(wrong)}")
+        raise CheckpointError(f"{config_path}: expected this model's configuration; {_listed(wrong)}")
     for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", read_torch_file)):
         if (folder / name).is_file():
             return folder / name, read(folder / name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gradalign.detectors._import import listed, read_torch_file
+from gradalign.detectors._import import expect_weights, read_torch_file
 
 
 def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | None]) -> None:
@@ -24,14 +24,6 @@ def load_official(model: nn.Module, path: Path, our_key: Callable[[str], str | N
     # Keys that have no name here keep their own, and are unexpected below.
     named = {str(key): our_key(str(key)) for key in official}
     state = {named[str(key)] or str(key): value for key, value in official.items() if named[str(key)] != ""}
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(key for key, value in state.items() if key not in expected or not isinstance(value, Tensor))
-    if missing or unexpected:
-        raise ValueError(
-            f"{path}: expected this model's weights; missing {listed(missing)}; unexpected {listed(unexpected)}"
-        )
-    for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ValueError(f"{path}: {key} must be {list(value.shape)}; found {list(state[key].shape)}")
+    no_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    expect_weights(path, state, model.state_dict(), no_tensors)
     model.load_state_dict(state)

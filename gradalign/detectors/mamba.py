@@ -184,8 +184,8 @@ _OUTER = {
 }
 
 
-def our_key(official: str, layers: int = 12) -> str | None:
-    """Our name of a published back-end weight; "" for those that have no effect.
+def our_key(official: str) -> str | None:
+    """Our name of a published back-end weight, of 12 layers; "" for those that have no effect.
 
     >>> our_key("conformer.forward_layers.4.mixer.A_log"), our_key("conformer.backward_layers.5.norm.weight")
     ('forwards.mixers.4.log_decay', '')
@@ -196,9 +196,9 @@ def our_key(official: str, layers: int = 12) -> str | None:
             ours = f"norms.{block}.{name}" if name == "weight" else None
         else:
             ours = f"mixers.{block}.{_MIXER[name]}" if name in _MIXER else None
-        if ours is None or int(block) >= layers // 2:
+        if ours is None or int(block) > 5:
             return None
-        return "" if int(block) == layers // 2 - 1 else f"{column}s.{ours}"
+        return "" if block == "5" else f"{column}s.{ours}"
     if official in ("conformer.f_attention_pool.bias", "conformer.b_attention_pool.bias"):
         return ""
     module, _, name = official.rpartition(".")

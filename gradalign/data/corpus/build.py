@@ -125,9 +125,8 @@ def build_corpus(directory: str | Path, profile: str = "default", progress: bool
                 f"{folder}: a worker process died (out of memory, or a synthesiser's library crashed); the same "
                 "command goes on where it stopped"
             ) from None
-    _write_tables(folder, plan, clips, failures, unreadable, size, profile)
+    fairness = _write_tables(folder, plan, clips, failures, unreadable, size, profile)
     shutil.rmtree(work)
-    fairness = json.loads((folder / "fairness.json").read_text())
     _say(_summary(folder, fairness), progress)
     return folder
 
@@ -332,7 +331,8 @@ def _write_tables(
     unreadable: dict[str, str],
     size: int,
     profile: str,
-) -> None:
+) -> dict[str, Any]:
+    """Write everything but the clips; returns what is in fairness.json."""
     import numpy as np
     import soundfile
 
@@ -378,6 +378,7 @@ def _write_tables(
     sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     # Written last: its presence says that the corpus is whole.
     write_text(folder / "SHA256SUMS", "".join(sums))
+    return fairness
 
 
 def _counts(rows: list[dict[str, str]], field: str) -> list[str]:
