@@ -14,6 +14,7 @@ from typing import Any
 from gradalign import alignment
 from gradalign._errors import ConfigError
 from gradalign._files import read_json
+from gradalign.data import datasets
 from gradalign.data.protocol import read_text
 
 METHODS = tuple(alignment.METHODS)
@@ -30,9 +31,9 @@ class TrainConfig:
 
     Attributes:
         dataset: name of a data set in `gradalign.data.datasets`. "corpus" is the layout that `gradalign corpus build`
-            writes, ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``, or a folder that `gradalign pack`
-            wrote.
-        data: folder of the data set, or the file of "csv"; None: the six paths below.
+            writes, ``protocols/{train,dev,test}.txt`` and ``flac/<utterance>.flac``.
+        data: folder of the data set, the file of "csv", or a folder that `gradalign pack` wrote, of any data set; None:
+            the six paths below.
         test_sets: further data sets to score at the end: from a name for it, other than train, dev and test, to
             ``dataset``, ``data`` and, where it is not "test", ``subset``.
         train_protocol, dev_protocol, test_protocol: lines `speaker utterance - attack label`; the test split may be
@@ -123,6 +124,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         choices = {
             "align": METHODS,
+            "dataset": datasets.names(),
             "path": ("split", "joint"),
             "scope": ("model", "parameter"),
             "crop": ("random", "start"),

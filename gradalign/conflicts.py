@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from gradalign import figures, ops
 from gradalign._errors import DataError
 from gradalign._files import atomic_path, write_text
+from gradalign._parts import make_detector, make_loss, training_views
 from gradalign.config import TrainConfig
 from gradalign.report import Run, draw_conflicts, group_by_method, read_run, read_runs, share_negative
 from gradalign.scoring import choose_device
-from gradalign.trainer import make_detector, make_loss, training_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

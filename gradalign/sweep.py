@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gradalign._errors import ConfigError, GradalignError
+from gradalign._parts import open_split
 from gradalign.config import TrainConfig
-from gradalign.trainer import finished, open_split, train
+from gradalign.trainer import finished, train
 
 
 def sweep(

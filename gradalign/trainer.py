@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import hashlib
-import importlib
 import io
 import json
 import math
@@ -22,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +28,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradalign import _ranks, detectors, metrics
+from gradalign import _ranks, metrics
 from gradalign._checkpoint import WEIGHTS, load_checkpoint, load_weights, save_checkpoint
 from gradalign._device import to_device
 from gradalign._distributed import num_ranks
-from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
+from gradalign._errors import AudioError, CheckpointError, ConfigError, GradalignError
 from gradalign._files import locked, remove_leftovers, write_text
+from gradalign._parts import (
+    digest_of,
+    expect_disjoint_splits,
+    make_detector,
+    make_loss,
+    make_optimizer,
+    make_views,
+    open_split,
+    train_and_dev,
+)
 from gradalign.config import TrainConfig
-from gradalign.data import datasets
-from gradalign.data.dataset import Batch, SpeechDataset, augmented_view, epoch_plan, load_batches, utterance_draws
-from gradalign.data.packed import PackedDataset, is_packed, packed_splits
-from gradalign.data.protocol import Utterance, expect_disjoint, read_protocol
+from gradalign.data.dataset import Batch, SpeechDataset, epoch_plan, load_batches, utterance_draws
+from gradalign.data.protocol import Utterance
 from gradalign.detectors.ssl import SSLDetector
 from gradalign.evaluation import Scores, write_scores
 from gradalign.info import versions
-from gradalign.optim import AlignedOptimizer
-from gradalign.rawboost import RawBoost
 from gradalign.scoring import autocast, choose_device, expect_finite, predict, scores_of, without_pretrained
 
 # A killed process' readers share its lock, and notice its end within 5 seconds.
@@ -108,7 +111,7 @@ def finished(config: TrainConfig) -> bool:
     _expect_same_run(
         config.run_dir / "config.json", asdict(TrainConfig.from_json(config.run_dir / "config.json")), config
     )
-    if digest != _digest(*_train_and_dev(config)):
+    if digest != digest_of(*train_and_dev(config)):
         raise CheckpointError(f"{path}: {_OTHER_DATA}")
     return _over(config, epochs, best) and scored.issuperset(config.test_sets)
 
@@ -134,180 +137,6 @@ def _expect_same_run(path: Path, found: dict[str, Any], config: TrainConfig) -> 
                 f"{path}: this run was started with `{name}` {theirs!r}; found {mine!r} now. Go on with the same "
                 f"settings, or train into another folder"
             )
-
-
-def split_source(config: TrainConfig, split: str) -> tuple[Path, Path] | None:
-    """The (protocol, audio folder) of ``train``, ``dev`` or ``test``; None for a test split that is not there.
-
-    Raises DataError when the configuration names none.
-    """
-    if config.data is not None:
-        root = Path(config.data)
-        if not root.is_dir():
-            raise DataError(f"{root}: expected a folder with protocols/ and flac/; found nothing there")
-        protocol = root / "protocols" / f"{split}.txt"
-        return None if split == "test" and not protocol.exists() else (protocol, root / "flac")
-    protocol_name, audio = getattr(config, f"{split}_protocol"), getattr(config, f"{split}_audio")
-    if protocol_name is None and split == "test":
-        return None
-    if protocol_name is None or audio is None:
-        raise DataError(f"expected `data`, or `{split}_protocol` and `{split}_audio`; found neither")
-    return Path(protocol_name), Path(audio)
-
-
-def open_split(config: TrainConfig, split: str) -> SpeechDataset | None:
-    """The data set of a split, or of one of ``test_sets``, as the run reads it; None for a test split it does not have.
-
-    Raises DataError for a wrong protocol, packed folder, data set or subset, or where train or dev lack one of the
-    classes, and AudioError for audio files that are not there, unless ``skip_bad``.
-    """
-    if split in config.test_sets:
-        return _open_test_set(config, split)
-    if config.data is not None and config.dataset != "corpus":
-        return _open_dataset(config, config.data, split)
-    if config.data is not None and is_packed(config.data):
-        return _open_packed_split(config, Path(config.data), split)
-    source = split_source(config, split)
-    if source is None:
-        return None
-    utterances = read_protocol(source[0])
-    if split != "test":
-        _expect_both_classes(source[0], utterances)
-    if not source[1].is_dir():
-        raise DataError(f"{source[1]}: expected a folder of audio files; found nothing there")
-    if not config.skip_bad:
-        datasets.expect_files(utterances, source[1], config.dataset, config.data)
-    return _speech(config, utterances, source[1], split)
-
-
-def _open_dataset(config: TrainConfig, root: str, split: str) -> SpeechDataset | None:
-    """A subset of a public data set; None for a test subset that it does not have."""
-    try:
-        known = datasets.subsets(config.dataset, root)
-    except ValueError as error:
-        raise ConfigError(f"dataset: {error}") from None
-    if split == "test" and split not in known:
-        return None
-    utterances = datasets.read_dataset(config.dataset, root, split, allow_missing=config.skip_bad)
-    if split in ("train", "dev"):
-        _expect_both_classes(Path(root), utterances)
-    return _speech(config, utterances, root, split)
-
-
-def _open_test_set(config: TrainConfig, name: str) -> SpeechDataset:
-    test = config.test_sets[name]
-    try:
-        utterances = datasets.read_dataset(
-            test["dataset"], test["data"], test.get("subset", "test"), allow_missing=config.skip_bad
-        )
-    except DataError as error:
-        raise type(error)(f"test_sets.{name}: {error}") from None
-    return _speech(config, utterances, test["data"], name)
-
-
-def _speech(config: TrainConfig, utterances: list[Utterance], audio_dir: str | Path, split: str) -> SpeechDataset:
-    # A test set is read once, and a worker process forgets at the end of each epoch.
-    read_again = split in ("train", "dev") and config.num_workers == 0
-    return SpeechDataset(
-        utterances,
-        audio_dir,
-        sample_rate=config.sample_rate,
-        num_samples=config.num_samples,
-        seed=config.seed,
-        random_crop=split == "train" and config.crop == "random",
-        resample=config.resample,
-        cache_mb=config.cache_mb if read_again else 0,
-    )
-
-
-def _open_packed_split(config: TrainConfig, folder: Path, split: str) -> PackedDataset | None:
-    if split == "test" and split not in packed_splits(folder):
-        return None
-    data = PackedDataset(
-        folder,
-        split,
-        num_samples=config.num_samples,
-        seed=config.seed,
-        random_crop=split == "train" and config.crop == "random",
-    )
-    if data.sample_rate != config.sample_rate:
-        raise DataError(f"{folder}: expected a sample rate of {config.sample_rate} Hz; found {data.sample_rate} Hz")
-    if split != "test":
-        _expect_both_classes(data.audio_dir, data.utterances)
-    return data
-
-
-def _expect_both_classes(source: Path, utterances: list[Utterance]) -> None:
-    for label, name in ((1, "bonafide"), (0, "spoof")):
-        if all(u.label != label for u in utterances):
-            raise DataError(f"{source}: expected both bonafide and spoof utterances; found no {name}")
-
-
-View = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(wave [B, T], length int64 [B] before an utterance repeats itself, seeds int64 [B]) -> what a path sees [B, T]."""
-
-
-def make_views(config: TrainConfig) -> list[View]:
-    """What the paths of a run see. Raises ConfigError for a view or RawBoost parameters that are not there."""
-    return [_make_view(config, name) for name in config.views]
-
-
-def _make_view(config: TrainConfig, name: str) -> View:
-    if name == "clean":
-        return lambda wave, length, seed: wave
-    kind, _, detail = name.partition(":")
-    if kind == "rawboost":
-        try:
-            return partial(augmented_view, RawBoost(int(detail or config.algo), config.sample_rate, **config.rawboost))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"views: {name}: {error}") from None
-    try:
-        function = getattr(importlib.import_module(kind), detail)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"`views` must name clean, rawboost, rawboost:ALGO or module:function; found {name!r} ({error})"
-        ) from None
-
-    def view(wave: Tensor, length: Tensor, seed: Tensor) -> Tensor:
-        seen = function(wave, seed.to(wave.device))
-        if not isinstance(seen, Tensor) or seen.shape != wave.shape:
-            found = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
-            raise ConfigError(f"view {name} must return {list(wave.shape)}, as it gets; found {found}")
-        return seen
-
-    return view
-
-
-def training_views(config: TrainConfig, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the steps of a run's epoch see, on its device: the first and the second view [B, T], labels int64 [B].
-
-    Raises as `train` does where data or audio are not as expected.
-    """
-    data, views, device = _train_and_dev(config)[0], make_views(config), choose_device(config.device)
-    data.set_epoch(epoch)
-    plan = epoch_plan(len(data), config.batch_size, config.seed, epoch)
-    for batch in load_batches(data, plan, num_workers=config.num_workers):
-        if batch.bad and not config.skip_bad:
-            raise AudioError(batch.bad[0][1])
-        if len(batch.row):
-            wave = batch.wave.to(device)
-            first, second = (view(wave, batch.length, batch.seed) for view in views[:2])
-            yield first, second, batch.label.to(device)
-
-
-def make_detector(config: TrainConfig, pretrained: bool = True) -> nn.Module:
-    """The detector of a run, on the CPU, perhaps without its pretrained weights. Raises ConfigError."""
-    options = config.detector_options if pretrained else without_pretrained(config.detector_options)
-    try:
-        return detectors.create(config.detector, **options)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"detector: {error}") from None
-
-
-def make_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The class-weighted cross-entropy of a run: (logits [B, 2], labels int64 [B]) -> scalar, in float32."""
-    weight = torch.tensor(config.class_weights, device=choose_device(config.device))
-    return lambda logits, labels: functional.cross_entropy(logits.float(), labels, weight)
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -349,10 +178,10 @@ class _Training:
                 f"`batch_size` must be at least the number of processes, {num_ranks()}; found {config.batch_size}"
             )
         self.device = choose_device(config.device)
-        self.train_data, self.dev_data = _train_and_dev(config)
+        self.train_data, self.dev_data = train_and_dev(config)
         self.test_data = open_split(config, "test")
         if self.test_data is not None:
-            _expect_disjoint(train=self.train_data, dev=self.dev_data, test=self.test_data)
+            expect_disjoint_splits(train=self.train_data, dev=self.dev_data, test=self.test_data)
         for name in config.test_sets:
             # They are read at the end: what is wrong with one is found before the first step.
             open_split(config, name)
@@ -375,13 +204,13 @@ class _Training:
         # Within the detector the processes wait for each other, to gather its parameters or a batch's statistics.
         self.together = num_ranks() > 1 and (config.shard or self.device.type == "cuda")
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
-        self.optimizer = _make_optimizer(config, self.model, self.device)
+        self.optimizer = make_optimizer(config, self.model, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.criterion = make_loss(config)
         self.class_weights = torch.tensor(config.class_weights, device=self.device)
         self.at = _Progress()
         self._seed_own_dropout()
-        self.data_digest = _digest(self.train_data, self.dev_data)
+        self.data_digest = digest_of(self.train_data, self.dev_data)
         if goes_on:
             self._restore(self.run / "checkpoint.pt")
             if self.at.position == 0:
@@ -654,8 +483,9 @@ class _Training:
             if data is not None:
                 results |= {f"{split}_{k}": v for k, v in self._score(split, data, seen).items()}
         for name in self.config.test_sets:
-            found = self._score(name, _open_test_set(self.config, name), set())
-            results.setdefault("test_sets", {})[name] = found
+            data = open_split(self.config, name)
+            assert data is not None
+            results.setdefault("test_sets", {})[name] = self._score(name, data, set())
         self._write_conflict_map()
         results["bad_files"] = len(at.bad)
         if at.bad:
@@ -791,28 +621,6 @@ class _Training:
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def _make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> AlignedOptimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if device.type == "cuda":
-        # A fused optimizer can leave out a step without the host, which then never waits.
-        settings["fused"] = True
-    base: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        base = torch.optim.SGD(parameters, momentum=0.9, **settings)
-    elif config.optimizer == "adamw":
-        base = torch.optim.AdamW(parameters, **settings)
-    else:
-        base = torch.optim.Adam(parameters, **settings)
-    try:
-        group = torch.distributed.group.WORLD if num_ranks() > 1 and not config.shard else None
-        return AlignedOptimizer(
-            base, method=config.align, scope=config.scope, process_group=group, **config.align_options
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"align_options: {error}") from None
-
-
 def _conflicts(cosines: list[float]) -> dict[str, float | None]:
     """The share of steps whose views disagree, and their mean cosine; None without a finite one."""
     finite = np.array(cosines)[np.isfinite(cosines)]
@@ -846,24 +654,6 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON would give it back."""
     values: dict[str, Any] = json.loads(config.to_json())
     return values
-
-
-def _train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
-    train_data, dev_data = open_split(config, "train"), open_split(config, "dev")
-    assert train_data is not None
-    assert dev_data is not None
-    _expect_disjoint(train=train_data, dev=dev_data)
-    return train_data, dev_data
-
-
-def _expect_disjoint(**splits: SpeechDataset) -> None:
-    expect_disjoint({split: (data.audio_dir, data.utterances) for split, data in splits.items()})
-
-
-def _digest(*splits: SpeechDataset) -> str:
-    lines = "".join(f"{u.name} {u.label}\n" for data in splits for u in data.utterances)
-    # A file's name need not be UTF-8.
-    return hashlib.blake2b(lines.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

@@ -331,7 +331,7 @@ def test_info_and_corpus_check(capsys, tmp_path):
         (["report", "absent"], "absent: expected a folder of training runs"),
         (["conflicts", "absent"], "absent: expected a training run, a folder of runs, or a data folder"),
         (["augment", "absent", "out"], "absent: expected an audio file or a folder"),
-        (["train", "absent"], "absent: expected a folder with protocols/"),
+        (["train", "absent"], "absent: expected the train protocol at protocols/train.txt; found no such folder"),
         (["train"], "expected DATA, or --train-protocol"),
         (["train", ".", "--config", "absent.json"], "absent.json: expected a configuration file; found nothing there"),
         (["train", ".", "--align", "none,none"], "argument --align: expected different names"),

@@ -16,6 +16,7 @@ import torch
 
 from gradalign import cli
 from gradalign._checkpoint import load_checkpoint
+from gradalign._parts import open_split
 from gradalign.config import TrainConfig
 from gradalign.data import (
     AudioError,
@@ -29,7 +30,7 @@ from gradalign.data import (
     packed_splits,
 )
 from gradalign.data.packed import verify
-from gradalign.trainer import open_split, train
+from gradalign.trainer import train
 
 # One sample, shorter than, as long as and longer than the crop of 1000.
 LENGTHS = [400, 1, 1000, 4000, 1001, 2500, 999]
@@ -428,6 +429,8 @@ def test_training_on_a_packed_folder_is_training_on_its_files(corpus, tmp_path, 
     with pytest.raises(DataError, match="packed: expected a sample rate of 8000 Hz; found 16000 Hz"):
         open_split(TrainConfig(data=str(packed), sample_rate=8000), "train")
     assert open_split(TrainConfig(data=str(packed)), "test") is None
+    further = {"other": {"dataset": "corpus", "data": str(packed), "subset": "dev"}}
+    assert len(open_split(TrainConfig(test_sets=further), "other")) == 3
 
 
 def test_the_command_verifies_and_reports(corpus, tmp_path, capsys):

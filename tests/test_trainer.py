@@ -18,11 +18,13 @@ import soundfile
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradalign import _files, trainer
+from gradalign import _files, _parts, trainer
 from gradalign._checkpoint import load_checkpoint, save_checkpoint
 from gradalign._errors import AudioError, CheckpointError, ConfigError, DataError, GradalignError
+from gradalign._parts import open_split, training_views
 from gradalign.config import METHODS, TrainConfig
 from gradalign.data import SpeechDataset, Utterance, fit_length, read_protocol
+from gradalign.data.dataset import augmented_view
 from gradalign.data.packed import PackedDataset, pack
 from gradalign.detectors import frontend
 from gradalign.detectors.frontend import create_frontend
@@ -30,7 +32,7 @@ from gradalign.optim import AlignedOptimizer
 from gradalign.rawboost import RawBoost
 from gradalign.scoring import choose_device, load_detector, predict, score, scores_of
 from gradalign.sweep import sweep
-from gradalign.trainer import augmented_view, open_split, train, training_views
+from gradalign.trainer import train
 
 SPLITS = {"train": (16, ("tts",)), "dev": (8, ("tts",)), "test": (12, ("tts", "vc"))}
 
@@ -130,7 +132,7 @@ def test_a_step_never_waits_for_the_device(config, monkeypatch, path):
         return taken[-1]
 
     monkeypatch.setitem(sys.modules, "my_views", sys.modules[__name__])
-    monkeypatch.setattr(trainer, "_make_optimizer", fused)
+    monkeypatch.setattr(trainer, "make_optimizer", fused)
     monkeypatch.setattr(trainer._Training, "_step", watched)
     train(replace(config, views=["clean", "my_views:louder"], path=path, epochs=1), progress=False)
     assert len(taken) == 4
@@ -241,7 +243,7 @@ def test_a_config_file_that_is_not_json_is_named(tmp_path):
         ({"align_options": {"momentum": 1}}, r"align_options: .*momentum"),
         ({"device": "cuda:77"}, r"`device` must be one that is here; found 'cuda:77'"),
         ({"data": None}, r"expected `data`, or `train_protocol` and `train_audio`; found neither"),
-        ({"data": "/nowhere"}, r"/nowhere: expected a folder with protocols/ and flac/"),
+        ({"data": "/nowhere"}, r"/nowhere: expected the train protocol at protocols/train.txt; found no such folder"),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(config, change, message):
@@ -453,7 +455,6 @@ def test_augmented_view_repeats_the_augmented_utterance():
 
 
 def test_training_views_are_what_the_steps_of_an_epoch_see(config, monkeypatch):
-    from gradalign import trainer
 
     seen = []
 
@@ -462,7 +463,7 @@ def test_training_views_are_what_the_steps_of_an_epoch_see(config, monkeypatch):
         return seen[-1][1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "augmented_view", watched)
+        patch.setattr(_parts, "augmented_view", watched)
         train(config, progress=False)
     found = [(clean, augmented) for epoch in (0, 1) for clean, augmented, _ in training_views(config, epoch)]
     assert len(found) == len(seen) == 8
@@ -483,7 +484,7 @@ class WithBatchNorm(torch.nn.Module):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
-    from gradalign import detectors, trainer
+    from gradalign import detectors
 
     monkeypatch.setattr(detectors, "create", lambda name: WithBatchNorm())
     calls = []
@@ -493,7 +494,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(config, monkeypatch):
         view = augmented_view(boost, wave, length, seed)
         return view * math.nan if len(calls) == 2 else view
 
-    monkeypatch.setattr(trainer, "augmented_view", poisoned)
+    monkeypatch.setattr(_parts, "augmented_view", poisoned)
     run = train(replace(config, epochs=1), progress=False)
     row = rows(run)[0]
     assert row["skipped_steps"] == 1
@@ -520,9 +521,8 @@ def test_a_detector_that_gives_nan_is_an_error_and_no_best_epoch(config, monkeyp
 
 
 def test_an_epoch_without_a_finite_step_is_an_error(config, monkeypatch):
-    from gradalign import trainer
 
-    monkeypatch.setattr(trainer, "augmented_view", lambda boost, wave, length, seed: wave * math.nan)
+    monkeypatch.setattr(_parts, "augmented_view", lambda boost, wave, length, seed: wave * math.nan)
     with pytest.raises(
         GradalignError, match=r"pcgrad-seed0: epoch 1 had no step: 4 had losses or gradients that are not"
     ):
@@ -546,7 +546,7 @@ def test_bad_audio_stops_training_by_name_or_is_left_out_and_listed(own_corpus, 
     run = train(replace(config, skip_bad=True, out=config.out + "-skip"), progress=False)
     listed = (run / "skipped.txt").read_text().splitlines()
     assert len(listed) == 3
-    for name in ("train03.flac: expected a readable", "dev02.wav: expected finite samples", "test05: expected a file"):
+    for name in ("train03.flac: expected a readable", "dev02.wav: expected finite samples", "test05.flac: expected"):
         assert sum(name in line for line in listed) == 1
     assert json.loads((run / "results.json").read_text())["bad_files"] == 3
     assert len((run / "scores_test.txt").read_text().splitlines()) == 11
@@ -614,7 +614,7 @@ def test_another_sample_rate_stops_training_by_name_or_is_converted(own_corpus, 
     [
         ("train", "", r"train\.txt: expected at least one line"),
         ("dev", "s dev00 - - bonafied\n", r"dev\.txt:1: expected the label bonafide or spoof; found 'bonafied'"),
-        ("dev", "s dev00 - - bonafide\n", r"dev\.txt: expected both bonafide and spoof utterances; found no spoof"),
+        ("dev", "s dev00 - - bonafide\n", r"data: expected both bonafide and spoof utterances in dev; found no spoof"),
         ("test", "s test00 -\n", r"test\.txt:1: expected the 5 columns"),
     ],
 )
@@ -631,7 +631,7 @@ def test_splits_that_share_audio_stop_training(own_corpus, config, split, other)
     with (protocols / f"{split}.txt").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(
-        DataError, match=rf"flac: expected other files in {split} than in {other}; found 1 in both, .*03'"
+        DataError, match=rf"data: expected other files in {split} than in {other}; found 1 in both, .*03'"
     ):
         train(replace(config, data=str(own_corpus)), progress=False)
 

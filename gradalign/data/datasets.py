@@ -127,26 +127,23 @@ def read_dataset(name: str, root: str | Path, subset: str, *, allow_missing: boo
     """
     index = index_dataset(name, root, subset)
     if not allow_missing:
-        _expect_files(index, name, root)
+        _expect_files(index, f" (`gradalign data check {name} {root}` lists them)")
     return index.utterances
 
 
-def expect_files(utterances: Sequence[Utterance], audio_dir: Path, name: str, root: str | Path | None) -> None:
-    """See that every utterance without a path of its own has its audio file in a folder, which is listed once.
+def expect_files(utterances: Sequence[Utterance], audio_dir: Path) -> None:
+    """See that every utterance of no data set has its audio file in a folder, which is listed once.
 
-    ``name`` and ``root`` are the data set's; the root is None for utterances of none. Raises AudioError as
-    `read_dataset` does, naming the folder.
+    Raises AudioError as `read_dataset` does, naming the folder.
     """
     files = _Files([audio_dir], (*SUFFIXES, ""))
     for utterance in utterances:
-        if utterance.path is None:
-            files.find(utterance.name)
-    _expect_files(Index(audio_dir, list(utterances), files.missing), name, root)
+        files.find(utterance.name)
+    _expect_files(Index(audio_dir, list(utterances), files.missing))
 
 
-def _expect_files(index: Index, name: str, root: str | Path | None) -> None:
+def _expect_files(index: Index, hint: str = "") -> None:
     if index.missing:
-        hint = "" if root is None else f" (`gradalign data check {name} {root}` lists them)"
         raise AudioError(
             f"{index.source}: expected an audio file for each of {len(index.utterances)} utterances; "
             f"found none for {len(index.missing)}, such as {index.missing[0]}{hint}"
