@@ -1,5 +1,6 @@
 // A keyed bijection of [0, size): Feistel rounds on the next power of two, walked until the value falls inside
-// (Mitchell et al., "Bandwidth-Optimal Random Shuffling for GPUs", 2022). Equivalent to `bijection` in gradalign/reference.py.
+// (Mitchell et al., "Bandwidth-Optimal Random Shuffling for GPUs", 2022). The inverse of `bijection` in gradalign/reference.py, which gives each
+// position its rank: so only the positions that are chosen are visited.
 #pragma once
 
 #include "philox.h"
@@ -37,24 +38,6 @@ GRADALIGN_HD uint32_t mix(uint32_t v) {
   return v ^ (v >> 16);
 }
 
-GRADALIGN_HD uint32_t permute_once(const Bijection& b, uint32_t value) {
-  uint32_t low = value & b.low_mask, high = value >> b.low_bits;
-  GRADALIGN_UNROLL
-  for (int r = 0; r < kBijectionRounds; r += 2) {
-    low ^= mix(high + b.keys[r]) & b.low_mask;
-    high ^= mix(low + b.keys[r + 1]) & b.high_mask;
-  }
-  return high << b.low_bits | low;
-}
-
-// pi(index): the rank of a position, which is chosen when its rank is below the number of positions wanted.
-GRADALIGN_HD uint32_t permute(const Bijection& b, uint32_t index) {
-  do {
-    index = permute_once(b, index);
-  } while (index >= b.size);
-  return index;
-}
-
 GRADALIGN_HD uint32_t unpermute_once(const Bijection& b, uint32_t value) {
   uint32_t low = value & b.low_mask, high = value >> b.low_bits;
   for (int r = kBijectionRounds - 2; r >= 0; r -= 2) {
@@ -64,7 +47,7 @@ GRADALIGN_HD uint32_t unpermute_once(const Bijection& b, uint32_t value) {
   return high << b.low_bits | low;
 }
 
-// The inverse: the position of a rank, for where only the chosen positions are visited.
+// The position of a rank; chosen are those of the ranks below the number wanted.
 GRADALIGN_HD uint32_t unpermute(const Bijection& b, uint32_t rank) {
   do {
     rank = unpermute_once(b, rank);

@@ -172,7 +172,7 @@ GRADALIGN_INLINE void cond_norm_backward(const T* v, int64_t count, T* grad) {
 
 template <typename T>
 GRADALIGN_INLINE void subtract_mean(T* v, int64_t count) {
-  const T mean = T(wide_sum(v, count, [](double value) { return value; }) / double(count));
+  const T mean = T(wide_sum(v, count) / double(count));
   for (int64_t t = 0; t < count; ++t) v[t] -= mean;
 }
 
@@ -305,7 +305,7 @@ template <typename T>
 void read_row(const Tensor& x, int64_t b, int64_t count, T* row) {
   dispatch_floating(x.scalar_type(), "a waveform", [&](auto type) {
     using S = decltype(type);
-    const S* source = static_cast<const S*>(x.const_data_ptr()) + b * x.stride(0);
+    const S* source = x.const_data_ptr<S>() + b * x.stride(0);
     const int64_t stride = x.stride(1);
     if (stride == 1) {
       std::transform(source, source + count, row, [](S v) { return T(v); });
@@ -324,7 +324,7 @@ Tensor for_each_utterance(const Tensor& x, const std::optional<Tensor>& lengths,
   dispatch_floating(x.scalar_type(), "x", [&](auto type) {
     using S = decltype(type);
     using T = Wide<S>;
-    S* out = static_cast<S*>(y.mutable_data_ptr());
+    S* const out = y.mutable_data_ptr<S>();
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       Scratch<T>& s = Scratch<T>::mine();
       if (int64_t(s.wave.size()) < num_samples)
@@ -402,11 +402,12 @@ Tensor design_banks(const Tensor& like, int64_t batch, int64_t num_filters, int6
   Tensor out = torch::stable::new_empty(like, {batch, num_filters, num_taps}, dtype);
   dispatch_floating(dtype, "dtype", [&](auto type) {
     using S = decltype(type);
+    S* const to = out.mutable_data_ptr<S>();
     torch::stable::parallel_for(0, batch * num_filters, 1, [&](int64_t begin, int64_t end) {
       DesignScratch& scratch = DesignScratch::of_thread(num_bands, num_taps);
       for (int64_t i = begin; i < end; ++i) {
         design_bank(scratch, read(i / num_filters, i % num_filters, scratch.bands.data()));
-        for (int64_t n = 0; n < num_taps; ++n) static_cast<S*>(out.mutable_data_ptr())[i * num_taps + n] = S(Wide<S>(scratch.bank[n]));
+        for (int64_t n = 0; n < num_taps; ++n) to[i * num_taps + n] = S(Wide<S>(scratch.bank[n]));
       }
     });
   });

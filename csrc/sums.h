@@ -11,13 +11,13 @@ namespace gradalign {
 // Interleaved partial sums, float64 for what is added up.
 constexpr int kSums = 16;
 
-template <typename T, typename Term>
-GRADALIGN_INLINE double wide_sum(const T* v, int64_t count, Term term) {
+template <typename T>
+GRADALIGN_INLINE double wide_sum(const T* v, int64_t count) {
   double partial[kSums] = {}, total = 0;
   int64_t t = 0;
   for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) partial[i] += term(double(v[t + i]));
-  for (; t < count; ++t) partial[t % kSums] += term(double(v[t]));
+    for (int i = 0; i < kSums; ++i) partial[i] += double(v[t + i]);
+  for (; t < count; ++t) partial[t % kSums] += double(v[t]);
   for (int i = 0; i < kSums; ++i) total += partial[i];
   return total;
 }

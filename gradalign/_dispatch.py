@@ -28,8 +28,7 @@ _native = torch.library.Library("gradalign_native", "DEF")
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 # Of waveforms and gradients.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The most paths that kernels take (kMaxPaths in csrc/weigh.h): sums of K*(K+1)/2 pairs and the matrix of a problem stay
-# in registers.
+# The most paths that kernels take (kMaxPaths in csrc/weigh.h): the sums of K*(K+1)/2 pairs stay in registers.
 MAX_PATHS = 8
 _allowed: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gradalign_backends", default=BACKENDS)
 _ops: dict[str, Op] = {}

@@ -242,7 +242,7 @@ def _send_addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[Te
 
 @triton.jit
 def _base(addresses, position, begin, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tensor's element ``begin``, which is a multiple of CHUNK."""
+    """The address of a tensor's element ``begin``, where a chunk begins."""
     pointer = tl.load(addresses + position).to(tl.pointer_type(TYPE)) + begin
     if ALIGNED:
         # Known to divide by 16 bytes: 128-bit loads.
@@ -276,8 +276,8 @@ def gram_kernel(
 ):
     """One program per chunk: the K*(K+1)/2 inner products of its paths' pieces -> partials [pairs, C] float64.
 
-    Each thread adds at most CHUNK / BLOCK products per sum in float32 (float64 for float64 gradients); from there on
-    everything is float64.
+    Each of BLOCK places adds at most CHUNK / BLOCK products per sum in float32 (float64 for float64 gradients); from
+    there on everything is float64.
     """
     row = rows + (first_row + tl.program_id(0)).to(tl.int64) * ROW
     n = tl.load(row)
@@ -448,13 +448,13 @@ def align_kernel(
             sum_bb = tl.zeros([256], tl.float64)
             for at in range(0, num_chunks, 256):
                 place = at + tl.arange(0, 256)
-                at = partials + first_slot + place
+                source = partials + first_slot + place
                 # Past the first-level cache, which may hold what was there before.
-                sum_aa += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
-                at += num_slots
-                sum_ab += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
-                at += num_slots
-                sum_bb += tl.load(at, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                sum_aa += tl.load(source, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                source += num_slots
+                sum_ab += tl.load(source, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
+                source += num_slots
+                sum_bb += tl.load(source, mask=place < num_chunks, other=0.0, cache_modifier=".cg")
             total_aa = tl.sum(sum_aa, 0)
             total_ab = tl.sum(sum_ab, 0)
             total_bb = tl.sum(sum_bb, 0)

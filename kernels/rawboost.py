@@ -148,7 +148,7 @@ def _unpermute_once(value, keys, low_bits, low_mask, high_mask):
 def _positions(seed, rank, count, size):
     """The position of each rank below ``count``, uint32; further ranks get any. ``count`` and ``size`` are int32.
 
-    Equivalent to the inverse of `reference.bijection`, which a few positions are found by sooner than by all ranks.
+    The inverse of `reference.bijection`, which gives each position its rank: so only chosen positions are visited.
     """
     zero = tl.zeros([1], tl.uint32)
     k0, k1, k2, k3 = _philox(seed, _STREAM_ISD_KEYS, zero, 0)
@@ -587,11 +587,6 @@ def _peak_of(peaks, count, BLOCK: tl.constexpr):
     return tl.max(largest, 0).to(peaks.dtype.element_ty, bitcast=True)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype that x is computed in: float64 stays, everything else is float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @triton.jit
 def _level(sums, largest, smallest, b, length, num_tiles, WIDE: tl.constexpr, TILE_BLOCK: tl.constexpr):
     """The mean of z and the largest magnitude of z - mean, from what `lnl_kernel` left."""
@@ -609,6 +604,14 @@ def _noise_level(seeds, snr_db, b, SNR_MIN: tl.constexpr, SNR_MAX: tl.constexpr)
     else:
         level = tl.zeros([1], tl.float64) + tl.load(snr_db + b)
     return tl.exp2(-level * _LOG2_PER_DB)
+
+
+# -------------------------------------------------------------------------------------------- what the launchers share
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype that x is computed in: float64 stays, everything else is float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -649,7 +652,7 @@ def _tile(x: Tensor, num_filters: int) -> dict[str, int]:
     has_tf32 = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
     if num_filters > 3 or x.dtype == torch.float64 or not has_tf32:
         return {"BLOCK": 1024, "COLUMNS": 0, "DEPTH": 0, "num_warps": 4}
-    # At about 140 registers on sm_90, three programs share a multiprocessor: one multiplies while another splits.
+    # Programs share a multiprocessor (77 registers on sm_90, 175 of the gradient's): one multiplies, another splits.
     return {"BLOCK": 2048, "COLUMNS": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 2}
 
 
@@ -1062,6 +1065,11 @@ def rawboost_finish_kernel(
     tl.store(out + b * num_samples + n, value.to(out.dtype.element_ty), mask=n < num_samples)
 
 
+# What `lnl_kernel` leaves of its tiles: sums, largest, smallest.
+_Level = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_LEVEL: _Level = (None, None, None)
+
+
 @backend(ops.rawboost, why_too_long)
 def rawboost(
     x: Tensor,
@@ -1171,7 +1179,7 @@ def _chain(
             SNR_MAX=snr_max,
             TILE_BLOCK=TILE_BLOCK,
             BLOCK=BLOCK,
-            # With 8 the conversion to half precision takes a register too many.
+            # (With Triton 3.6 and 3.8 half precision could take 8 as well.)
             num_warps=8 if unfinished is out else 4,
         )
 
@@ -1188,11 +1196,6 @@ def _chain(
     if passes:
         source, level = pass_over(source, level, impulses, addend), _NO_LEVEL
     finish(source, level, passes, squares if passes else of_x)
-
-
-# What `lnl_kernel` leaves of its tiles: sums, largest, smallest.
-_Level = tuple[Tensor | None, Tensor | None, Tensor | None]
-_NO_LEVEL: _Level = (None, None, None)
 
 
 @backend(ops.lnl, why_too_long)

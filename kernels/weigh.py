@@ -14,9 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradalign import ops
-from gradalign.alignment import JACOBI_SWEEPS, NASH_ROUNDS, NASH_SEARCH, ROUNDING, ROUNDS_PER_PATH
+from gradalign import alignment, ops
 from gradalign.kernels import backend, launch
+
+# Segments per program where there is nothing to solve.
+BLOCK = 128
+# What alignment.py gives reasons for.
+_TINY = tl.constexpr(alignment._TINY)
+_CANCELLED = tl.constexpr(alignment._CANCELLED)
+_VANISHING = tl.constexpr(alignment._VANISHING)
+_NASH_RIDGE = tl.constexpr(alignment._NASH_RIDGE)
+_NASH_SEARCH = tl.constexpr(alignment.NASH_SEARCH)
+_ROUNDING = tl.constexpr(alignment.ROUNDING)
+_ENDLESS = tl.constexpr(alignment._ENDLESS)
+_MAX_TARGET = tl.constexpr(alignment._MAX_TARGET)
+_NOTHING = tl.constexpr(alignment._NOTHING)
 
 
 @triton.jit
@@ -30,13 +42,13 @@ def _is_finite(value):
 @triton.jit
 def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexpr):
     """GradVac: the multiple of g_j that path i gains, and the target that is left."""
-    cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, 1e-300), -1.0), 1.0)
+    cosine = tl.minimum(tl.maximum(inner / tl.maximum(norm_i * norm_j, _TINY), -1.0), 1.0)
     cosine = tl.where(norm_i > 0, cosine, 0.0)
     # tl.minimum and a comparison would round the constant to float32; arithmetic does not.
-    target = tl.where(rho - (1.0 - 1e-6) > 0, 1.0 - 1e-6, rho)
+    target = tl.where(rho - _MAX_TARGET > 0, _MAX_TARGET, rho)
     sine = tl.sqrt(tl.maximum(1 - cosine * cosine, 0.0))
     target_sine = tl.sqrt(1 - target * target)
-    gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, 1e-300)
+    gain = norm_i * (target * sine - cosine * target_sine) / tl.maximum(norm_j * target_sine, _TINY)
     moved = rho + BETA * (cosine - rho)
     if not ALWAYS:
         moved = tl.where(cosine > 0, moved, rho)
@@ -46,10 +58,10 @@ def _pull_up(norm_i, norm_j, inner, rho, BETA: tl.constexpr, ALWAYS: tl.constexp
 @triton.jit
 def _exact_step(slope, k, alpha, beta, gamma):
     """The t in [-1/2, 1/2] that minimises slope t + k sqrt(alpha t^2 + 2 beta t + gamma)."""
-    alpha = tl.maximum(alpha, 1e-300)
+    alpha = tl.maximum(alpha, _TINY)
     curvature = k * k * alpha - slope * slope
     delta = tl.maximum(gamma - beta * beta / alpha, 0.0)
-    u = tl.minimum(tl.sqrt(slope * slope * delta / tl.maximum(alpha * curvature, 1e-300)), 1e300)
+    u = tl.minimum(tl.sqrt(slope * slope * delta / tl.maximum(alpha * curvature, _TINY)), 1e300)
     u = tl.where(slope == 0, 0.0, tl.where(curvature > 0, u, 1e300))
     return tl.minimum(tl.maximum(tl.where(slope > 0, -u, u) - beta / alpha, -0.5), 0.5)
 
@@ -63,8 +75,8 @@ def _weigh_two(
     two = one
     if METHOD == "pcgrad" or METHOD == "upgrad":
         q = 0.5 * tl.minimum(ab, 0.0)
-        one = 0.5 - q / tl.maximum(aa, 1e-300)
-        two = 0.5 - q / tl.maximum(bb, 1e-300)
+        one = 0.5 - q / tl.maximum(aa, _TINY)
+        two = 0.5 - q / tl.maximum(bb, _TINY)
     elif METHOD == "gradvac":
         gain_a, rho_ab = _pull_up(tl.sqrt(aa), tl.sqrt(bb), ab, rho_ab, BETA, ALWAYS)
         gain_b, rho_ba = _pull_up(tl.sqrt(bb), tl.sqrt(aa), ab, rho_ba, BETA, ALWAYS)
@@ -77,11 +89,11 @@ def _weigh_two(
         if METHOD == "cagrad":
             slope = product_a - product_b
             k = C * tl.sqrt(tl.maximum(0.25 * (aa + 2 * ab + bb), 0.0))
-            eps = tl.maximum(1e-12 * 0.5 * (aa + bb), 1e-300)
+            eps = tl.maximum(_CANCELLED * _CANCELLED * 0.5 * (aa + bb), _TINY)
         else:
             slope = aa * 0.0
             k = slope + 1.0
-            eps = tl.maximum(0.5 * (aa + bb), 1e-300)
+            eps = tl.maximum(0.5 * (aa + bb), _TINY)
         t = _exact_step(slope, k, aa + bb - 2 * ab, product_a - product_b, gamma + eps)
         one = 0.5 + t
         two = 0.5 - t
@@ -94,13 +106,13 @@ def _weigh_two(
         # At most one path conflicts with the mean.
         a = 0.5 * (aa + ab)
         b = 0.5 * (ab + bb)
-        one = 0.5 - tl.where(a < b, tl.minimum(a, 0.0) / tl.maximum(aa, 1e-300), 0.0)
-        two = 0.5 - tl.where(a < b, 0.0, tl.minimum(b, 0.0) / tl.maximum(bb, 1e-300))
+        one = 0.5 - tl.where(a < b, tl.minimum(a, 0.0) / tl.maximum(aa, _TINY), 0.0)
+        two = 0.5 - tl.where(a < b, 0.0, tl.minimum(b, 0.0) / tl.maximum(bb, _TINY))
     elif METHOD == "imtlg" or METHOD == "nashmtl":
         a = tl.sqrt(tl.maximum(aa, 0.0))
         b = tl.sqrt(tl.maximum(bb, 0.0))
         # Lengths first, so that nothing overflows. A zero gradient is left out; of two, both are kept.
-        longer = tl.maximum(tl.maximum(a, b), 1e-300)
+        longer = tl.maximum(tl.maximum(a, b), _TINY)
         both = (a > 0) == (b > 0)
         one = tl.where(both, tl.where(a > 0, b / longer, 1.0), tl.where(a > 0, 1.0, 0.0))
         two = tl.where(both, tl.where(a > 0, a / longer, 1.0), tl.where(a > 0, 0.0, 1.0))
@@ -114,7 +126,7 @@ def _weigh_two(
         s = tangent * c
         first = aa - tangent * ab
         second = bb + tangent * ab
-        cut = 1e-12 * tl.maximum(tl.maximum(first, second), 0.0)
+        cut = _VANISHING * tl.maximum(tl.maximum(first, second), 0.0)
         both = (first > cut) & (second > cut)
         least = tl.where(both, tl.minimum(first, second), tl.maximum(first, second))
         u = tl.where(first > cut, tl.sqrt(least / tl.where(first > cut, first, 1.0)) * 0.5 * (c - s), 0.0)
@@ -148,7 +160,7 @@ def weigh_kernel(
     good = mask
     for i in range(NUM_PATHS * NUM_PATHS):
         good = good & _is_finite(tl.load(matrix + i, mask=mask, other=0.0))
-    total = ()
+    found = ()
     if NUM_PATHS == 2:
         aa = tl.load(matrix, mask=good, other=1.0)
         ab = tl.load(matrix + 1, mask=good, other=0.0)
@@ -159,13 +171,13 @@ def weigh_kernel(
             rho_ab = tl.load(rho + segment * 4 + 1, mask=mask, other=0.0)
             rho_ba = tl.load(rho + segment * 4 + 2, mask=mask, other=0.0)
         one, two, new_ab, new_ba = _weigh_two(aa, ab, bb, rho_ab, rho_ba, METHOD, BETA, ALWAYS, C)
-        total = (one, two)
+        found = (one, two)
         if METHOD == "gradvac":
             tl.store(targets + segment * 4 + 1, tl.where(good, new_ab, rho_ab), mask=mask)
             tl.store(targets + segment * 4 + 2, tl.where(good, new_ba, rho_ba), mask=mask)
     else:
         for _ in tl.static_range(NUM_PATHS):
-            total = total + (tl.full([BLOCK], 1.0 / NUM_PATHS, tl.float64),)
+            found = found + (tl.full([BLOCK], 1.0 / NUM_PATHS, tl.float64),)
     if METHOD == "gradvac":
         # A path has no target with itself; what is there stays.
         for i in tl.static_range(NUM_PATHS):
@@ -174,7 +186,7 @@ def weigh_kernel(
                 old = tl.load(rho + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), mask=mask, other=0.0)
             tl.store(targets + segment * (NUM_PATHS * NUM_PATHS) + i * (NUM_PATHS + 1), old, mask=mask)
     for k in tl.static_range(NUM_PATHS):
-        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, total[k], float("nan")), mask=mask)
+        tl.store(weights + segment * NUM_PATHS + k, tl.where(good, found[k], float("nan")), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------- more than two paths
@@ -241,13 +253,13 @@ def _quadratic(x, gram, eps):
 
 
 @triton.jit
-def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr):
+def _factor_cosines(free, cosines, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
     """The cosines' factors among the ``free`` paths, with what rounding asks for on the diagonal; the identity in place
     of the others.
     """
     index = tl.arange(0, TILE)
     diagonal = (index[:, None] == index[None, :]).to(tl.float64)
-    system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * ROUNDING * diagonal, diagonal)
+    system = tl.where(free[:, None] & free[None, :], cosines + 2 * NUM_PATHS * _ROUNDING * diagonal, diagonal)
     return _factor(system, NUM_PATHS, TILE)
 
 
@@ -280,14 +292,12 @@ def _free_steepest(y, slope, step, NUM_PATHS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _minimize_on_simplex(
-    linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
-):
+def _minimize_on_simplex(linear, k, gram, eps, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr):
     """Minimise linear.x + k sqrt(x^T G x + eps) over the simplex; ``linear`` is in the range of G."""
     index = tl.arange(0, TILE)
     valid = index < NUM_PATHS
     squares = tl.maximum(_diagonal(gram, TILE), 0.0)
-    shortest = tl.maximum(tl.min(tl.where(valid, squares, float("inf")), 0), 1e-300)
+    shortest = tl.maximum(tl.min(tl.where(valid, squares, float("inf")), 0), _TINY)
     norms = tl.sqrt(squares + shortest)
     matrix = tl.where(valid[:, None] & valid[None, :], gram + shortest, 0.0)
     cosines = matrix / (norms[:, None] * norms[None, :])
@@ -296,7 +306,7 @@ def _minimize_on_simplex(
     x = tl.where(free, linear * 0.0 + 1.0, 0.0)
     left = ROUNDS
     while left > 0:
-        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, TILE)
+        factors = _factor_cosines(free, cosines, NUM_PATHS, TILE)
         u = _substitute(factors, tl.where(free, 1 / norms, 0.0), NUM_PATHS, TILE) / norms
         v = _substitute(factors, tl.where(free, linear / norms, 0.0), NUM_PATHS, TILE) / norms
         one = tl.sum(u, 0)
@@ -306,11 +316,11 @@ def _minimize_on_simplex(
         _, square = _quadratic(x0, gram, eps)
         _, falls = _quadratic(d, gram, 0.0)
         # Where the function falls for ever, far beyond the simplex, but finite.
-        t = tl.sqrt(square / tl.maximum(tl.maximum(k * k - falls, 1e-24 * eps), 1e-300))
+        t = tl.sqrt(square / tl.maximum(tl.maximum(k * k - falls, _ENDLESS * eps), _TINY))
         z = x0 + t * d
         level = (1 + t * total) / one
         size = tl.sum(z * norms, 0) + (t * tl.abs(linear) + tl.abs(level)) / norms
-        slope = (_times(matrix, z) + t * linear - level) / norms + NUM_PATHS * ROUNDING * size
+        slope = (_times(matrix, z) + t * linear - level) / norms + NUM_PATHS * _ROUNDING * size
         x, step = _advance(x, z, free)
         free, more = _free_steepest(x, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
@@ -318,9 +328,7 @@ def _minimize_on_simplex(
 
 
 @triton.jit
-def _project_to_dual_cone(
-    start, norms, cosines, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
-):
+def _project_to_dual_cone(start, norms, cosines, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr):
     """Minimise v^T G v over v >= start."""
     lengths = start * norms
     linear = _times(cosines, lengths)
@@ -328,10 +336,10 @@ def _project_to_dual_cone(
     free = y > 0
     left = ROUNDS
     while left > 0:
-        factors = _factor_cosines(free, cosines, NUM_PATHS, ROUNDING, TILE)
+        factors = _factor_cosines(free, cosines, NUM_PATHS, TILE)
         z = _substitute(factors, tl.where(free, -linear, 0.0), NUM_PATHS, TILE)
         total = lengths + z
-        slope = _times(cosines, total) + NUM_PATHS * ROUNDING * tl.sum(total, 0)
+        slope = _times(cosines, total) + NUM_PATHS * _ROUNDING * tl.sum(total, 0)
         y, step = _advance(y, z, free)
         free, more = _free_steepest(y, slope, step, NUM_PATHS, TILE)
         left = tl.where(more, left - 1, 0)
@@ -383,32 +391,32 @@ def _eigen(matrix, NUM_PATHS: tl.constexpr, SWEEPS: tl.constexpr, TILE: tl.const
 @triton.jit
 def _scale_to_sum_one(weights, NUM_PATHS: tl.constexpr):
     """Divide by the sum; 1/K where it vanishes."""
-    weights = weights / tl.maximum(tl.max(tl.abs(weights), 0), 1e-300)
+    weights = weights / tl.maximum(tl.max(tl.abs(weights), 0), _TINY)
     total = tl.sum(weights, 0)
-    vanishes = tl.abs(total) <= 1e-12 * tl.sum(tl.abs(weights), 0)
+    vanishes = tl.abs(total) <= _VANISHING * tl.sum(tl.abs(weights), 0)
     return tl.where(vanishes, 1.0 / NUM_PATHS, weights / tl.where(vanishes, 1.0, total))
 
 
 @triton.jit
 def _norms_and_cosines(gram, TILE: tl.constexpr):
     norms = tl.sqrt(tl.maximum(_diagonal(gram, TILE), 0.0))
-    return norms, gram / tl.maximum(norms[:, None] * norms[None, :], 1e-300)
+    return norms, gram / tl.maximum(norms[:, None] * norms[None, :], _TINY)
 
 
 @triton.jit
-def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEARCH: tl.constexpr, TILE: tl.constexpr):
+def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr):
     """Nash-MTL: the y > 0 with C y = 1 / y, by Newton's method."""
     index = tl.arange(0, TILE)
     valid = index < NUM_PATHS
     diagonal = (index[:, None] == index[None, :]).to(tl.float64)
     # A choice of two constants would be float32.
-    ridge = tl.where(valid, (norms == 0).to(tl.float64) + 1e-6, 0.0)
+    ridge = tl.where(valid, (norms == 0).to(tl.float64) + _NASH_RIDGE, 0.0)
     matrix = cosines + diagonal * ridge[:, None]
     y = tl.where(valid, norms * 0.0 + 1.0, 0.0)
     for _ in range(ROUNDS):
         product = _times(matrix, y)
         # The best length first, then Newton's step y <- y (1 + t z), which is the same for gradients of any scale.
-        length = tl.sqrt(NUM_PATHS / tl.maximum(tl.sum(y * product, 0), 1e-6 * tl.sum(y * y, 0)))
+        length = tl.sqrt(NUM_PATHS / tl.maximum(tl.sum(y * product, 0), _NASH_RIDGE * tl.sum(y * y, 0)))
         y = y * length
         inner = matrix * y[:, None] * y[None, :]
         residual = tl.where(valid, 1 - y * product * length, 0.0)
@@ -419,10 +427,10 @@ def _bargain(cosines, norms, NUM_PATHS: tl.constexpr, ROUNDS: tl.constexpr, SEAR
         decrement = tl.sqrt(fall)
         room = tl.min(tl.where(z < 0, -1 / tl.where(z < 0, z, 1.0), float("inf")), 0)
         t = tl.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
-        for _ in range(SEARCH):
+        for _ in range(_NASH_SEARCH):
             quotient = z / (1 + t * z)
             slope = t * (square + tl.sum(z * quotient, 0)) - fall
-            step = slope / tl.maximum(square + tl.sum(quotient * quotient, 0), 1e-300)
+            step = slope / tl.maximum(square + tl.sum(quotient * quotient, 0), _TINY)
             t = tl.minimum(tl.maximum(t - step, 0.1 * t), 0.5 * (t + room))
         y = y * (1 + t * z)
     return y
@@ -461,12 +469,12 @@ def _meet(gram, gram_at, rho, order, METHOD: tl.constexpr, BETA: tl.constexpr, A
                 norm += tl.sum(tl.where(column == j, rows, 0.0), 1) * tl.sum(rows * line[None, :], 1)
             norm = tl.sqrt(tl.maximum(norm, 0.0))
             # Of a path that was pulled to nothing, rounding is all that is left: it has no direction.
-            norm = tl.where(norm > 1e-7 * tl.sum(tl.abs(rows) * lengths[None, :], 1), norm, 0.0)
+            norm = tl.where(norm > _NOTHING * tl.sum(tl.abs(rows) * lengths[None, :], 1), norm, 0.0)
             old = tl.sum(tl.where(chosen, rho, 0.0), 1)
             gain, moved = _pull_up(norm, tl.sqrt(square), inner, old, BETA, ALWAYS)
             rho = tl.where(chosen, moved[:, None], rho)
         else:
-            gain = -tl.minimum(inner, 0.0) / tl.maximum(square, 1e-300)
+            gain = -tl.minimum(inner, 0.0) / tl.maximum(square, _TINY)
         rows += tl.where(chosen, gain[:, None], 0.0)
     return tl.sum(tl.where(inside, rows, 0.0), 0) / NUM_PATHS, rho
 
@@ -484,8 +492,6 @@ def weigh_many_kernel(
     ALWAYS: tl.constexpr,
     C: tl.constexpr,
     ROUNDS: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    NASH_SEARCHES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One segment per program, of more than two paths: gram [S, K, K] -> weights [S, K]; for GradVac also rho ->
@@ -514,36 +520,36 @@ def weigh_many_kernel(
     elif METHOD == "cagrad":
         total = tl.sum(matrix, 1)
         k = C * tl.sqrt(tl.maximum(tl.sum(total, 0) / (NUM_PATHS * NUM_PATHS), 0.0))
-        eps = tl.maximum(1e-12 * tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, 1e-300)
-        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, TILE)
+        eps = tl.maximum(_CANCELLED * _CANCELLED * tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, _TINY)
+        x = _minimize_on_simplex(total / NUM_PATHS, k, matrix, eps, NUM_PATHS, ROUNDS, TILE)
         _, square = _quadratic(x, matrix, eps)
         found = (1.0 / NUM_PATHS + k / tl.sqrt(square) * x) / (1 + C * C)
     elif METHOD == "mgda":
-        eps = tl.maximum(tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, 1e-300)
-        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, ROUNDING, TILE)
+        eps = tl.maximum(tl.sum(_diagonal(matrix, TILE), 0) / NUM_PATHS, _TINY)
+        found = _minimize_on_simplex(zero, eps * 0.0 + 1.0, matrix, eps, NUM_PATHS, ROUNDS, TILE)
     elif METHOD == "dualproj":
         norms, cosines = _norms_and_cosines(matrix, TILE)
         start = tl.where(valid, zero + 1.0 / NUM_PATHS, 0.0)
-        found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
+        found = _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, TILE)
     elif METHOD == "upgrad":
         norms, cosines = _norms_and_cosines(matrix, TILE)
         found = zero
         for i in range(NUM_PATHS):
             start = tl.where(index == i, zero + 1.0 / NUM_PATHS, 0.0)
-            found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, ROUNDING, TILE)
+            found += _project_to_dual_cone(start, norms, cosines, NUM_PATHS, ROUNDS, TILE)
     elif METHOD == "imtlg":
         norms, cosines = _norms_and_cosines(matrix, TILE)
         values, vectors = _eigen(cosines, NUM_PATHS, ROUNDS, TILE)
-        kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
+        kept = values > _VANISHING * tl.maximum(tl.max(values, 0), 0.0)
         inverse = tl.where(kept, 1 / tl.where(kept, values, 1.0), 0.0)
         # Where the directions cancel, their sum has none of what is left.
         # A constant that is compared would be float32.
         sums = tl.sum(vectors, 0)
-        y = _times(vectors, inverse * tl.where(tl.abs(sums) > 1e-12 * tl.sum(vectors * vectors, 0), sums, 0.0))
+        y = _times(vectors, inverse * tl.where(tl.abs(sums) > _VANISHING * tl.sum(vectors * vectors, 0), sums, 0.0))
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), NUM_PATHS)
     elif METHOD == "alignedmtl":
         values, vectors = _eigen(matrix, NUM_PATHS, ROUNDS, TILE)
-        kept = values > 1e-12 * tl.maximum(tl.max(values, 0), 0.0)
+        kept = values > _VANISHING * tl.maximum(tl.max(values, 0), 0.0)
         least = tl.min(tl.where(kept, values, float("inf")), 0)
         ratio = tl.where(kept, tl.sqrt(tl.where(kept, least / tl.where(kept, values, 1.0), 1.0)), 0.0)
         found = _times(vectors, ratio * tl.sum(vectors, 0) / NUM_PATHS)
@@ -551,7 +557,7 @@ def weigh_many_kernel(
         found = tl.where(_is_finite(least), found, 1.0 / NUM_PATHS)
     elif METHOD == "nashmtl":
         norms, cosines = _norms_and_cosines(matrix, TILE)
-        y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, NASH_SEARCHES, TILE)
+        y = _bargain(cosines, norms, NUM_PATHS, ROUNDS, TILE)
         found = _scale_to_sum_one(tl.where(norms > 0, y / tl.where(norms > 0, norms, 1.0), 0.0), NUM_PATHS)
     tl.store(weights + segment * NUM_PATHS + index, tl.where(good, found, float("nan")), mask=valid)
 
@@ -595,8 +601,6 @@ def weigh(
             targets,
             **options,
             ROUNDS=_rounds(method, num_paths),
-            ROUNDING=ROUNDING,
-            NASH_SEARCHES=NASH_SEARCH,
             TILE=triton.next_power_of_2(num_paths),
             num_warps=1,
             # Several lanes hold the same number. Of a fused a b + c d one lane rounds a b, another c d: they would go
@@ -606,12 +610,8 @@ def weigh(
     return weights, targets
 
 
-# Segments per program where there is nothing to solve.
-BLOCK = 128
-
-
 def _rounds(method: str, num_paths: int) -> int:
     """How often a method iterates, as in alignment.py."""
     if method in ("imtlg", "alignedmtl"):
-        return JACOBI_SWEEPS
-    return NASH_ROUNDS if method == "nashmtl" else ROUNDS_PER_PATH * num_paths
+        return alignment.JACOBI_SWEEPS
+    return alignment.NASH_ROUNDS if method == "nashmtl" else alignment.ROUNDS_PER_PATH * num_paths

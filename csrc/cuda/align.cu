@@ -2,10 +2,13 @@
 //
 // Nothing of a parameter can be merged before all of it is read, and gram, weigh and combine_ in turn read it twice: 5 values per parameter of two
 // paths. Here it is read once, 3 values, and kept on the chip until its weights are there. One block per multiprocessor stays to the end. It takes
-// every gridDim.x-th item, 12 to 15 KiB, of all there are. An item comes into shared memory, moves on into registers when its place there is needed,
-// and is merged when its place in the registers is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors,
-// where XLS-R's largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does
-// not fit is read a second time.
+// every gridDim.x-th item, 12 to 15 KiB, of all there are:
+//
+//   device memory -> shared memory (num_places items; the last kAhead are on their way) -> registers (kRegisterPlaces items) -> merged, written
+//
+// An item moves on when its place is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors, where XLS-R's
+// largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does not fit is read
+// a second time.
 //
 // Four items are on their way (cp.async) while an older one is multiplied. A parameter's inner products are added up per block, and each block that
 // sees that all have delivered theirs adds those up and finds the weights for itself, in the same order as all: nobody waits for another's
@@ -13,6 +16,9 @@
 //
 // Blocks wait for each other, so all must run: a cooperative launch. Nobody locks up: in every block all of a parameter's products come before its
 // first merge, since what is held of one parameter is never the whole queue.
+//
+// No float is added by atomics: a thread adds its products item by item, a block those of its warps in their order, and each block those of all
+// blocks in the same order as the others: the same bits on every device of as many multiprocessors.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
@@ -22,12 +28,10 @@
 
 namespace gradalign::cuda {
 
-// Threads that move data, 16 bytes of each path of an item. With one warp more, which finds weights, they fill a multiprocessor's four parts
-// evenly: a thread then has 128 registers of two paths, of more 255.
+// A block has 1024 / K threads, which fill a multiprocessor's four parts evenly and leave a thread 128 registers of two paths, of more 255: a warp
+// that finds weights, and these, which move data, 16 bytes of each path of an item.
 template <int K>
-constexpr int kMovers = K == 2   ? 480
-                        : K == 4 ? 224
-                                 : 96;
+constexpr int kMovers = 1024 / K - kWarp;
 template <int K>
 constexpr int kItemBytes = kMovers<K> * 16 * K;
 template <typename S>
@@ -36,9 +40,10 @@ template <typename S, int K>
 constexpr int kItem = kMovers<K> * kVector<S>;
 // Items on their way.
 constexpr int kAhead = 4;
-// Places in shared memory at most, and in registers: as many as leave enough of them to work with. Those are rows, which take the items in turn; in a
-// row each item moves on by one when another one comes, so that only rows, and not places, need code of their own.
+// Places in shared memory at most; an H100 has room for 15 to 18.
 constexpr int kMaxPlaces = 20;
+// Places in registers, as many as leave enough of those to work with: kRows rows, which take the items in turn, of kRow places, on which an item
+// moves by one when another one comes. So the loop over the items is unrolled by rows alone: by places its code would be kRow times as long.
 template <int K>
 constexpr int kRows = K == 8 ? 2 : 4;
 template <typename S, int K>
@@ -53,7 +58,8 @@ struct AlignList {
   static constexpr int kTensors = 32000 / (8 * K + 21);
   void* data[K][kTensors];
   int64_t size[kTensors];
-  // The tensor's place among all parameters, its first item, and its first slot in this launch's partial sums: one per block that has items of it.
+  // The tensor's place among all parameters, its first item (2^31 of 12 KiB would fit no memory), and its first slot in this launch's partial sums:
+  // one per block that has items of it.
   int param[kTensors], first_item[kTensors + 1] = {}, first_slot[kTensors];
   // True when every path's gradient allows 16-byte accesses.
   bool aligned[kTensors];
@@ -176,9 +182,11 @@ template <typename S, int K>
 class Mover {
  public:
   using T = Wide<S>;
-  using Piece = Vector<S, kVector<S>>;
+  // A thread's 16 bytes of an item, of one path, and as they are held: four registers, whatever the dtype.
+  using Part = Vector<S, kVector<S>>;
+  using Registers = Vector<unsigned, 4>;
 
-  __device__ Mover(const AlignList<K>& list, int num_paths, int num_places, const AlignBuffers& buffers, Board<S, K>& board, Piece* places)
+  __device__ Mover(const AlignList<K>& list, int num_paths, int num_places, const AlignBuffers& buffers, Board<S, K>& board, Part* places)
       : list_(list),
         num_paths_(num_paths),
         num_places_(num_places),
@@ -190,7 +198,7 @@ class Mover {
         merged_(list, most()) {}
 
   __device__ void run() {
-    Words held[kRows<K>][kRow<S, K>][K];
+    Registers held[kRows<K>][kRow<S, K>][K];
     int place = 0, before = num_places_ - kAhead, until_merge = num_places_ + kRegisterPlaces<S, K>, until_multiply = kAhead;
 #pragma unroll 1
     while (!merged_.ended()) {
@@ -205,7 +213,7 @@ class Mover {
         for (int k = 0; k < K; ++k) {
 #pragma unroll
           for (int i = kRow<S, K> - 1; i > 0; --i) row[i][k] = row[i - 1][k];
-          row[0][k] = *reinterpret_cast<const Words*>(at(place, k));
+          row[0][k] = *reinterpret_cast<const Registers*>(at(place, k));
         }
         keep_order();
         read(place);
@@ -220,13 +228,10 @@ class Mover {
   }
 
  private:
-  // 16 bytes as they are held: four registers, whatever the dtype.
-  using Words = Vector<unsigned, 4>;
-
   // Items of one tensor that are held: the others' places are on their way.
   __device__ int most() const { return num_places_ + kRegisterPlaces<S, K> - kAhead; }
   // This thread's part of a place.
-  __device__ Piece* at(int place, int k) const { return places_ + (place * K + k) * kMovers<K>; }
+  __device__ Part* at(int place, int k) const { return places_ + (place * K + k) * kMovers<K>; }
 
   // Begin to read the next item into a place.
   __device__ void read(int place) {
@@ -238,13 +243,13 @@ class Mover {
         if (k >= num_paths_) break;
         const S* const from = static_cast<const S*>(list_.data[k][read_.tensor]) + begin;
         if (left == kVector<S> && list_.aligned[read_.tensor]) {
-          __pipeline_memcpy_async(at(place, k), from, sizeof(Piece));
+          __pipeline_memcpy_async(at(place, k), from, sizeof(Part));
         } else {
           // All are read before the first is written, so that their latencies overlap.
-          Piece piece;
+          Part part;
 #pragma unroll
-          for (int v = 0; v < kVector<S>; ++v) piece.v[v] = v < left ? from[v] : S(0.0f);
-          *at(place, k) = piece;
+          for (int v = 0; v < kVector<S>; ++v) part.v[v] = v < left ? from[v] : S(0.0f);
+          *at(place, k) = part;
         }
       }
       read_.next();
@@ -258,7 +263,7 @@ class Mover {
     __pipeline_wait_prior(kAhead);
     keep_order();
     if (multiplied_.is_multiplied()) {
-      Piece g[K];
+      Part g[K];
       // What is added up for paths above num_paths is left out.
 #pragma unroll
       for (int k = 0; k < K; ++k) g[k] = *at(place, k);
@@ -317,7 +322,7 @@ class Mover {
   }
 
   // Path 0's elements become the weighted sum of all paths', as soon as the tensor's weights are there.
-  __device__ void merge(const Words (&held)[K]) {
+  __device__ void merge(const Registers (&held)[K]) {
     if (merged_.ended()) return;
     if (merged_.is_merged()) {
       if (merged_.number >= weighed_) {
@@ -338,10 +343,10 @@ class Mover {
       const int left = merged_.template left<S>(begin);
       S* const to = static_cast<S*>(list_.data[0][merged_.tensor]) + begin;
       if (left == kVector<S> && list_.aligned[merged_.tensor]) {
-        Piece piece;
+        Part part;
 #pragma unroll
-        for (int v = 0; v < kVector<S>; ++v) piece.v[v] = S(total[v]);
-        *reinterpret_cast<Piece*>(to) = piece;
+        for (int v = 0; v < kVector<S>; ++v) part.v[v] = S(total[v]);
+        *reinterpret_cast<Part*>(to) = part;
       } else {
 #pragma unroll
         for (int v = 0; v < kVector<S>; ++v)
@@ -351,13 +356,13 @@ class Mover {
     merged_.next();
   }
 
-  __device__ static T element(const Words& words, int v) {
+  __device__ static T element(const Registers& registers, int v) {
     S value;
     if constexpr (sizeof(S) == 2) {
-      const auto bits = uint16_t(words.v[v / 2] >> 16 * (v % 2));
+      const auto bits = uint16_t(registers.v[v / 2] >> 16 * (v % 2));
       memcpy(&value, &bits, sizeof value);
     } else {
-      memcpy(&value, words.v + v * sizeof(S) / 4, sizeof value);
+      memcpy(&value, registers.v + v * sizeof(S) / 4, sizeof value);
     }
     return T(value);
   }
@@ -366,7 +371,7 @@ class Mover {
   const int num_paths_, num_places_;
   const AlignBuffers& buffers_;
   Board<S, K>& board_;
-  Piece* const places_;
+  Part* const places_;
   // Which item is read, multiplied and merged next; tensors known to have weights; the thread's sums over the items of `multiplied_`'s tensor.
   Walk<K> read_, multiplied_, merged_;
   int weighed_ = 0;
@@ -376,7 +381,7 @@ class Mover {
 // What the last warp does: the weights of the block's tensors, one after the other.
 template <typename S, int K>
 __device__ void find_weights(const AlignList<K>& list, int num_paths, const WeighOptions& options, const AlignBuffers& buffers, Board<S, K>& board) {
-  // Slots per lane that are read at once.
+  // Slots per lane that are read at once: of two paths those of 160 blocks, more than an H100 has.
   constexpr int kAtOnce = K == 2 ? 5 : K == 4 ? 2 : 1;
   const int lane = threadIdx.x % kWarp, size = num_paths * num_paths;
   const bool moves = options.method == Weighing::kGradvac;
@@ -450,7 +455,6 @@ __global__ __launch_bounds__(kMovers<K> + kWarp, 1) void align_kernel(const __gr
 std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const std::string& method,
                                   const std::optional<Tensor>& rho, const std::optional<Tensor>& order, double beta, bool always, double c) {
   const int64_t num_params = int64_t(out.size()), num_paths = 1 + int64_t(others.size()) / num_params;
-  STD_TORCH_CHECK(out[0].is_cuda(), "gradients must be on a CUDA device");
   const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
   const OnDevice device(out[0]);
   const DevicePaths paths(out, others, num_paths, num_params);
@@ -489,8 +493,7 @@ std::tuple<Tensor, Tensor> align_(const std::vector<Tensor>& out, const std::vec
       if (first.scalar_type() != dtype) continue;
       // An empty parameter has an item too, and with it its weights.
       const int64_t size = first.numel(), items = std::max<int64_t>(1, divide_up<int64_t>(size, kElements));
-      STD_TORCH_CHECK(items <= INT_MAX / 4, "a gradient of at most 2^37 elements is taken");
-      if (list.num_tensors == List::kTensors || list.num_items() + items > INT_MAX / 4) flush();
+      if (list.num_tensors == List::kTensors) flush();
       const int at = list.num_tensors++;
       list.size[at] = size;
       list.param[at] = int(n);

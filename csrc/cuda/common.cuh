@@ -24,7 +24,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 // and captured in a graph.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+  explicit OnDevice(const Tensor& first) : index_(device_of(first)), guard_(index_) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -60,6 +60,12 @@ class OnDevice {
   }
 
  private:
+  // PyTorch calls the CUDA kernel of an op where any of its tensors is on one.
+  static int32_t device_of(const Tensor& first) {
+    STD_TORCH_CHECK(first.is_cuda(), "the op's first tensor must be on a CUDA device, as another one is; found it on the CPU");
+    return first.get_device_index();
+  }
+
   template <typename... Parameters, typename... Arguments>
   void launch_as(cudaLaunchConfig_t config, int bytes, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... arguments) const {
     if (blocks == 0) return;
@@ -71,10 +77,9 @@ class OnDevice {
     config.dynamicSmemBytes = size_t(bytes);
     config.stream = stream_;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  int index_;
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
@@ -112,7 +117,7 @@ __device__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// Combine the threads' values; every thread gets the result.
+// Combine the values of all threads of a block, within warps and then in the order of warps; every thread gets the result.
 template <int kThreads, typename T, typename Combine>
 __device__ T block_reduce(T value, Combine combine) {
   __shared__ T of_warp[kThreads / kWarp];
@@ -122,6 +127,7 @@ __device__ T block_reduce(T value, Combine combine) {
   value = of_warp[0];
 #pragma unroll
   for (int warp = 1; warp < kThreads / kWarp; ++warp) value = combine(value, of_warp[warp]);
+  // Before the next call writes there.
   __syncthreads();
   return value;
 }

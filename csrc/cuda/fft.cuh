@@ -1,6 +1,9 @@
-// A complex FFT of 4096 points by a block of 256 threads with 16 points each: three passes of 16-point transforms in registers, with two
-// exchanges through shared memory between them. `forward` leaves its bins in an order of its own and `inverse` takes them so: for filtering,
-// where both factors pass through `forward`, the order never matters.
+// A complex FFT of 4096 = 16 * 16 * 16 points by a block of 256 threads with 16 points each: three passes of 16-point transforms in registers, with
+// two exchanges through shared memory between them. In the first pass a thread has points 256 apart, so that the first exchange is among the whole
+// block. From there on each half of a warp has 256 points to transform by itself, a region: the second exchange needs no barrier of the block.
+//
+// `forward` leaves its bins in an order of its own and `inverse`, which undoes its steps in turn, takes them so: for filtering, where both factors
+// pass through `forward`, the order never matters.
 #pragma once
 
 #include "common.cuh"
@@ -83,12 +86,12 @@ class Fft {
     fft16<false>(v);
   }
 
-  // kPoints times the inverse transform, each step of `forward` undone in turn; follows a `forward` on the same memory.
+  // kPoints times the inverse transform. Follows a `forward` on the same memory: what a thread writes first are the places it has read last there,
+  // so that no barrier goes before; after any other use of the memory one must.
   __device__ void inverse(float2 (&v)[kEach], float2* shared) const {
     const int t = threadIdx.x, lane = t % 16;
     float2* region = shared + t / 16 * kRegion;
     fft16<true>(v);
-    __syncwarp();
 #pragma unroll
     for (int r = 0; r < kEach; ++r) region[17 * lane + r] = v[r];
     __syncwarp();

@@ -1,5 +1,11 @@
 // gram, weigh and combine_ on CUDA. Equivalent to the functions of these names in gradalign/reference.py.
-// gram and combine_ are bound by memory: each gradient is read once, in 16-byte accesses where its address allows.
+//
+// gram and combine_ walk over the gradients of a whole model in few launches: one for each dtype and table of tensors (tensor_list.cuh), with a block
+// for each chunk of a parameter, in all paths at once. Both are bound by memory: each gradient is read once, in 16-byte accesses where its address
+// allows, several of them on their way in each thread. gram's blocks leave their sums in memory, and a second kernel adds those of a segment. Which
+// thread adds what depends on sizes and alignment alone, and nothing is added by atomics: the same bits on every run.
+//
+// weigh has one thread per segment: a Gram matrix is a few dozen numbers, and its problem one chain of operations.
 #include <algorithm>
 #include <numeric>
 #include <string>
@@ -10,11 +16,9 @@ namespace gradalign::cuda {
 
 constexpr int kThreads = 256;
 
-// Independent loads in flight per thread: about 8 of 16 bytes hide the memory's latency at the occupancy that their registers leave.
+// Independent loads of each path in flight per thread: 8 of 16 bytes in all hide the memory's latency at the occupancy that their registers leave.
 template <int K>
-constexpr int kInFlight = K == 2   ? 4
-                          : K == 4 ? 2
-                                   : 1;
+constexpr int kInFlight = 8 / K;
 
 // Call body(i, vector width, how many vectors, `stride` apart) until the thread has seen its share of `count` elements. `aligned` says that
 // 16-byte accesses are allowed.
@@ -45,8 +49,8 @@ __device__ bool aligned(const TensorList<K>& list, int tensor, int num_paths) {
 // ----------------------------------------------------------------------------------------------------------------------------------- gram
 
 // One block per chunk: the inner products of its K paths' pieces -> partials [pairs, slots]. A thread adds its share of the products in float32
-// (float64 for float64 gradients); from there on everything is float64, added in a fixed order. Paths above num_paths repeat path 0, which the
-// cache serves, and their sums are left out.
+// (float64 for float64 gradients); from there on everything is float64. Paths above num_paths repeat path 0, which the cache serves, and their sums
+// are left out.
 template <typename S, int K>
 __global__ __launch_bounds__(kThreads) void gram_kernel(const __grid_constant__ TensorList<K> list, int num_paths, int64_t num_slots,
                                                         double* partials) {
@@ -88,7 +92,7 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const __grid_constant__ 
   }
 }
 
-// Segments per launch of gram_sum_kernel, whose bounds are a kernel argument.
+// Segments per launch of gram_sum_kernel, whose bounds are a kernel argument: 4 KiB with the others.
 constexpr int kSegments = 960;
 
 struct Bounds {
@@ -115,10 +119,11 @@ __global__ __launch_bounds__(kThreads) void gram_sum_kernel(const double* partia
 
 // ------------------------------------------------------------------------------------------------------------------------------------ weigh
 
-// Segments per block: as many as their numbers, in shared memory, leave room for.
+// Segments per block. Their numbers lie in shared memory: 192 bytes each of two paths, up to 1920 of more.
 constexpr int weigh_threads(int num_paths) { return num_paths <= 2 ? 128 : 16; }
 
 // One thread per segment: gram [S, K, K] -> weights [S, K] and, for GradVac, targets [S, K, K] from rho (nullptr: zeros).
+// Without the bound of 4 blocks ptxas settles for fewer registers and spills.
 __global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const double* rho, const int64_t* order, int num_paths,
                                                        int64_t num_segments, const WeighOptions options, double* weights, double* targets) {
   extern __shared__ double numbers[];
@@ -140,8 +145,7 @@ __global__ __launch_bounds__(128, 4) void weigh_kernel(const double* gram, const
 
 // --------------------------------------------------------------------------------------------------------------------------------- combine_
 
-// One block per chunk: out = w[s, 0] * out + sum over k > 0 of w[s, k] * g_k in place; weights [S, num_paths]. Equivalent to
-// `reference.combine_`.
+// One block per chunk: out = w[s, 0] * out + sum over k > 0 of w[s, k] * g_k in place; weights [S, num_paths].
 template <typename S, int K>
 __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ TensorList<K> list, int num_paths, const double* weights) {
   using T = Wide<S>;
@@ -178,14 +182,7 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
 
 // ---------------------------------------------------------------------------------------------------------------------------------- launchers
 
-void check_paths_and_segments(const Tensor& first, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
-  STD_TORCH_CHECK(first.is_cuda(), "gradients must be on a CUDA device");
-  STD_TORCH_CHECK(num_paths >= 1 && num_paths <= kMaxPaths, "the number of paths must be 1 to ", kMaxPaths, "; found ", num_paths);
-  for (int64_t s : segments) STD_TORCH_CHECK(s >= 0 && s < num_segments, "segments must be in [0, ", num_segments, "); found ", s);
-}
-
 Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vector<int64_t>& segments, int64_t num_segments) {
-  check_paths_and_segments(grads[0], num_paths, segments, num_segments);
   const OnDevice device(grads[0]);
   const int64_t num_params = int64_t(segments.size());
   const DevicePaths paths(grads, {}, num_paths, num_params);
@@ -200,31 +197,28 @@ Tensor gram(const std::vector<Tensor>& grads, int64_t num_paths, const std::vect
     num_slots += divide_up<int64_t>(paths.at(0, n).numel(), kChunk);
     bounds[segments[n] + 1] = num_slots;
   }
-  STD_TORCH_CHECK(num_slots <= INT_MAX, "gradients of at most 2^46 elements are taken");
   for (int64_t s = 0; s < num_segments; ++s) bounds[s + 1] = std::max(bounds[s], bounds[s + 1]);
 
   Tensor out = torch::stable::new_empty(grads[0], {num_segments, num_paths, num_paths}, ScalarType::Double);
   Tensor partials = torch::stable::new_empty(grads[0], {pairs_of(int(num_paths)), num_slots}, ScalarType::Double);
-  double* partial = partials.mutable_data_ptr<double>();
   paths.for_each_dtype([&](auto type, auto built, ScalarType dtype) {
     using S = decltype(type);
     constexpr int K = decltype(built)::value;
     paths.for_each_list<K>(dtype, order, slots, segments, [&](const TensorList<K>& list) {
-      device.launch(gram_kernel<S, K>, list.num_blocks, kThreads, list, int(num_paths), num_slots, partial);
+      device.launch(gram_kernel<S, K>, list.num_blocks, kThreads, list, int(num_paths), num_slots, partials.mutable_data_ptr<double>());
     });
   });
   for (int64_t first = 0; first < num_segments; first += kSegments) {
-    Bounds some{int(first), int(std::min<int64_t>(kSegments, num_segments - first)), {}};
-    for (int s = 0; s <= some.count; ++s) some.bound[s] = int(bounds[first + s]);
-    device.launch(gram_sum_kernel, int64_t(some.count) * pairs_of(int(num_paths)), kThreads, static_cast<const double*>(partial), some,
-                  int(num_paths), num_slots, out.mutable_data_ptr<double>());
+    Bounds part{int(first), int(std::min<int64_t>(kSegments, num_segments - first)), {}};
+    for (int s = 0; s <= part.count; ++s) part.bound[s] = int(bounds[first + s]);
+    device.launch(gram_sum_kernel, int64_t(part.count) * pairs_of(int(num_paths)), kThreads, partials.const_data_ptr<double>(), part, int(num_paths),
+                  num_slots, out.mutable_data_ptr<double>());
   }
   return out;
 }
 
 std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, const std::optional<Tensor>& rho, const std::optional<Tensor>& order,
                                  double beta, bool always, double c) {
-  STD_TORCH_CHECK(gram.is_cuda(), "`gram` must be on a CUDA device");
   const OnDevice device(gram);
   const int64_t num_segments = gram.size(0), num_paths = gram.size(1);
   const WeighOptions options = weigh_options(method, num_paths, beta, always, c);
@@ -243,10 +237,8 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& gram, const std::string& method, 
 
 void combine_(const std::vector<Tensor>& out, const std::vector<Tensor>& others, const Tensor& weights, const std::vector<int64_t>& segments) {
   const int64_t num_params = int64_t(segments.size()), num_paths = weights.size(1);
-  if (num_params == 0) return;
-  check_paths_and_segments(out[0], num_paths, segments, weights.size(0));
-  check_same_device(weights, out[0], "`weights`");
   const OnDevice device(out[0]);
+  check_same_device(weights, out[0], "`weights`");
   const DevicePaths paths(out, others, num_paths, num_params);
   const Tensor w = torch::stable::contiguous(weights);
   std::vector<int64_t> order(num_params), slots(num_params);

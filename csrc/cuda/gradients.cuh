@@ -50,15 +50,15 @@ struct DevicePaths : Paths {
     for (int64_t n : order) {
       const int64_t size = at(0, n).numel();
       if (size == 0 || at(0, n).scalar_type() != dtype) continue;
-      // A launch takes fewer than 2^31 blocks; a single tensor of so many chunks would not fit into any memory.
-      if (list.num_tensors == TensorList<K>::kTensors || list.num_blocks + divide_up<int64_t>(size, kChunk) > INT_MAX) flush();
+      if (list.num_tensors == TensorList<K>::kTensors) flush();
       const int place = list.add(size, slots[n], segments[n]);
+      // Paths above num_paths repeat path 0.
       for (int64_t k = 0; k < K; ++k) list.data[k][place] = const_cast<void*>(at(k < num_paths ? k : 0, n).const_data_ptr());
     }
     flush();
   }
 
-  // Call body(S{}, K) for every dtype that occurs. Kernels are built for K = 2, 4 and 8 paths; other numbers take the next one.
+  // Call body(S{}, K, dtype) for every dtype that occurs. Kernels are built for K = 2, 4 and 8 paths; other numbers take the next one.
   template <typename Body>
   void for_each_dtype(Body&& body) const {
     for (ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) {

@@ -2,8 +2,8 @@
 // gradalign/reference.py.
 // B utterances of T samples, N_f filters of N_b bands and P taps. What depends on a whole utterance (a mean, a peak, a norm) cuts the chain into
 // passes over the samples: the filters (`filter_powers`, `color_noise`, for long utterances both in one launch), the impulses (`isd_kernel`, which
-// also takes LnL's mean and norm on the way), and what is left (`rawboost_finish_kernel`). A pass stores what its tiles or blocks know about their
-// utterance, and the next one adds that up, in a fixed order.
+// also takes LnL's mean and norm on the way), and what is left (`rawboost_finish_kernel`). A pass has one block per tile or block of samples of an
+// utterance, stores what it knows about the utterance, and the next one adds that up, in a fixed order: the same bits on every run.
 #include <algorithm>
 
 #include "../notch.h"
@@ -32,10 +32,8 @@ struct NotchSource {
 };
 
 constexpr int kBankThreads = 256;
-// Half of the threads convolve the bands while the other half takes the response, a few pairs of frequencies each.
 constexpr int kBankHalf = kBankThreads / 2;
 static_assert(kResponsePairs % kBankHalf == 0);
-// A warp finds a band's taps.
 constexpr int kBandsAtOnce = kBankThreads / kWarp;
 // A bank's numbers, 1448 with the published ranges, stay in shared memory up to here (16 KiB).
 constexpr int kBankShared = 2048;
@@ -77,8 +75,11 @@ __device__ void convolve(const double* tap, int band_reach, const double* bank, 
   }
 }
 
-// One block per bank -> out [rows, P]. Equivalent to `reference.notch_bank` and `reference.notch_filters`.
-// `workspace` [rows, numbers] is there only for what is too large for shared memory.
+// One block per bank -> out [rows, P]. Equivalent to `reference.notch_bank` and `reference.notch_filters`. For kBandsAtOnce bands at a time a thread
+// each finds their edges, and a warp each their taps. Then, band after band, half of the threads convolve the bank so far with the band's taps, while
+// the other half multiplies the bank's response by the band's.
+// `workspace` [rows, numbers] is there only for what is too large for shared memory. At three blocks per multiprocessor, 64 utterances' 6 banks each
+// run at once on an H100.
 template <typename S, bool kInShared>
 __global__ __launch_bounds__(kBankThreads, 3) void notch_bank_kernel(const NotchSource source, const __grid_constant__ FilterTable table,
                                                                      double sample_rate, const BankLayout layout, double* workspace, S* out) {
@@ -170,13 +171,13 @@ __global__ __launch_bounds__(kBankThreads, 3) void notch_bank_kernel(const Notch
     out[row * layout.num_taps + n] = S(Wide<S>(scale * bank[n - layout.num_taps / 2]));
 }
 
-// Design the banks of `rows` filters into out [.., P], kFilterTable filters of each utterance at a time where they are drawn.
+// Design the banks of `source` for each of `batch` utterances into out [B, num_filters, P].
 void design_banks(const OnDevice& device, NotchSource source, const FilterTable& table, double sample_rate, int64_t batch, int64_t num_bands,
                   const Tensor& out) {
   const BankLayout layout(out.size(2), num_bands);
   dispatch_floating(out.scalar_type(), "dtype", [&](auto type) {
     using S = decltype(type);
-    S* const to = static_cast<S*>(out.mutable_data_ptr());
+    S* const to = out.mutable_data_ptr<S>();
     if (layout.numbers <= kBankShared)
       return device.launch(notch_bank_kernel<S, true>, batch * source.count, kBankThreads, source, table, sample_rate, layout, nullptr, to);
     const Tensor workspace = torch::stable::new_empty(out, {out.size(0) * out.size(1), layout.numbers}, ScalarType::Double);
@@ -326,7 +327,8 @@ __device__ void white_noise(const Wave& noise, const int64_t* seeds, int64_t b, 
 }
 
 // One block per (utterance, tile): z = sum over i of FIR_i(x**i) by the first num_filters of filters [B, F, P].
-// Equivalent to `reference.lnl` before its mean and norm. Bounds for any number of branches leave room for what ptxas spills otherwise.
+// Equivalent to `reference.lnl` before its mean and norm. Eight blocks per multiprocessor leave a thread 64 registers; any number of branches (N = 0)
+// takes more.
 template <typename T, int N>
 __global__ __launch_bounds__(Fir<T, N>::kThreads, N == 0 ? 4 : 8) void lnl_kernel(Wave x, const T* filters, int per_utterance, int num_filters,
                                                                                   int num_taps, Rows rows, int num_tiles, PowersOut<T> out) {
@@ -419,32 +421,31 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void filter_fft_kernel(Wave x, Wa
   }
 }
 
-Powers new_powers(const Tensor& x, const Batch& batch, int tile) {
+Powers new_powers(const Batch& batch, int tile, const Tensor& z) {
   const int tiles = divide_up(batch.num_samples, tile);
-  return {torch::stable::new_empty(x, {batch.size, tiles}, ScalarType::Double), torch::stable::new_empty(x, {2, batch.size, tiles}, wide_dtype(x)),
-          tile, tiles};
+  return {z, torch::stable::new_empty(z, {batch.size, tiles}, ScalarType::Double), torch::stable::new_empty(z, {2, batch.size, tiles}), tile, tiles};
 }
 
 template <typename T>
-PowersOut<T> out_of(Powers& powers, const Tensor& z) {
-  T* const above = static_cast<T*>(powers.extrema.mutable_data_ptr());
-  return {static_cast<T*>(z.mutable_data_ptr()), powers.sums.mutable_data_ptr<double>(), above, above + powers.extrema.numel() / 2};
+PowersOut<T> out_of(const Powers& powers) {
+  T* const above = powers.extrema.mutable_data_ptr<T>();
+  return {powers.z.mutable_data_ptr<T>(), powers.sums.mutable_data_ptr<double>(), above, above + powers.extrema.numel() / 2};
 }
 
-Colored new_colored(const Tensor& x, const Batch& batch, int tile) {
+Colored new_colored(const Batch& batch, int tile, const Tensor& samples) {
   const int tiles = divide_up(batch.num_samples, tile);
-  return {torch::stable::new_empty(x, {2, batch.size, tiles}, ScalarType::Double), tile, tiles};
+  return {samples, torch::stable::new_empty(samples, {2, batch.size, tiles}, ScalarType::Double), tile, tiles};
 }
 
 template <typename T>
-NoiseOut<T> out_of(Colored& colored, const Tensor& samples) {
+NoiseOut<T> out_of(const Colored& colored) {
   double* const squares = colored.squares.mutable_data_ptr<double>();
-  return {static_cast<T*>(samples.mutable_data_ptr()), squares, squares + colored.squares.numel() / 2};
+  return {colored.samples.mutable_data_ptr<T>(), squares, squares + colored.squares.numel() / 2};
 }
 
-// Launch `filter_fft_kernel` for what is asked for: powers of x, the noise, or both.
-void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, int num_filters, Powers* powers, const Tensor* z,
-                const Noise* noise, Colored* colored, const Tensor* samples, bool signal) {
+// Launch `filter_fft_kernel` for what is asked for: powers of x, the noise (into `colored`), or both.
+void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, int num_filters, const Powers* powers,
+                const Noise* noise, const Colored* colored, bool signal) {
   const int tile = Segments(bank.num_taps).tile(), tiles = divide_up(batch.num_samples, tile);
   const int64_t blocks = batch.size * tiles;
   // Of the filters, those that are used: all, or only LnL's or SSI's.
@@ -453,23 +454,23 @@ void filter_fft(const OnDevice& device, const Tensor& x, const Bank& bank, const
   device.launch_with_memory(kFftBytes, filter_fft_kernel, blocks * ((powers != nullptr) + (noise != nullptr)), Fft::kThreads, wave_of(x),
                             noise ? noise->given : Wave{}, noise ? noise->seeds() : nullptr, static_cast<const float2*>(spectrum.const_data_ptr()),
                             count, num_filters, bank.num_taps, batch.rows(), tiles, powers ? int(blocks) : 0,
-                            powers ? out_of<float>(*powers, *z) : PowersOut<float>{}, signal ? wave_of(x) : Wave{},
-                            noise ? out_of<float>(*colored, *samples) : NoiseOut<float>{});
+                            powers ? out_of<float>(*powers) : PowersOut<float>{}, signal ? wave_of(x) : Wave{},
+                            noise ? out_of<float>(*colored) : NoiseOut<float>{});
 }
 
 Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, int num_filters, const Batch& batch, const Tensor& z) {
   if (filter_by_fft(x, num_filters, bank.num_taps, !is_wide(x))) {
-    Powers powers = new_powers(x, batch, Segments(bank.num_taps).tile());
-    filter_fft(device, x, bank, batch, num_filters, &powers, &z, nullptr, nullptr, nullptr, false);
+    const Powers powers = new_powers(batch, Segments(bank.num_taps).tile(), z);
+    filter_fft(device, x, bank, batch, num_filters, &powers, nullptr, nullptr, false);
     return powers;
   }
   auto run = [&](auto type, auto branches) {
     using T = decltype(type);
     constexpr int N = decltype(branches)::value;
     using F = Fir<T, N>;
-    Powers powers = new_powers(x, batch, F::kTile);
+    const Powers powers = new_powers(batch, F::kTile, z);
     device.launch(lnl_kernel<T, N>, batch.size * powers.tiles, F::kThreads, wave_of(x), bank.data<T>(), bank.per_utterance, num_filters,
-                  bank.num_taps, batch.rows(), powers.tiles, out_of<T>(powers, z));
+                  bank.num_taps, batch.rows(), powers.tiles, out_of<T>(powers));
     return powers;
   };
   if (x.scalar_type() == ScalarType::Double) return run(double{}, std::integral_constant<int, 0>{});
@@ -480,20 +481,19 @@ Powers filter_powers(const OnDevice& device, const Tensor& x, const Bank& bank, 
 Colored color_noise(const OnDevice& device, const Tensor& x, const Bank& bank, const Batch& batch, const Noise& noise, const Tensor& samples,
                     bool signal) {
   if (filter_by_fft(x, 1, bank.num_taps, !is_wide(x))) {
-    Colored colored = new_colored(x, batch, Segments(bank.num_taps).tile());
-    filter_fft(device, x, bank, batch, 0, nullptr, nullptr, &noise, &colored, &samples, signal);
+    const Colored colored = new_colored(batch, Segments(bank.num_taps).tile(), samples);
+    filter_fft(device, x, bank, batch, 0, nullptr, &noise, &colored, signal);
     return colored;
   }
-  auto run = [&](auto type) {
+  return dispatch_wide(x, [&](auto type) {
     using T = decltype(type);
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
-    Colored colored = new_colored(x, batch, F::kTile);
+    const Colored colored = new_colored(batch, F::kTile, samples);
     device.launch(ssi_kernel<T, N>, batch.size * colored.tiles, F::kThreads, signal ? wave_of(x) : Wave{}, noise.given, noise.seeds(), bank.data<T>(),
-                  bank.per_utterance, bank.num_taps, batch.rows(), colored.tiles, out_of<T>(colored, samples));
+                  bank.per_utterance, bank.num_taps, batch.rows(), colored.tiles, out_of<T>(colored));
     return colored;
-  };
-  return x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  });
 }
 
 // --------------------------------------------------------------------------------------------------------------------------- the impulses
@@ -577,9 +577,9 @@ __global__ __launch_bounds__(kThreads) void isd_kernel(Wave source, PowerTiles<W
 // What is left: of `source` minus the mean and by the norm of `powers`, by the norm of `peaks`, plus the noise `colored` [B, T] at its level, where
 // each of these is there; 0 beyond the utterance. `source` and `colored` may be `out`. Silence stays silence.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, PowerTiles<Wide<S>> powers, Tiles<const Wide<S>> peaks, Wave colored,
-                                                                   Tiles<const double> signal, Tiles<const double> noise, NoiseLevel noise_level,
-                                                                   Rows rows, int num_blocks, S* out) {
+__global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, PowerTiles<Wide<S>> powers, Tiles<Wide<S>> peaks, Wave colored,
+                                                                   Tiles<double> signal, Tiles<double> noise, NoiseLevel noise_level, Rows rows,
+                                                                   int num_blocks, S* out) {
   using T = Wide<S>;
   __shared__ Extent<T> extent;
   __shared__ T largest;
@@ -639,23 +639,21 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    S* const out = static_cast<S*>(batch.out.mutable_data_ptr());
+    S* const out = batch.out.mutable_data_ptr<S>();
     const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
     const Tensor squares = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
-    const Tiles<const T> of_peaks{static_cast<const T*>(peaks.const_data_ptr()), kBlock, batch.num_blocks};
+    const Tiles<T> of_peaks{peaks.const_data_ptr<T>(), kBlock, batch.num_blocks};
     const auto pass = [&](Wave source, const PowerTiles<T>& powers, const Impulses& impulses, Wave addend, const Tensor& to) {
       const auto run = [&](auto type) {
         using Y = decltype(type);
         device.launch(isd_kernel<Y>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks,
-                      static_cast<Y*>(to.mutable_data_ptr()), static_cast<T*>(peaks.mutable_data_ptr()),
-                      steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
+                      to.mutable_data_ptr<Y>(), peaks.mutable_data_ptr<T>(), steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
       };
       to.scalar_type() == x.scalar_type() ? run(S{}) : run(T{});
     };
-    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<const double> signal,
-                            Tiles<const double> of_noise) {
-      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<const T>{}, colored, signal,
-                    of_noise, NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
+    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<double> signal, Tiles<double> of_noise) {
+      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<T>{}, colored, signal, of_noise,
+                    NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
     };
 
     Impulses impulses = marked ? marked->impulses() : Impulses{};
@@ -687,19 +685,19 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
     // Together where the memory allows, since the noise's samples are there beside z then.
     if (steps.lnl && steps.ssi && is_wide(x) && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
       const int tile = Segments(bank->num_taps).tile();
-      powers = new_powers(x, batch, tile), colored = new_colored(x, batch, tile);
-      filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &*z, &*drawn, &*colored, &*samples, false);
+      powers = new_powers(batch, tile, *z), colored = new_colored(batch, tile, *samples);
+      filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &*drawn, &*colored, false);
     } else if (steps.lnl) {
       powers = filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, *z);
     }
-    if (powers) source = wave_of(*z), level = powers->parts<T>();
+    if (powers) source = wave_of(powers->z), level = powers->parts<T>();
     if (passes) {
       pass(source, level, impulses, addend, batch.out);
       source = wave_of(batch.out), level = {};
     }
     if (steps.ssi && !colored) colored = color_noise(device, is_loud ? batch.out : x, *bank, batch, *drawn, *samples, !passes);
     if (!colored) return finish(source, level, passes, {}, {}, {});
-    const Tiles<const double> signal = passes ? Tiles<const double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
+    const Tiles<double> signal = passes ? Tiles<double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
     finish(source, level, passes, wave_of(*samples), signal, colored->noise());
   });
 }

@@ -1,4 +1,6 @@
-// What RawBoost's ops and their gradients share on CUDA: waveforms, the filters of a tile, and what an op on [B, T] allocates.
+// What RawBoost's ops and their gradients share on CUDA, in this order: how a waveform is read; how a block filters a tile of it, directly (`fir`)
+// and by overlap-save (`fft_filter`); blocks of samples, for elementwise kernels; what an op on [B, T] allocates; what a pass leaves in memory for
+// the next one to add up; ISD's impulses.
 #pragma once
 
 #include "common.cuh"
@@ -72,14 +74,15 @@ struct Rows {
 template <typename T, int N>
 struct Fir {
   static constexpr int kThreads = 128;
-  // Per tap of 5 branches, 8 outputs cost 40 multiply-adds and about 2 shared-memory accesses; one branch needs 16 outputs to hide them.
+  // Per tap, 5 branches of 8 outputs cost 40 multiply-adds and 1.5 accesses to shared memory, one branch of 16 outputs 16 and 0.5.
   static constexpr int kOutputs = N == 1 ? 16 : sizeof(T) == 4 ? 8 : 4;
   static constexpr int kTile = kThreads * kOutputs;
   // Taps per step of the window.
   static constexpr int kStep = N == 0 ? 4 : 8;
   // Taps per pass over shared memory: the published filters, at most 491 taps, take one.
   static constexpr int kTaps = 512;
-  // Shared memory has 32 banks of 4 bytes. Threads read 16 bytes each, kOutputs apart; 4 words of padding per 32 put them in different banks.
+  // Shared memory has 32 banks of 4 bytes. Threads read 16 bytes each, kOutputs apart; 4 places of padding per 32 put them in different banks (of
+  // float64, two in one).
   static constexpr int kWindow = (kTile + kTaps) / 32 * 36;
   __device__ static int place(int i) { return i + (i >> 5 << 2); }
 };
@@ -190,24 +193,24 @@ __device__ void fir(const T* filters, int num_filters, int num_taps, int first, 
   }
 }
 
-// Store the threads' outputs from `first` on to row [T] through shared memory: neighbouring threads then write neighbouring addresses.
-template <typename T, int N>
-__device__ void store_tile(const T (&z)[Fir<T, N>::kOutputs], FirShared<T, N>& shared, T* row, int first, int length) {
+// Store the threads' outputs from `first` on, below `end`, to row [T] through shared memory: neighbouring threads then write neighbouring addresses.
+template <typename T, int N, typename S>
+__device__ void store_tile(const T (&z)[Fir<T, N>::kOutputs], FirShared<T, N>& shared, S* row, int first, int end) {
   using F = Fir<T, N>;
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < F::kOutputs; r += 4)
     *reinterpret_cast<Four<T>*>(&shared.window[F::place(threadIdx.x * F::kOutputs + r)]) = {z[r], z[r + 1], z[r + 2], z[r + 3]};
   __syncthreads();
-  for (int i = threadIdx.x; i < F::kTile && first + i < length; i += F::kThreads) row[first + i] = shared.window[F::place(i)];
+  for (int i = threadIdx.x; i < F::kTile && first + i < end; i += F::kThreads) row[first + i] = S(shared.window[F::place(i)]);
 }
 
 // Long float32 utterances are filtered by overlap-save: a block takes two neighbouring segments, one in the real and one in the imaginary part (the
-// filters are real, so the two never mix), adds the branches as spectra and transforms back once. At 491 taps, a fortieth of the direct form's
-// multiply-adds.
+// filters are real, so the two never mix), adds the branches as spectra and transforms back once. With five filters of 491 taps, a fourteenth of the
+// direct form's floating-point instructions.
 struct Segments {
   explicit __host__ __device__ Segments(int num_taps) : num_taps(num_taps), hop(Fft::kPoints - num_taps + 1) {}
-  // Outputs per segment, per block.
+  // `hop` outputs per segment, tile() per block.
   int num_taps, hop;
   __host__ __device__ int tile() const { return 2 * hop; }
   // Output of a block's segment 0 or 1 that point m holds; points below num_taps - 1 hold none.
@@ -263,8 +266,8 @@ __device__ void fft_filter(const float2* spectra, int num_filters, const Segment
   fft.inverse(z, memory);
 }
 
-// Elementwise kernels: samples per block, a few per thread, neighbouring threads on neighbouring samples: a thread's samples of the block that
-// begins at `first` are first + threadIdx.x + r * kThreads.
+// Elementwise kernels: samples per block, 8 per thread, which are all on their way at a time. A thread's samples of the block that begins at `first`
+// are first + threadIdx.x + r * kThreads: neighbouring threads are on neighbouring samples.
 constexpr int kThreads = 256;
 constexpr int kBlock = 2048;
 constexpr int kEach = kBlock / kThreads;
@@ -304,9 +307,9 @@ __device__ void store_block(S* out, int64_t b, int num_samples, int length, int 
 
 inline bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float; }
 
-// Call body(T{}) with T the type that x is computed in.
+// Return body(T{}) with T the type that x is computed in.
 template <typename Body>
-void dispatch_wide(const Tensor& x, Body&& body) {
+auto dispatch_wide(const Tensor& x, Body&& body) {
   if (x.scalar_type() == ScalarType::Double) return body(double{});
   return body(float{});
 }
@@ -366,7 +369,7 @@ struct Bank {
   }
   template <typename T>
   const T* data() const {
-    return static_cast<const T*>(taps.const_data_ptr());
+    return taps.const_data_ptr<T>();
   }
   Tensor taps;
   int per_utterance, num_taps;
@@ -377,14 +380,14 @@ struct Bank {
 // Numbers that tiles of so many samples know about their utterance: of [B, tiles].
 template <typename T>
 struct Tiles {
-  T* of;
+  const T* of;
   int tile, count;
 };
 
 // One warp of the block combines what an utterance's tiles know, if there are any; `found`, in shared memory, holds the result after the next
 // barrier. A block has a few such numbers to find: each by a warp of its own, at the same time, they cost less than a reduction over the block each.
 template <typename T, typename Combine>
-__device__ void combine_tiles(int warp, const Tiles<const T>& tiles, int64_t b, int length, T start, Combine combine, T& found) {
+__device__ void combine_tiles(int warp, const Tiles<T>& tiles, int64_t b, int length, T start, Combine combine, T& found) {
   if (int(threadIdx.x) / kWarp != warp || tiles.of == nullptr) return;
   for (int i = threadIdx.x % kWarp; i < divide_up(length, tiles.tile); i += kWarp) start = combine(start, tiles.of[b * tiles.count + i]);
   start = warp_reduce(start, combine);
@@ -413,9 +416,9 @@ struct Extent {
   T above, below;
   // By the first three warps; a barrier goes before `level`.
   __device__ void find(const PowerTiles<T>& tiles, int64_t b, int length) {
-    combine_tiles(0, Tiles<const double>{tiles.sums, tiles.tile, tiles.count}, b, length, 0.0, Add{}, sum);
-    combine_tiles(1, Tiles<const T>{tiles.above, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, above);
-    combine_tiles(2, Tiles<const T>{tiles.below, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, below);
+    combine_tiles(0, Tiles<double>{tiles.sums, tiles.tile, tiles.count}, b, length, 0.0, Add{}, sum);
+    combine_tiles(1, Tiles<T>{tiles.above, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, above);
+    combine_tiles(2, Tiles<T>{tiles.below, tiles.tile, tiles.count}, b, length, T(-INFINITY), Larger{}, below);
   }
   __device__ Level<T> level(int length) const {
     const T mean = T(sum / max(length, 1));
@@ -423,14 +426,15 @@ struct Extent {
   }
 };
 
+// What `filter_powers` leaves. Kernels write it as a `PowersOut` and read it as a `PowerTiles`.
 struct Powers {
-  // [B, tiles] and [2, B, tiles].
-  Tensor sums, extrema;
+  // z [B, T], and of its tiles the sums [B, tiles] and extrema [2, B, tiles].
+  Tensor z, sums, extrema;
   int tile, tiles;
 
   template <typename T>
   PowerTiles<T> parts() const {
-    const T* above = static_cast<const T*>(extrema.const_data_ptr());
+    const T* above = extrema.const_data_ptr<T>();
     return {sums.const_data_ptr<double>(), above, above + extrema.numel() / 2, tile, tiles};
   }
 };
@@ -438,8 +442,8 @@ struct Powers {
 // Spectra [B, count, 4096, 2] of each utterance's filters from `first` on, in the order of Fft, divided by the number of points.
 Tensor spectra(const OnDevice& device, const Bank& bank, int first, int count);
 
-// Whether num_filters filters, whose spectra take so much memory, filter x by overlap-save: with the `beside` samples for each of x's that lie beside
-// the result, they may take two batches' worth.
+// Whether num_filters filters filter x by overlap-save: where a segment loses at most a quarter of its points, and where memory allows. The spectra,
+// 2 * 4096 numbers per filter and utterance, and the `beside` numbers per sample that lie beside the result may be two per sample in all.
 inline bool filter_by_fft(const Tensor& x, int num_filters, int num_taps, int beside) {
   return x.scalar_type() != ScalarType::Double && num_taps <= Fft::kPoints / 4 && x.size(1) * (2 - beside) >= 2 * int64_t(num_filters) * Fft::kPoints;
 }
@@ -483,13 +487,13 @@ struct NoiseLevel {
   double snr_min = 0, snr_max = 0;
 };
 
-// The sums of squares of x and of the filtered noise in tiles of so many samples: squares [2, B, tiles].
+// The filtered noise [B, T], and the sums of squares of x and of it in tiles of so many samples [2, B, tiles]. Kernels write it as a `NoiseOut`.
 struct Colored {
-  Tensor squares;
+  Tensor samples, squares;
   int tile, tiles;
 
-  Tiles<const double> signal() const { return {squares.const_data_ptr<double>(), tile, tiles}; }
-  Tiles<const double> noise() const { return {squares.const_data_ptr<double>() + squares.numel() / 2, tile, tiles}; }
+  Tiles<double> signal() const { return {squares.const_data_ptr<double>(), tile, tiles}; }
+  Tiles<double> noise() const { return {squares.const_data_ptr<double>() + squares.numel() / 2, tile, tiles}; }
 };
 
 // samples [B, T] = FIR(noise) by the bank's last filter, in the dtype of computation; x's squares are found where `signal` says so.

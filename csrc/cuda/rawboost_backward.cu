@@ -5,19 +5,20 @@
 
 namespace gradalign::cuda {
 
-// Where the largest magnitude lies: the first position n of several, 2 n, and 1 more where the value is negative.
+// A place is 2 n for position n, and 1 more where the value there is negative: the smallest of several is the first. This one is behind all.
 constexpr int64_t kNowhere = int64_t(1) << 62;
 
 struct Smaller {
   __device__ int64_t operator()(int64_t a, int64_t b) const { return b < a ? b : a; }
 };
 
+// The place of a value at position n, where its magnitude is the peak.
 template <typename T>
 __device__ int64_t place_of(T value, T peak, int n) {
   return T(fabs(value)) == peak ? 2 * int64_t(n) + (value < 0) : kNowhere;
 }
 
-// What the blocks of an utterance know about grad and v, the argument of cond_norm: dots = sum of grad * v, the peak's place.
+// What the blocks of an utterance know about grad and v, the argument of cond_norm: the sum of grad * v, the peak's place.
 struct Slopes {
   double dot;
   int64_t place;
@@ -148,13 +149,10 @@ __global__ __launch_bounds__(Fir<Wide<S>, N>::kThreads) void lnl_backward_kernel
       power[r] *= n < length ? sample<T>(x, b, n) : T(0);
     }
   }
-  // Through shared memory: neighbouring threads then write neighbouring addresses.
-  __syncthreads();
 #pragma unroll
-  for (int r = 0; r < F::kOutputs; ++r) shared.window[F::place(threadIdx.x * F::kOutputs + r)] = total[r];
-  __syncthreads();
-  for (int i = threadIdx.x; i < F::kTile && first + i < num_samples; i += F::kThreads)
-    out[b * num_samples + first + i] = first + i < length ? S(shared.window[F::place(i)]) : S(T(0));
+  for (int r = 0; r < F::kOutputs; ++r)
+    if (first + int(threadIdx.x) * F::kOutputs + r >= length) total[r] = 0;
+  store_tile<T, N>(total, shared, out + b * num_samples, first, num_samples);
 }
 
 // `lnl_backward_kernel` by overlap-save; spectra [B, N_f, 4096] of the mirrored filters. The gradient is transformed once, and each branch back.
@@ -192,6 +190,7 @@ __global__ __launch_bounds__(Fft::kThreads, 2) void lnl_backward_fft_kernel(Wave
       v[r] = times(samples[threadIdx.x + r * Fft::kThreads], spectra[(b * num_filters + i) * Fft::kPoints + r * Fft::kThreads + threadIdx.x]);
     fft.inverse(v, memory);
     __syncthreads();
+    // Each thread's own, in a loop over shared memory: unrolled over registers, it spills.
 #pragma unroll
     for (int r = 0; r < Fft::kEach; ++r) memory[threadIdx.x + r * Fft::kThreads] = v[r];
     for (int m = threadIdx.x; m < Fft::kPoints; m += Fft::kThreads) {
@@ -222,20 +221,20 @@ void through_lnl(const Batch& batch, const Tensor& grad, const Tensor& x, const 
   double* const grad_sums = dots + batch.blocks();
   dispatch_wide(x, [&](auto type) {
     using T = decltype(type);
-    T* const center = static_cast<T*>(z.mutable_data_ptr());
+    T* const center = z.mutable_data_ptr<T>();
     device.launch(lnl_backward_sums_kernel<T>, batch.blocks(), kThreads, center, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks,
                   dots, grad_sums, places.mutable_data_ptr<int64_t>());
     device.launch(lnl_backward_center_kernel<T>, batch.blocks(), kThreads, wave_of(grad), powers.parts<T>(), batch.rows(), batch.num_blocks, dots,
                   grad_sums, places.const_data_ptr<int64_t>(), center);
     device.launch(lnl_backward_mirror_kernel<T>, divide_up<int64_t>(bank.taps.numel(), kThreads), kThreads, bank.data<T>(), num_taps,
-                  int64_t(bank.taps.numel()), static_cast<T*>(mirrored.taps.mutable_data_ptr()));
+                  int64_t(bank.taps.numel()), mirrored.taps.mutable_data_ptr<T>());
   });
   if (x.scalar_type() == ScalarType::Float && filter_by_fft(x, num_filters, num_taps, 0)) {
     const Tensor spectrum = spectra(device, mirrored, 0, num_filters);
     const int tiles = divide_up(batch.num_samples, Segments(num_taps).tile());
-    device.launch_with_memory(kFftBytes, lnl_backward_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x),
-                              static_cast<const float*>(z.const_data_ptr()), static_cast<const float2*>(spectrum.const_data_ptr()), batch.rows(),
-                              num_filters, num_taps, tiles, static_cast<float*>(batch.out.mutable_data_ptr()));
+    device.launch_with_memory(kFftBytes, lnl_backward_fft_kernel, batch.size * tiles, Fft::kThreads, wave_of(x), z.const_data_ptr<float>(),
+                              static_cast<const float2*>(spectrum.const_data_ptr()), batch.rows(), num_filters, num_taps, tiles,
+                              batch.out.mutable_data_ptr<float>());
     return;
   }
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
@@ -244,8 +243,8 @@ void through_lnl(const Batch& batch, const Tensor& grad, const Tensor& x, const 
     constexpr int N = std::is_same_v<T, float> ? 1 : 0;
     using F = Fir<T, N>;
     const int tiles = divide_up(batch.num_samples, F::kTile);
-    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), static_cast<const T*>(z.const_data_ptr()),
-                  mirrored.data<T>(), batch.rows(), num_filters, num_taps, tiles, static_cast<S*>(batch.out.mutable_data_ptr()));
+    device.launch(lnl_backward_kernel<S, N>, batch.size * tiles, F::kThreads, wave_of(x), z.const_data_ptr<T>(), mirrored.data<T>(), batch.rows(),
+                  num_filters, num_taps, tiles, batch.out.mutable_data_ptr<S>());
   });
 }
 
@@ -337,13 +336,11 @@ void through_isd(const Batch& batch, const Tensor& grad, const Tensor& x, const 
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    T* const gains = static_cast<T*>(scratch.mutable_data_ptr());
+    T* const gains = scratch.mutable_data_ptr<T>();
     device.launch(isd_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), marked.impulses(), T(g_sd), batch.rows(),
-                  batch.num_blocks, gains, dots.mutable_data_ptr<double>(), static_cast<T*>(peaks.mutable_data_ptr()),
-                  places.mutable_data_ptr<int64_t>());
-    device.launch(isd_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(gains), dots.const_data_ptr<double>(),
-                  static_cast<const T*>(peaks.const_data_ptr()), places.const_data_ptr<int64_t>(), batch.rows(), batch.num_blocks,
-                  static_cast<S*>(batch.out.mutable_data_ptr()));
+                  batch.num_blocks, gains, dots.mutable_data_ptr<double>(), peaks.mutable_data_ptr<T>(), places.mutable_data_ptr<int64_t>());
+    device.launch(isd_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), gains, dots.const_data_ptr<double>(), peaks.const_data_ptr<T>(),
+                  places.const_data_ptr<int64_t>(), batch.rows(), batch.num_blocks, batch.out.mutable_data_ptr<S>());
   });
 }
 
@@ -376,9 +373,8 @@ __global__ __launch_bounds__(kThreads) void ssi_backward_sums_kernel(Wave grad, 
 
 // grad + x * (grad . v) / (|x| |v|) * 10**(-SNR/20); silence has no slope.
 template <typename S>
-__global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave x, Tiles<const double> dots, Tiles<const double> signal,
-                                                                Tiles<const double> noise, NoiseLevel noise_level, Rows rows, int num_blocks,
-                                                                S* out) {
+__global__ __launch_bounds__(kThreads) void ssi_backward_kernel(Wave grad, Wave x, Tiles<double> dots, Tiles<double> signal, Tiles<double> noise,
+                                                                NoiseLevel noise_level, Rows rows, int num_blocks, S* out) {
   using T = Wide<S>;
   const int64_t b = blockIdx.x / num_blocks;
   const int first = int(blockIdx.x % num_blocks) * kBlock, length = rows.length(b);
@@ -410,11 +406,11 @@ void through_ssi(const Batch& batch, const Tensor& grad, const Tensor& x, const 
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), static_cast<const T*>(samples.const_data_ptr()), batch.rows(),
-                  batch.num_blocks, dots.mutable_data_ptr<double>());
-    const Tiles<const double> of_dots{dots.const_data_ptr<double>(), kBlock, batch.num_blocks};
+    device.launch(ssi_backward_sums_kernel<T>, batch.blocks(), kThreads, wave_of(grad), samples.const_data_ptr<T>(), batch.rows(), batch.num_blocks,
+                  dots.mutable_data_ptr<double>());
+    const Tiles<double> of_dots{dots.const_data_ptr<double>(), kBlock, batch.num_blocks};
     device.launch(ssi_backward_kernel<S>, batch.blocks(), kThreads, wave_of(grad), wave_of(x), of_dots, colored.signal(), colored.noise(),
-                  NoiseLevel(drawn), batch.rows(), batch.num_blocks, static_cast<S*>(batch.out.mutable_data_ptr()));
+                  NoiseLevel(drawn), batch.rows(), batch.num_blocks, batch.out.mutable_data_ptr<S>());
   });
 }
 

@@ -9,7 +9,7 @@ namespace gradalign::cuda {
 // Elements per block: many, so that few partial sums are left; few, so that a small model still fills the device.
 constexpr int kChunk = 32768;
 
-// The table takes 4016 bytes at most, all arguments 4 KiB. (More are allowed, and align.cu takes them: it has one launch for a whole model to gain.)
+// The table takes 4008 bytes at most, all arguments 4 KiB. (More are allowed, and align.cu takes them: it has one launch for a whole model to gain.)
 template <int K>
 struct TensorList {
   static constexpr int kTensors = 4000 / (8 * K + 24);
@@ -19,10 +19,10 @@ struct TensorList {
   int64_t slot[kTensors];
   int first_block[kTensors];
   int segment[kTensors];
-  int num_tensors = 0;
-  int num_blocks = 0;
+  // (2^31 blocks would have more elements than any memory.)
+  int num_tensors = 0, num_blocks = 0;
 
-  // Take another tensor's first path (the others' addresses follow) and return its place.
+  // Take another tensor, whose addresses follow, and return its place.
   int add(int64_t elements, int64_t first_slot, int64_t of_segment) {
     const int at = num_tensors++;
     size[at] = elements;

@@ -109,8 +109,6 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-
 // ---------------------------------------------------------------------------------------------------------------------------- PyTorch's side
 
 // CPU tensors are what lies on the device. The headers call these two functions by name; the others are theirs only with a CUDA toolkit.
