@@ -212,24 +212,27 @@ def test_wrong_ranks_are_named(make, message):
         make()
 
 
+# Guarded: worker processes import the script again from Python 3.14 on, where they are not forked.
 TWO = """
 import pickle, sys
 import torch, torch.distributed as dist
 from gradalign.data import DeviceLoader, PackedDataset, RankSampler, collate
 import gradalign as ga
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-data = PackedDataset(sys.argv[1], "train", num_samples=800, seed=3, random_crop=True, raw=True)
-sampler = RankSampler(len(data), 6, seed=3)
-loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1)
-views = DeviceLoader(loader, ga.RawBoost(algo=4), device="cpu")
-views.set_epoch(1)
-mine = [tuple(v) for v in views]
-found = [None] * dist.get_world_size()
-dist.all_gather_object(found, mine)
-if dist.get_rank() == 0:
-    torch.save(found, sys.argv[2])
-dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    data = PackedDataset(sys.argv[1], "train", num_samples=800, seed=3, random_crop=True, raw=True)
+    sampler = RankSampler(len(data), 6, seed=3)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1)
+    views = DeviceLoader(loader, ga.RawBoost(algo=4), device="cpu")
+    views.set_epoch(1)
+    mine = [tuple(v) for v in views]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if dist.get_rank() == 0:
+        torch.save(found, sys.argv[2])
+    dist.destroy_process_group()
 """
 
 
