@@ -1058,7 +1058,8 @@ def rawboost_finish_kernel(
         noise = tl.sqrt(_sum_of(noise_squares + b * noise_tiles, noise_tiles, TILE_BLOCK))
         level = _noise_level(seeds, snr_db, b, SNR_MIN, SNR_MAX)
         scale = tl.where(noise > 0, signal / noise * level, 0.0).to(WIDE)
-    value = (tl.load(source + b * source_stride + n, mask=mask, other=0.0).to(WIDE) - mean) / divisor
+    inverse = 1 / divisor
+    value = (tl.load(source + b * source_stride + n, mask=mask, other=0.0).to(WIDE) - mean) * inverse
     if colored is not None:
         value += tl.load(colored + b * num_samples + n, mask=mask, other=0.0) * scale
     value = tl.where(mask, value, 0.0)

@@ -29,8 +29,6 @@ NUM_SAMPLES = 64600
 BOOST = ("notch_bank", "notch_filters", "lnl", "isd", "ssi", "rawboost")
 BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
 OPS = (*BOOST, *BACKWARD, "gram", "weigh", "combine_", "align_")
-# Bytes of stack: ptxas 12.9, which comes with Triton 3.8, spills a register or two here; Triton 3.6's and 3.9's do not.
-SPILLED = {"rawboost_finish_kernel": 8, "toeplitz_kernel": 8} if triton.__version__.startswith("3.8.") else {}
 MODULES = dict.fromkeys(BOOST, rawboost) | dict.fromkeys(BACKWARD, rawboost_backward) | {"weigh": weigh}
 
 
@@ -131,7 +129,7 @@ def test_compiles_without_spills(op, arch, launches, tmp_path, record_property):
             registers, stack, local = _usage(_compile(kernel, args, meta, arch), tmp_path)
             record_property(f"{kernel.__name__}, {dtype}", registers)
             # A kernel whose registers overflow keeps the rest on the stack or in local memory.
-            assert stack <= SPILLED.get(kernel.__name__, 0), (kernel.__name__, dtype, registers)
+            assert stack == 0, (kernel.__name__, dtype, registers)
             assert local == 0, (kernel.__name__, dtype, registers)
 
 
@@ -143,7 +141,8 @@ def test_toeplitz_forms_of_the_filters_run_on_tensor_cores(form, launches, monke
     compiled = _compile(kernel, args, meta, 90)
     registers, *memory = _usage(compiled, tmp_path)
     record_property("registers", registers)
-    assert memory in ([0, 0], [SPILLED.get(kernel.__name__, 0), 0]), registers
+    # A kernel of a benchmark only: Triton 3.8's ptxas, not 3.6's and 3.9's, spills two of its registers.
+    assert memory in ([0, 0], [8 * triton.__version__.startswith("3.8."), 0]), registers
     # Three products a branch, each of so many instructions deep.
     deep = form.depth // (16 if form.precision == "bf16x3" else 8)
     assert compiled.asm["ptx"].count("wgmma.mma_async") == 5 * 3 * deep
