@@ -20,5 +20,5 @@ def require_torchaudio() -> None:
         found = info.versions()
         raise ImportError(
             f"torchaudio {found['torchaudio']} does not load with PyTorch {found['torch']}. It says: "
-            f"{str(error).rstrip('.')}. `pip install 'gradalign[train]'` takes two that go together"
+            f"{str(error).rstrip('.')}. `pip install '.[train]'` in a checkout of gradalign takes two that go together"
         ) from error

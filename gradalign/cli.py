@@ -939,7 +939,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ImportError as error:
-        return _fail(f"{error}. Optional packages come with `pip install 'gradalign[train]'`", 1)
+        return _fail(f"{error}. Optional packages come with `pip install '.[train]'` in a checkout of gradalign", 1)
     except OSError as error:
         return _fail(_os_error(error), 2 if isinstance(error, _WRONG_PATH) else 1)
     except (ValueError, TypeError) as error:

@@ -270,7 +270,7 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         import yaml
     except ImportError:
-        raise ImportError(f"{source}: reading it needs `pip install 'gradalign[train]'`") from None
+        raise ImportError(f"{source}: reading it needs `pip install '.[train]'` in a checkout of gradalign") from None
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -286,7 +286,7 @@ def test_missing_tools_and_modules_are_named(monkeypatch):
     broken = {"import av": "ModuleNotFoundError: No module named 'av'", "import torchaudio": "RuntimeError: other CUDA"}
     monkeypatch.setattr(sources.subprocess, "run", run)
     monkeypatch.setattr(sources.shutil, "which", lambda name: f"/usr/bin/{name}")
-    named = r"av, torchaudio \(RuntimeError: other CUDA\); install them with `pip install 'gradalign\[corpus\]'`"
+    named = r"av, torchaudio \(RuntimeError: other CUDA\); install them with `pip install '\.\[corpus\]'`"
     with pytest.raises(DataError, match=named):
         sources.check_tools()
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)

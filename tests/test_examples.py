@@ -54,7 +54,7 @@ def test_an_image_classifier_learns_from_two_aligned_views(tmp_path):
 def run(name, needs, tmp_path):
     """Run an example as a user does; returns what it printed."""
     if missing := [package for package in needs if importlib.util.find_spec(package) is None]:
-        pytest.skip(f"needs {', '.join(missing)} (pip install gradalign[test])")
+        pytest.skip(f"needs {', '.join(missing)} (pip install '.[test]')")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]

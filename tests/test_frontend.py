@@ -324,7 +324,7 @@ def test_a_torchaudio_for_another_cuda_is_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"not load with PyTorch .* compiled with .*pip install 'gradalign\[train\]'"):
+    with pytest.raises(ImportError, match=r"not load with PyTorch .* compiled with .*pip install '\.\[train\]'"):
         create_frontend("tiny")
 
 

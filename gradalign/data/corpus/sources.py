@@ -52,7 +52,7 @@ def check_tools() -> None:
     if missing:
         raise DataError(
             f"building the corpus needs the Python packages {', '.join(missing)}; install them with "
-            "`pip install 'gradalign[corpus]'`"
+            "`pip install '.[corpus]'` in a checkout of gradalign"
         )
 
 
