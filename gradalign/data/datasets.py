@@ -114,7 +114,8 @@ def read_dataset(name: str, root: str | Path, subset: str, *, allow_missing: boo
         name: one of `names`.
         root: the folder that the data set's archive unpacks to, or the one that this lies in.
         subset: one of `subsets`; ``eval`` is ``test``.
-        allow_missing: keep utterances whose audio file is not there, with the path where it was expected.
+        allow_missing: keep utterances whose audio file is not there, with the path where it was expected, unless none
+            is.
 
     Returns:
         In the order of the list. Bona fide speech has the attack ``-``; where the attack is not published it is
@@ -126,7 +127,7 @@ def read_dataset(name: str, root: str | Path, subset: str, *, allow_missing: boo
         AudioError: a DataError too: audio files that are not there, unless they may be missing.
     """
     index = index_dataset(name, root, subset)
-    if not allow_missing:
+    if not allow_missing or len(index.missing) == len(index.utterances):
         _expect_files(index, f" (`gradalign data check {name} {root}` lists them)")
     return index.utterances
 
@@ -210,12 +211,12 @@ def _first(root: Path, candidates: Sequence[str], what: str) -> Path:
     )
 
 
-def _folders(root: Path, patterns: Sequence[str], what: str) -> list[Path]:
-    """All folders below the root that match one of the patterns; DataError naming these if there is none."""
+def _folders(root: Path, patterns: Sequence[str]) -> list[Path]:
+    """All folders below the root that match one of the patterns; without any, where the first would be: a score file is
+    evaluated without audio.
+    """
     found = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_dir()]
-    if not found:
-        raise DataError(f"{root}: expected {what} at {' or '.join(patterns)}; found none of them")
-    return found
+    return found or [root / patterns[0]]
 
 
 class _Words(dict[str, str]):
@@ -239,7 +240,7 @@ def _corpus_list(root: Path, subset: str) -> Path:
 
 
 def _read_corpus(root: Path, subset: str, protocol: Path) -> Index:
-    files = _Files(_folders(root, ["flac"], "the audio files"), (*SUFFIXES, ""))
+    files = _Files(_folders(root, ["flac"]), (*SUFFIXES, ""))
     metadata = root / "metadata.csv"
     lines = _table(metadata, ",", ("utterance", "channel"), others=True) if metadata.is_file() else ()
     return _read_2019_form(protocol, files, {name: _word(channel) for _, (name, channel) in lines})
@@ -268,7 +269,7 @@ def _asvspoof2019_list(root: Path, subset: str) -> Path:
 
 def _read_asvspoof2019(root: Path, subset: str, protocol: Path) -> Index:
     inner = f"ASVspoof2019_LA_{_NAMES_2019[subset][0]}/flac"
-    return _read_2019_form(protocol, _Files([_first(root, [inner, f"LA/{inner}"], "the audio files")], SUFFIXES), {})
+    return _read_2019_form(protocol, _Files(_folders(root, [inner, f"LA/{inner}"]), SUFFIXES), {})
 
 
 # ---- ASVspoof 2021 -------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def _read_asvspoof2021(track: str) -> Callable[[Path, str, Path], Index]:
     parts = [f"{top}_part0?/{top}/flac"] if track == "DF" else []
 
     def read(root: Path, subset: str, keys: Path) -> Index:
-        files = _Files(_folders(root, [f"{top}/flac", *parts, "flac"], "the audio files"), SUFFIXES)
+        files = _Files(_folders(root, [f"{top}/flac", *parts, "flac"]), SUFFIXES)
         others: list[str] = []
 
         def rows() -> Iterator[tuple[int, Utterance]]:
@@ -342,7 +343,7 @@ def _read_asvspoof5(root: Path, subset: str, protocol: Path) -> Index:
     _, archive, folder, group = _NAMES_5[subset]
     # Unpacked in one place, each archive in a folder of its own, or grouped as in the README's table of checksums.
     patterns = [folder, f"{archive}_??/{folder}", f"{group}/{folder}"]
-    files = _Files(_folders(root, patterns, "the audio files"), SUFFIXES)
+    files = _Files(_folders(root, patterns), SUFFIXES)
 
     def rows() -> Iterator[tuple[int, Utterance]]:
         word, find = _Words(), files.find
