@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         if output is not None:
+            for printed in filter(None, (sys.stdout, sys.stderr)):
+                printed.flush()
             with open(output, "wb", closefd=False) as file:
                 file.write(temporary.read_bytes())
             temporary.unlink()

@@ -120,7 +120,8 @@ class Segments:
         rest = len(groups)
         last = rest + 1
         of = [last if id(param) in excluded else index.get(id(param), rest) for param in params]
-        num_segments = max(of) + 1
+        # An optimizer may get its first parameters later.
+        num_segments = max(of, default=0) + 1
         names = (*groups, "rest", "excluded")[:num_segments] if groups else ()
         return cls(params, of, names, [s == last for s in range(num_segments)])
 

@@ -697,7 +697,8 @@ def weigh(gram: Tensor, method: Method, rho: Tensor | None = None, **options: An
     from gradalign import ops
 
     if not method.name:
-        return solve(gram, method, rho, **options)
+        # A function of the user's may change what it gets.
+        return solve(gram.clone(), method, rho, **options)
     found, new_rho = ops.weigh(gram, method.name, rho, options.get("order"), *kernel_options(options))
     return found, new_rho if "rho" in method.parameters else rho
 

@@ -273,8 +273,9 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ImportError(f"{source}: reading it needs `pip install '.[train]'` in a checkout of gradalign") from None
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            # PyYAML would take the last of several.
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            # PyYAML would take the last of several. Here, a section that is merged does not hold what it merges yet.
+            node = super().compose_mapping_node(anchor)
             seen: dict[str, yaml.Node] = {}
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
                 if (first := seen.setdefault(key.value, key)) is not key:
@@ -282,7 +283,7 @@ def _parse_yaml(text: str, source: str) -> Any:
                     raise ConfigError(
                         f"{source}:{line}: expected each key once; found {key.value!r} again (see line {before})"
                     )
-            return super().construct_mapping(node, deep)
+            return node
 
     # YAML 1.1 takes 1e-6 for a string; nobody who writes a learning rate does.
     Loader.add_implicit_resolver(

@@ -56,8 +56,10 @@ class Scores:
         return len(self.utterances)
 
     def split(self, attacks: Collection[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """``(bona fide scores, spoof scores)``, the latter of some attacks if they are named."""
+        """``(bona fide scores, spoof scores)``, the latter of some attacks, or of one, if they are named."""
         spoof = ~self.bonafide
+        if isinstance(attacks, str):
+            attacks = {attacks}
         if attacks is not None:
             spoof &= np.array([a in attacks for a in self.attacks], dtype=bool)
         return self.values[self.bonafide], self.values[spoof]

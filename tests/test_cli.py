@@ -595,5 +595,6 @@ def test_ctrl_c_ends_with_130(corpus, tmp_path):
     error = process.stderr.read()
     # It may have been done before the signal came.
     assert process.wait() in (0, 130)
-    assert "Traceback" not in error
+    # A signal that comes within libsndfile's call of a Python function is printed there, and lost.
+    assert "Traceback" not in error or "cffi callback" in error
     assert all(soundfile.info(str(p)).frames == 2500 for p in (tmp_path / "out").rglob("*.flac"))

@@ -56,6 +56,9 @@ def test_yaml_with_changes(tmp_path):
     # A merged section may give a key anew.
     path.write_text("rawboost: &a {p: 1, g_sd: 3}\ndetector_options: {<<: *a, p: 2}\n")
     assert read_sweep(path).config.detector_options == {"p": 2, "g_sd": 3}
+    # Also one that is merged itself before it is read.
+    path.write_text("rawboost: &a {p: 1}\ndetector_options: {frontend: &b {<<: *a, p: 2}}\nalign_options: {<<: *b}\n")
+    assert read_sweep(path).config.align_options == {"p": 2}
     # What a run writes is read again.
     (tmp_path / "config.json").write_text(config.to_json())
     assert read_sweep(tmp_path / "config.json").config == config

@@ -340,6 +340,8 @@ def test_the_corpus_takes_audio_of_any_form_and_in_folders(tmp_path):
     dev = read_dataset("corpus", tmp_path, "dev")
     assert [(u.path.name, u.codec) for u in dev] == [("dev_a.wav", "-"), ("dev_b.flac", "g722")]
     assert read_dataset("corpus", tmp_path, "test")[0].path == tmp_path / "flac" / "p3" / "long.name.ogg"
+    text(tmp_path / "metadata.csv", "file_name,text\ndev_b.flac,one of another's\n")
+    assert [u.codec for u in read_dataset("corpus", tmp_path, "dev")] == ["-", "-"]
 
 
 # ---- what is wrong -------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def test_read_scores_gives_classes_and_attacks(files):
     bonafide, spoof = scores.split()
     assert bonafide.tolist() == [2.5, 0.5]
     assert spoof.tolist() == [-1.0, 1.0, -2.0]
-    assert scores.split({"A"})[1].tolist() == [-1.0, 1.0]
+    assert scores.split({"A"})[1].tolist() == scores.split("A")[1].tolist() == [-1.0, 1.0]
+    assert len(scores.split("AB")[1]) == 0
     assert scores.attack_names() == ["A", "B"]
     assert len(scores) == 5
 

@@ -34,11 +34,13 @@ def test_the_file_that_stdout_goes_to_is_gone_on_with(tmp_path, mode):
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     log = tmp_path / "log"
     code = "import sys\nfrom gradalign._files import expect_file_or_nothing, write_text\n"
-    code += "expect_file_or_nothing(sys.argv[1])\nwrite_text(sys.argv[1], 'text\\n')\nprint('after')"
+    code += "expect_file_or_nothing(sys.argv[1])\nprint('before')\nwrite_text(sys.argv[1], 'text\\n')\nprint('after')"
     with log.open(mode) as file:
         for name in ("stdout", "log"):
-            subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], stdout=file, check=True)
-    assert log.read_text() == "text\nafter\n" * 2
+            command = [sys.executable, "-c", code, str(tmp_path / name)]
+            # As usual, Python holds back what is printed to a file.
+            subprocess.run(command, stdout=file, check=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert log.read_text() == "before\ntext\nafter\n" * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "stdout"]
 
 

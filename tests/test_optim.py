@@ -828,6 +828,16 @@ def test_add_param_group_grows_the_state():
         assert opt.stats.parameter_conflicts.shape == (6,)
 
 
+@pytest.mark.parametrize("scope", ["model", "parameter"])
+def test_parameters_may_all_come_later(scope):
+    opt = AlignedOptimizer(torch.optim.SGD([{"params": []}], lr=0.1), scope=scope)
+    assert opt.cosine is opt.stats.cosine is None
+    model = make_model()
+    opt.add_param_group({"params": list(model.parameters())})
+    train(model, opt, 2)
+    assert opt.stats.steps == 2
+
+
 @pytest.mark.parametrize("what", ["model", "scope", "exclude"])
 @pytest.mark.parametrize("inner", [False, True])
 def test_statistics_and_checkpoints_right_after_add_param_group(what, inner):
@@ -1314,6 +1324,18 @@ def test_the_state_of_another_method_is_named():
         states[method] = opt.state_dict()
     with pytest.raises(ValueError, match="the state must be of method 'pcgrad'; found 'gradvac'"):
         opt.load_state_dict(states["gradvac"])
+
+
+@pytest.mark.parametrize("scope", ["model", "parameter"])
+def test_a_method_may_overwrite_its_matrix(scope):
+    found = []
+    for method in ("mean", lambda gram: gram.fill_(0.5)[0]):
+        model = make_model()
+        opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method, scope)
+        train(model, opt, 2)
+        found.append((opt.stats.cosine, opt.stats.parameter_cosine, opt.stats.conflicts))
+    assert_same(found[0][:2], found[1][:2])
+    assert found[0][2] == found[1][2]
 
 
 def test_callable_method_and_options():

@@ -242,7 +242,8 @@ def _corpus_list(root: Path, subset: str) -> Path:
 def _read_corpus(root: Path, subset: str, protocol: Path) -> Index:
     files = _Files(_folders(root, ["flac"]), (*SUFFIXES, ""))
     metadata = root / "metadata.csv"
-    lines = _table(metadata, ",", ("utterance", "channel"), others=True) if metadata.is_file() else ()
+    # It may be another's, with other columns.
+    lines = _table(metadata, ",", (), ("utterance", "channel"), others=True) if metadata.is_file() else ()
     return _read_2019_form(protocol, files, {name: _word(channel) for _, (name, channel) in lines})
 
 
