@@ -104,6 +104,7 @@ def train_and_dev(config: TrainConfig) -> tuple[SpeechDataset, SpeechDataset]:
 
 
 def expect_disjoint_splits(**splits: SpeechDataset) -> None:
+    """`expect_disjoint` for opened splits."""
     expect_disjoint({split: (data.audio_dir, data.utterances) for split, data in splits.items()})
 
 

@@ -484,29 +484,30 @@ def float32_and_other_dtypes():
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-@check
-def an_average_of_large_float16_gradients():
-    """Their sum over the ranks would be infinite."""
+def float16_average(value):
+    """The float16 gradient, and the steps skipped, where both paths have ``value`` on this rank (None: no gradient)."""
     param = nn.Parameter(torch.zeros(5, dtype=torch.float16))
     opt = AlignedOptimizer(torch.optim.SGD([param], lr=2.0**-10), process_group=dist.group.WORLD)
     for _ in range(2):
         with opt.path():
-            param.grad = torch.full_like(param, 40000.0)
+            if value is not None:
+                param.grad = torch.full_like(param, value)
     opt.step()
-    assert opt.stats.skipped == 0
-    assert_same([param.grad], [torch.full_like(param, 40000.0)], 1e-3)
+    return param.grad, opt.stats.skipped
+
+
+@check
+def an_average_of_large_float16_gradients():
+    """Their sum over the ranks would be infinite."""
+    grad, skipped = float16_average(40000.0)
+    assert skipped == 0
+    assert_same([grad], [torch.full_like(grad, 40000.0)], 1e-3)
 
 
 @check
 def a_rank_without_float16_gradients():
-    param = nn.Parameter(torch.zeros(5, dtype=torch.float16))
-    opt = AlignedOptimizer(torch.optim.SGD([param], lr=2.0**-10), process_group=dist.group.WORLD)
-    for _ in range(2):
-        with opt.path():
-            if dist.get_rank() == 0:
-                param.grad = torch.full_like(param, 2.0 * dist.get_world_size())
-    opt.step()
-    assert_same([param.grad], [torch.full_like(param, 2.0)], 1e-3)
+    grad, _ = float16_average(2.0 * dist.get_world_size() if dist.get_rank() == 0 else None)
+    assert_same([grad], [torch.full_like(grad, 2.0)], 1e-3)
 
 
 # ---- parameters that not every path on every rank reaches ----

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from inputs import config_of
 
 from gradalign import cli
 from gradalign._checkpoint import load_checkpoint
@@ -414,16 +415,7 @@ def test_training_on_a_packed_folder_is_training_on_its_files(corpus, tmp_path, 
     assert f"{packed}: 7 utterances, 0.0 MiB" in capsys.readouterr().out
     weights = []
     for data in (corpus, packed):
-        config = TrainConfig(
-            data=str(data),
-            out=str(tmp_path / f"runs-{data.name}"),
-            detector="light",
-            num_samples=1500,
-            batch_size=2,
-            epochs=1,
-            threads=1,
-            device="cpu",
-        )
+        config = config_of(tmp_path / f"runs-{data.name}", data=str(data), num_samples=1500, batch_size=2, epochs=1)
         weights.append(load_checkpoint(train(config, progress=False) / "best.pt")["model"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(DataError, match="packed: expected a sample rate of 8000 Hz; found 16000 Hz"):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from inputs import config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradalign import _files, _parts, trainer
@@ -66,23 +67,13 @@ def own_corpus(corpus, tmp_path):
     return Path(shutil.copytree(corpus, tmp_path / "data"))
 
 
-def config_of(corpus, out, epochs=2):
-    return TrainConfig(
-        data=str(corpus),
-        out=str(out),
-        detector="light",
-        num_samples=4000,
-        batch_size=4,
-        epochs=epochs,
-        lr=1e-3,
-        threads=1,
-        device="cpu",
-    )
+# With the detector's own dropout, whose random numbers a run must keep.
+SHORT = {"num_samples": 4000, "detector_options": {}}
 
 
 @pytest.fixture
 def config(corpus, tmp_path):
-    return config_of(corpus, tmp_path / "runs")
+    return config_of(tmp_path / "runs", data=str(corpus), epochs=2, **SHORT)
 
 
 def weights(path):
@@ -262,7 +253,7 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    config = config_of(corpus, tmp_path_factory.mktemp("finished"), epochs=3)
+    config = config_of(tmp_path_factory.mktemp("finished"), data=str(corpus), **SHORT)
     return config, train(config, progress=False)
 
 
