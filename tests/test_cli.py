@@ -323,6 +323,10 @@ def test_info_and_corpus_check(capsys, tmp_path):
     assert "SHA256SUMS" in fails(capsys, ["corpus", "check", tmp_path])
 
 
+# As argparse names it.
+NINE = "'9'" if sys.version_info >= (3, 14) else "9"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -337,11 +341,11 @@ def test_info_and_corpus_check(capsys, tmp_path):
         (["train", ".", "--align", "none,none"], "argument --align: expected different names"),
         (["train", ".", "--align", "pcgard"], "found 'pcgard'"),
         (["train", ".", "--seeds", "0,x"], "argument --seeds: expected different whole numbers"),
-        (["train", ".", "--algo", "9"], "argument --algo: invalid choice: "),
+        (["train", ".", "--algo", "9"], f"argument --algo: invalid choice: {NINE}"),
         (["train", ".", "--class-weights", "1"], "expected SPOOF,BONAFIDE"),
         (["train", ".", "--rawboost", "x"], "expected NAME=VALUE pairs"),
         (["train", ".", "--epochs", "0"], "`epochs` must be at least 1; found 0"),
-        (["augment", "a", "b", "--algo", "9"], "argument --algo: invalid choice: "),
+        (["augment", "a", "b", "--algo", "9"], f"argument --algo: invalid choice: {NINE}"),
         (["evaluate", "s", "--asv-rates", "1,2"], "expected p_fa,p_miss,p_fa_spoof in [0, 1]; found '1,2'"),
         (["evaluate", "s", "--interval", "-3"], "--interval: expected a whole number of at least 2; found '-3'"),
         (["train", ".", "--align", "pcgrad,foo"], "--align: expected methods among mean, none, "),
@@ -595,6 +599,5 @@ def test_ctrl_c_ends_with_130(corpus, tmp_path):
     error = process.stderr.read()
     # It may have been done before the signal came.
     assert process.wait() in (0, 130)
-    # A signal that comes within libsndfile's call of a Python function is printed there, and lost.
-    assert "Traceback" not in error or "cffi callback" in error
+    assert "Traceback" not in error
     assert all(soundfile.info(str(p)).frames == 2500 for p in (tmp_path / "out").rglob("*.flac"))
