@@ -195,10 +195,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from gradalign import evaluation
     from gradalign.metrics import AsvRates
 
-    asv = None if args.asv_rates is None else AsvRates(*args.asv_rates)
-    if args.asv_scores is not None:
-        asv = evaluation.read_asv_rates(args.asv_scores)
     scores = evaluation.read_scores(args.scores, args.protocol, *_labels(args))
+    asv: AsvRates | evaluation.AsvScores | None = None if args.asv_rates is None else AsvRates(*args.asv_rates)
+    if args.asv_scores is not None:
+        root = args.root if args.dataset == "asvspoof2021-la" else None
+        asv = evaluation.read_asv_scores(args.asv_scores, root, args.subset)
     rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf, resamples=args.interval or 0)
     if args.det is not None:
         evaluation.write_det(scores, args.det, by=args.by)
@@ -212,8 +213,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             "\nEER: equal error rate. min/act DCF: detection cost at the best and at the Bayes threshold "
             "(P_spoof 0.05, C_miss 1, C_fa 10).\nact DCF and Cllr read the scores as log-likelihood ratios."
         )
+        if rows[0]["eer"] > 0.5:
+            print("An EER above 50%: are these scores higher for spoofed speech? Higher is taken as more bona fide.")
         if asv is not None:
-            rates = f"p_fa {asv.p_fa:.4f}, p_miss {asv.p_miss:.4f}, p_fa_spoof {asv.p_fa_spoof:.4f}"
+            pooled = asv if isinstance(asv, AsvRates) else asv.rates()
+            rates = f"p_fa {pooled.p_fa:.4f}, p_miss {pooled.p_miss:.4f}, p_fa_spoof {pooled.p_fa_spoof:.4f}"
+            if isinstance(asv, evaluation.AsvScores) and asv.names(args.by) & {row["condition"] for row in rows}:
+                rates += f"; in each {args.by}'s row with its own"
             print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
         if args.interval:
             drawn = evaluation.drawn(scores, args.by)
@@ -682,7 +688,9 @@ def build_parser() -> argparse.ArgumentParser:
         _evaluate,
         "error rates of a score file: EER, DCF, Cllr, t-DCF",
         "  gradalign evaluate runs/pcgrad-seed0/scores_test.txt --by attack --interval --det det.png\n"
-        "  gradalign evaluate scores.txt --dataset asvspoof2021-df --root /data/asvspoof2021 --by codec",
+        "  gradalign evaluate scores.txt --dataset asvspoof2021-df --root /data/asvspoof2021 --by codec\n"
+        "  gradalign evaluate scores.txt --dataset asvspoof2021-la --root /data/LA"
+        " --asv-scores /data/LA/keys/LA/ASV/ASVTorch_Kaldi/score.txt",
     )
     evaluate.add_argument(
         "scores",
@@ -692,7 +700,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_labels(evaluate)
     asv = evaluate.add_mutually_exclusive_group()
-    asv.add_argument("--asv-scores", type=Path, metavar="FILE", help="speaker verification scores, for the min t-DCF")
+    asv.add_argument(
+        "--asv-scores",
+        type=Path,
+        metavar="FILE",
+        help="speaker verification scores, for the min t-DCF: lines `attack kind score` (ASVspoof 2019) or, with "
+        "--dataset asvspoof2021-la, keys/LA/ASV/*/score.txt",
+    )
     asv.add_argument("--asv-rates", type=_rates, metavar="P_FA,P_MISS,P_FA_SPOOF", help="or its error rates")
     evaluate.add_argument("--tdcf", choices=["2019", "2021"], default="2021", help="t-DCF definition (default: 2021)")
     evaluate.add_argument("--by", choices=["attack", "codec", "speaker"], help="one more row for each of them")

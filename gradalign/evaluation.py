@@ -16,6 +16,7 @@ import numpy as np
 from gradalign import metrics
 from gradalign._errors import DataError
 from gradalign._files import atomic_path, write_text
+from gradalign.data.datasets import ASV_KINDS, AsvTrials, read_asv_trials
 from gradalign.data.protocol import LABELS, Utterance, read_protocol, read_text
 from gradalign.metrics import AsvRates
 
@@ -111,8 +112,12 @@ def read_scores(
     labels = None if known is None else {u.name: u for u in known}
     rows: list[tuple[str, str, bool, float, str, str]] = []
     seen: set[str] = set()
+    left_out = 0
     for number, fields in _lines(path):
-        if (fields == ["filename", "cm-score"] and not rows) or fields[0] in others:
+        if fields == ["filename", "cm-score"] and not rows:
+            continue
+        if fields[0] in others:
+            left_out += 1
             continue
         utterance = labels.get(fields[0]) if labels is not None else None
         if len(fields) == 4 and fields[2] in LABELS:
@@ -125,8 +130,9 @@ def read_scores(
                 "them from --protocol or --dataset"
             )
         else:
+            plain = "" if labels is None else ", or `utterance score`"
             raise DataError(
-                f"{path}:{number}: expected `utterance attack label score` with label bonafide or spoof; "
+                f"{path}:{number}: expected `utterance attack label score` with label bonafide or spoof{plain}; "
                 f"found {' '.join(fields)!r}"
             )
         value = _number(fields[-1])
@@ -145,15 +151,16 @@ def read_scores(
         codec, speaker = ("-", "-") if utterance is None else (utterance.codec, utterance.speaker)
         rows.append((fields[0], attack, is_bonafide, value, codec, speaker))
     if not rows:
-        raise DataError(f"{path}: expected at least one score; found none")
+        there = f"{left_out} of the data set's other subsets only" if left_out else "none"
+        raise DataError(f"{path}: expected at least one score{' of this subset' * bool(left_out)}; found {there}")
     if labels is not None:
         extra = [name for name, *_ in rows if name not in labels]
         missing = [name for name in labels if name not in seen]
         if extra or missing:
-            example = (extra or missing)[0]
+            examples = " and ".join(repr(names[0]) for names in (extra, missing) if names)
             raise DataError(
                 f"{path} and {protocol or 'the data set'} must name the same utterances; found {len(extra)} scores "
-                f"without a protocol line and {len(missing)} protocol lines without a score (for example {example!r})"
+                f"without a protocol line and {len(missing)} protocol lines without a score (for example {examples})"
             )
     names, attacks, bonafide, values, codecs, speakers = (list(column) for column in zip(*rows, strict=True))
     return Scores(names, attacks, np.array(bonafide, bool), np.array(values, np.float64), codecs, speakers)
@@ -176,25 +183,107 @@ def write_scores(path: str | Path, scores: Scores, form: str = "2019") -> None:
     write_text(path, "".join(lines))
 
 
-def read_asv_rates(path: str | Path) -> AsvRates:
-    """The error rates of a speaker verification system at its own equal-error threshold, from its score file.
+@dataclass(frozen=True)
+class AsvScores:
+    """The scores of a speaker verification system, one entry per trial.
 
-    Lines hold one of the three words in some column and the score in the last one, as in the ASVspoof ASV score files.
+    ``kinds`` holds target, nontarget and spoof, ``attacks`` and ``codecs`` hold ``-`` where nothing says them: each an
+    array of str [N]. ``values`` is float64 [N].
+    """
+
+    kinds: np.ndarray
+    attacks: np.ndarray
+    codecs: np.ndarray
+    values: np.ndarray
+
+    def names(self, by: str | None) -> set[str]:
+        """The attacks or codecs of the trials; empty where they say none."""
+        known = {"attack": self.attacks[self.kinds == "spoof"], "codec": self.codecs}
+        return set(known[by].tolist()) - {"-"} if by in known else set()
+
+    def rates(self, by: str | None = None, name: str = "") -> AsvRates:
+        """The error rates at the equal-error threshold: over all trials, or those of an attack or a codec.
+
+        An attack's are over its own spoofed trials and all others, a codec's over its own trials (as in the ASVspoof
+        2021 evaluation package).
+
+        Raises:
+            ValueError: where trials of a kind are missing.
+        """
+        chosen = np.ones(len(self.values), bool)
+        if by == "attack":
+            chosen = (self.attacks == name) | (self.kinds != "spoof")
+        elif by == "codec":
+            chosen = self.codecs == name
+        found = {kind: self.values[chosen & (self.kinds == kind)] for kind in ASV_KINDS}
+        empty = [kind for kind, values in found.items() if len(values) == 0]
+        if empty:
+            of = f" of the {by} {name}" if by else ""
+            raise ValueError(
+                f"expected speaker verification scores of target, nontarget and spoof trials{of}; found none of "
+                f"{', '.join(empty)}"
+            )
+        return AsvRates.from_scores(**found)
+
+
+def read_asv_scores(path: str | Path, root: str | Path | None = None, subset: str = "test") -> AsvScores:
+    """Read the scores of a speaker verification system.
+
+    Lines are ``attack kind score`` with kind target, nontarget or spoof (ASVspoof 2019; other columns may stand before
+    the attack), or ``speaker trial score`` (ASVspoof 2021 LA). The latter score the trials of
+    ``keys/LA/ASV/trial_metadata.txt``, line by line; those of the subset are kept.
+
+    Args:
+        path: the score file.
+        root: the folder of ASVspoof 2021 LA with its keys, for a file of that form.
+        subset: test, progress or hidden, of ASVspoof 2021 LA.
+
+    Raises:
+        DataError: naming file, line, expected and found.
     """
     path = Path(path)
-    found: dict[str, list[float]] = {"target": [], "nontarget": [], "spoof": []}
-    for number, fields in _lines(path):
-        kinds, value = [f for f in fields[:-1] if f in found], _number(fields[-1])
-        if len(kinds) != 1 or not np.isfinite(value):
+    lines = list(_lines(path))
+    trials, form = None, "`attack kind score` with kind target, nontarget or spoof and a finite score"
+    if lines and not any(word in ASV_KINDS for word in lines[0][1][:-1]):
+        if root is None:
+            form += ", or `speaker trial score` with --dataset asvspoof2021-la"
+        else:
+            trials, form = read_asv_trials(root, subset), "`speaker trial score` with a finite score"
+    kinds, attacks, values = [], [], []
+    for number, fields in lines:
+        at = [i for i, word in enumerate(fields[:-1]) if word in ASV_KINDS]
+        value = _number(fields[-1])
+        if not np.isfinite(value) or (len(at) != 1 if trials is None else len(fields) != 3):
+            raise DataError(f"{path}:{number}: expected {form}; found {' '.join(fields)!r}")
+        values.append(value)
+        if trials is None:
+            kinds.append(fields[at[0]])
+            attacks.append(fields[at[0] - 1] if at[0] else "-")
+    codecs, chosen = ["-"] * len(lines), [True] * len(lines)
+    if trials is not None:
+        _expect_trials(path, [(number, fields[1]) for number, fields in lines], trials)
+        kinds, attacks, codecs, chosen = trials.kinds, trials.attacks, trials.codecs, trials.chosen
+    kept = np.array(chosen, bool)
+    scores = AsvScores(
+        np.array(kinds, str)[kept], np.array(attacks, str)[kept], np.array(codecs, str)[kept], np.array(values)[kept]
+    )
+    try:
+        scores.rates()
+    except ValueError as error:
+        raise DataError(f"{path}: {error}{'' if trials is None else f' in the subset {subset}'}") from None
+    return scores
+
+
+def _expect_trials(path: Path, found: Sequence[tuple[int, str]], trials: AsvTrials) -> None:
+    """DataError where the trials of a score file (line, name) are not those of the keys, in their order."""
+    for scored, expected in itertools.zip_longest(found, trials.names):
+        if scored is None or scored[1] != expected:
+            here = "the end of the file" if scored is None else f"{scored[1]!r} in line {scored[0]}"
+            there = "the end of the file" if expected is None else f"{expected!r}"
             raise DataError(
-                f"{path}:{number}: expected a line with one of target, nontarget, spoof and a score at its end; "
-                f"found {' '.join(fields)!r}"
+                f"{path}: expected scores of the {len(trials.names)} trials of {trials.source}, in their order; found "
+                f"{len(found)} scores, and {here} instead of {there}"
             )
-        found[kinds[0]].append(value)
-    empty = [kind for kind, values in found.items() if not values]
-    if empty:
-        raise DataError(f"{path}: expected target, nontarget and spoof scores; found none of {', '.join(empty)}")
-    return AsvRates.from_scores(**{kind: np.array(values, dtype=np.float64) for kind, values in found.items()})
 
 
 BY = ("attack", "codec", "speaker")
@@ -221,7 +310,7 @@ def evaluate(
     scores: Scores,
     *,
     by: str | None = None,
-    asv: AsvRates | None = None,
+    asv: AsvRates | AsvScores | None = None,
     tdcf_version: str = "2021",
     resamples: int = 0,
 ) -> list[dict[str, Any]]:
@@ -232,13 +321,17 @@ def evaluate(
 
     Each row: ``condition, bonafide, spoof`` (counts), ``eer`` (in [0, 1]), with ``resamples`` its 95% bootstrap
     interval ``eer_low, eer_high`` (over speakers, where all are known and there are two or more; over utterances
-    otherwise), ``min_dcf``, ``act_dcf``, ``cllr`` (bits), and ``min_tdcf`` if the rates of a speaker verification
-    system are given. ``act_dcf`` and ``cllr`` read the scores as log-likelihood ratios.
+    otherwise), ``min_dcf``, ``act_dcf``, ``cllr`` (bits), and ``min_tdcf`` if the rates or scores of a speaker
+    verification system are given. ``act_dcf`` and ``cllr`` read the scores as log-likelihood ratios. Where ``asv`` are
+    scores that name the attacks (or codecs) of the rows, each row's ``min_tdcf`` takes the rates on its own.
 
     Raises:
-        ValueError: when a class is missing over all, or ``by`` names what the scores do not say.
+        ValueError: when a class is missing over all, ``by`` names what the scores do not say, or ``asv`` lacks trials
+            of a row.
     """
     conditions = _conditions(scores, by)
+    pooled = asv.rates() if isinstance(asv, AsvScores) else asv
+    own = asv if isinstance(asv, AsvScores) and asv.names(by) & {name for name, _ in conditions} else None
     rows: list[dict[str, Any]] = []
     for condition, chosen in conditions:
         bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))
@@ -259,8 +352,9 @@ def evaluate(
             "act_dcf": float(metrics.act_dcf(bonafide, spoof)),
             "cllr": float(metrics.cllr(bonafide, spoof)),
         }
-        if asv is not None:
-            row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=asv, version=tdcf_version))
+        if pooled is not None:
+            rates = pooled if own is None or condition == "all" else own.rates(by, condition)
+            row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=rates, version=tdcf_version))
         rows.append(row)
     return rows
 

@@ -323,7 +323,7 @@ class AsvRates:
 
         Source: ``compute_eer`` and ``obtain_asv_error_rates`` of their evaluation packages. The threshold is the
         highest score rejected at the EER, and that score is then accepted: one trial apart from the EER's own rates,
-        and kept because published tandem costs depend on it.
+        and kept because published tandem costs depend on it. So is their order among equal scores, targets first.
 
         Args:
             target: verification scores of target trials [N].
@@ -337,9 +337,14 @@ class AsvRates:
         AsvRates(p_fa=0.5, p_miss=0.0, p_fa_spoof=0.5)
         """
         tested, impostors, attacks = _check("target", target), _check("nontarget", nontarget), _check("spoof", spoof)
-        p_miss, p_fa, thresholds = det_curve(tested, impostors)
+        # One trial after the other is rejected, of equal scores the targets first: the EER may be found amid them.
+        both = np.concatenate([tested, impostors])
+        order = np.argsort(both, kind="stable")
+        misses = np.append(0, np.cumsum(order < tested.size))
+        accepts = impostors.size - (np.arange(both.size + 1) - misses)
+        at = _equal_error_index(misses / tested.size, accepts / impostors.size)
         # Where nothing is rejected at the EER, the lowest score keeps it so.
-        threshold = thresholds[max(_equal_error_index(p_miss, p_fa) - 1, 0)]
+        threshold = both[order[max(at - 1, 0)]]
         return cls(
             p_fa=float(np.mean(impostors >= threshold)),
             p_miss=float(np.mean(tested < threshold)),
@@ -354,7 +359,7 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
     0.0095, unit cost of misses and cost 10 of false acceptances. ``"2019"``: C0 is left out, and the minimum is
     divided by min(C1, C2) (ASVspoof 2019 evaluation plan). ``"2021"``: divided by C0 + min(C1, C2) (Kinnunen et al.,
     "Tandem assessment of spoofing countermeasures and automatic speaker verification: fundamentals", 2020, as in
-    ASVspoof 2021).
+    ASVspoof 2021); 1 where the verification system accepts no attack, so that there is nothing to gain.
 
     Args:
         bonafide: detector's scores of bona fide trials [N].
@@ -363,8 +368,8 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
         version: "2021" or "2019".
 
     Raises:
-        TypeError, ValueError: for bad scores or version, or rates that leave the detector no weight (C1 or C2 not
-            above 0).
+        TypeError, ValueError: for bad scores or version, or rates that leave the detector no weight (C1 below 0, or a
+            divisor of 0).
 
     >>> round(min_tdcf([1.0, 2.0], [-1.0, 0.0], AsvRates(0.02, 0.03, 0.5), "2019"), 12)
     0.0
@@ -377,7 +382,7 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
     c0 = asv_cost if version == "2021" else 0.0
     c1 = _P_TARGET - asv_cost
     c2 = _P_SPOOF * 10 * asv.p_fa_spoof
-    if c1 <= 0 or c2 <= 0:
+    if c1 < 0 or c0 + min(c1, c2) <= 0:
         raise ValueError(
             f"these ASV error rates leave the detector no weight: C1 = {c1:.6g}, C2 = {c2:.6g}; found {asv}"
         )

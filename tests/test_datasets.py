@@ -267,7 +267,7 @@ def test_asvspoof5_archives_may_be_unpacked_together_or_apart(tmp_path, pattern)
     (tmp_path / pattern).parent.mkdir(exist_ok=True)
     (tmp_path / "here").rename(tmp_path / pattern)
     found = read_dataset("asvspoof5", tmp_path, "test")
-    assert facts(found) == [("E_0009538969", "E_1607", "A21", 0, "C05"), ("E_0002635489", "E_0612", "-", 1, "-")]
+    assert facts(found) == [("E_0009538969", "E_1607", "A21", 0, "C05"), ("E_0002635489", "E_0612", "-", 1, "none")]
     assert found[0].path == tmp_path / pattern / "E_0009538969.flac"
 
 
@@ -276,7 +276,7 @@ def test_asvspoof5_protocols_may_lie_in_the_folder_of_their_archive(tmp_path):
     (tmp_path / "ASVspoof5_protocols").mkdir()
     for path in tmp_path.glob("*.tsv"):
         path.rename(tmp_path / "ASVspoof5_protocols" / path.name)
-    assert facts(read_dataset("asvspoof5", tmp_path, "dev"))[0] == ("D_0000000001", "D_0062", "A11", 0, "-")
+    assert facts(read_dataset("asvspoof5", tmp_path, "dev"))[0] == ("D_0000000001", "D_0062", "A11", 0, "none")
 
 
 def test_in_the_wild(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gradalign import evaluation, metrics
+from gradalign import cli, evaluation, metrics
 from gradalign._errors import DataError
 from gradalign.data import Utterance
 
@@ -182,8 +182,33 @@ def test_binary_file_is_named(tmp_path):
 
 def test_protocol_of_other_utterances_is_an_error(files):
     (files / "protocol.txt").write_text(PROTOCOL.replace("h2", "h9"))
-    with pytest.raises(DataError, match=r"1 scores without a protocol line and 1 protocol lines without a score.*'h2'"):
+    message = r"1 scores without a protocol line and 1 protocol lines without a score.*'h2' and 'h9'"
+    with pytest.raises(DataError, match=message):
         evaluation.read_scores(files / "scores.txt", files / "protocol.txt")
+
+
+def test_scores_of_other_subsets_only_are_an_error(files):
+    known = [Utterance("h3", "p", "-", 1)]
+    with pytest.raises(
+        DataError, match=r"expected at least one score of this subset; found 5 of .* other subsets only"
+    ):
+        evaluation.read_scores(files / "scores.txt", known=known, others={"h1", "h2", "s1", "s2", "s3"})
+
+
+def test_a_line_of_neither_form_is_named_with_both(files):
+    (files / "plain.txt").write_text("h1,2.5\n")
+    with pytest.raises(
+        DataError, match=r"plain\.txt:1: expected .*bonafide or spoof, or `utterance score`; found 'h1,2"
+    ):
+        evaluation.read_scores(files / "plain.txt", files / "protocol.txt")
+
+
+def test_inverted_scores_are_suspected(files, capsys):
+    assert cli.main(["evaluate", str(files / "scores.txt")]) == 0
+    assert "above 50%" not in capsys.readouterr().out
+    (files / "scores.txt").write_text("h1 - bonafide -1\ns1 A spoof 1\n")
+    assert cli.main(["evaluate", str(files / "scores.txt")]) == 0
+    assert "An EER above 50%: are these scores higher for spoofed speech?" in capsys.readouterr().out
 
 
 def test_protocol_that_contradicts_a_label_is_an_error(files):
@@ -203,13 +228,145 @@ def test_asv_rates_come_from_the_three_kinds_of_scores(tmp_path):
     kinds = {"target": rng.normal(2, 1, 300), "nontarget": rng.normal(-1, 1, 400), "spoof": rng.normal(0, 1, 200)}
     lines = [f"- {kind} {value:.17g}" for kind, values in kinds.items() for value in values]
     (tmp_path / "asv.txt").write_text("\n".join(lines))
-    assert evaluation.read_asv_rates(tmp_path / "asv.txt") == metrics.AsvRates.from_scores(**kinds)
+    scores = evaluation.read_asv_scores(tmp_path / "asv.txt")
+    assert scores.rates() == metrics.AsvRates.from_scores(**kinds)
+    assert scores.names("attack") == scores.names("codec") == scores.names("speaker") == set()
 
 
 def test_asv_file_without_spoof_is_an_error(tmp_path):
     (tmp_path / "asv.txt").write_text("- target 1\n- nontarget 0\n")
     with pytest.raises(DataError, match=r"asv\.txt: .*found none of spoof"):
-        evaluation.read_asv_rates(tmp_path / "asv.txt")
+        evaluation.read_asv_scores(tmp_path / "asv.txt")
+
+
+@pytest.fixture
+def la2021(tmp_path):
+    """Keys, detector and ASV scores as of ASVspoof 2021 LA: the root, the ASV trials and their scores."""
+    rng = np.random.default_rng(2)
+    phases, codecs, attacks = ("eval", "eval", "progress", "hidden"), ("none", "alaw"), ("A07", "A08")
+    cm, scores, asv, values = [], [], [], []
+    for i in range(160):
+        attack, kind = ("bonafide", "bonafide") if i % 4 == 0 else (attacks[i % 3 % 2], "spoof")
+        cm.append(f"LA_{i % 5} LA_E_{i} {codecs[i % 5 % 2]} loc_tx {attack} {kind} notrim {phases[i % 7 % 4]}")
+        scores.append(f"LA_E_{i} {rng.normal(0.5 if kind == 'spoof' else 1):.6f}")
+    for i in range(600):
+        kind = ("target", "nontarget", "spoof")[i % 3]
+        attack = attacks[i % 2] if kind == "spoof" else "bonafide"
+        codec = codecs[i % 5 % 2]
+        asv.append(
+            f"LA_1-{codec}-x LA_E_{i // 2}-{codec}-x {codec} x {attack} {kind} notrim {phases[i % 7 % 4]}".split()
+        )
+        values.append(
+            round(rng.normal({"target": 2, "nontarget": -1, "spoof": {"A07": 0.5, "A08": 2}.get(attack)}[kind]), 2)
+        )
+    for name, lines in (("CM", cm), ("ASV", [" ".join(trial) for trial in asv])):
+        (tmp_path / "keys/LA" / name).mkdir(parents=True)
+        (tmp_path / "keys/LA" / name / "trial_metadata.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "scores.txt").write_text("\n".join(scores) + "\n")
+    rows = [f"{trial[0]} {trial[1]} {value}" for trial, value in zip(asv, values, strict=True)]
+    (tmp_path / "asv.txt").write_text("\n".join(rows) + "\n")
+    return tmp_path, asv, values
+
+
+@pytest.mark.parametrize("subset", ["test", "progress", "hidden"])
+@pytest.mark.parametrize("by", ["attack", "codec"])
+def test_asv_scores_of_2021_are_decomposed_as_the_detectors(la2021, capsys, subset, by):
+    """Like the official package: phase, attack and codec of each line are those of the same line of the keys."""
+    root, trials, values = la2021
+    data = ["--dataset", "asvspoof2021-la", "--root", str(root), "--subset", subset]
+    command = ["evaluate", str(root / "scores.txt"), *data, "--by", by, "--asv-scores", str(root / "asv.txt")]
+    assert cli.main([*command, "--csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["condition"] for row in rows] == ["all", *(("A07", "A08") if by == "attack" else ("alaw", "none"))]
+    keys = [line.split() for line in (root / "keys/LA/CM/trial_metadata.txt").read_text().splitlines()]
+    detector = [float(line.split()[1]) for line in (root / "scores.txt").read_text().splitlines()]
+
+    def chosen(lines, scores, kind, name):
+        return [
+            score
+            for (_, _, codec, _, attack, found, _, phase), score in zip(lines, scores, strict=True)
+            if found == kind
+            and phase == {"test": "eval"}.get(subset, subset)
+            and (name == "all" or name == (codec if by == "codec" else attack) or (by == "attack" and kind != "spoof"))
+        ]
+
+    for row in rows:
+        asv = metrics.AsvRates.from_scores(
+            *(chosen(trials, values, kind, row["condition"]) for kind in ("target", "nontarget", "spoof"))
+        )
+        bonafide, spoof = (chosen(keys, detector, kind, row["condition"]) for kind in ("bonafide", "spoof"))
+        assert float(row["min_tdcf"]) == metrics.min_tdcf(bonafide, spoof, asv)
+    assert cli.main(command) == 0
+    assert f"; in each {by}'s row with its own." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda lines: lines[:-1],
+            "of the 600 trials of .*; found 599 scores, and the end of the file instead of 'LA_E_299",
+        ),
+        (lambda lines: lines + lines[:1], "found 601 scores, and 'LA_E_0-none-x' in line 601 instead of the end"),
+        (
+            lambda lines: lines[:7] + lines[8:],
+            "found 599 scores, and 'LA_E_4-alaw-x' in line 8 instead of 'LA_E_3-none-x'",
+        ),
+        (
+            lambda lines: ["speaker trial score", *lines],
+            r"asv\.txt:1: expected `speaker trial score` with a finite score",
+        ),
+        (
+            lambda lines: [line.split(" ", 1)[1] for line in lines],
+            r"asv\.txt:1: expected `speaker .*'LA_E_0-none-x [-.0-9]+'",
+        ),
+    ],
+)
+def test_asv_scores_of_other_trials_are_an_error(la2021, change, message):
+    root, _, _ = la2021
+    lines = (root / "asv.txt").read_text().splitlines()
+    (root / "asv.txt").write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(DataError, match=message):
+        evaluation.read_asv_scores(root / "asv.txt", root)
+
+
+def test_asv_scores_of_2021_need_their_keys(la2021):
+    root, _, _ = la2021
+    with pytest.raises(
+        DataError, match=r"asv\.txt:1: .*or `speaker trial score` with --dataset asvspoof2021-la; found"
+    ):
+        evaluation.read_asv_scores(root / "asv.txt")
+    with pytest.raises(DataError, match="expected a subset among test, progress, hidden; found 'dev'"):
+        evaluation.read_asv_scores(root / "asv.txt", root, "dev")
+    keys = root / "keys/LA/ASV/trial_metadata.txt"
+    keys.write_text(keys.read_text().replace("A08 spoof notrim progress", "A08 spoof notrim eval"))
+    evaluation.read_asv_scores(root / "asv.txt", root, "progress").rates("attack", "A07")
+    keys.write_text(keys.read_text().replace("spoof notrim progress", "spoof notrim eval"))
+    with pytest.raises(DataError, match=r"asv\.txt: .*found none of spoof in the subset progress"):
+        evaluation.read_asv_scores(root / "asv.txt", root, "progress")
+    keys.write_text(keys.read_text().replace(" target ", " bonafide ", 1))
+    with pytest.raises(DataError, match=r"trial_metadata\.txt:1: expected a kind among target, .*; found 'bonafide'"):
+        evaluation.read_asv_scores(root / "asv.txt", root)
+    keys.unlink()
+    with pytest.raises(DataError, match=r"ASV/trial_metadata\.txt: expected .*; found nothing there"):
+        evaluation.read_asv_scores(root / "asv.txt", root)
+
+
+def test_an_attack_without_asv_scores_is_an_error(files):
+    """Where they name no attack of the table, every row has the rates over all."""
+    scores = evaluation.read_scores(files / "scores.txt")
+    lines = "bonafide target 2\nbonafide target 0\nbonafide nontarget -1\nbonafide nontarget 1\nA spoof 3\nC spoof -3\n"
+    (files / "asv.txt").write_text(lines)
+    asv = evaluation.read_asv_scores(files / "asv.txt")
+    assert asv.rates().p_fa_spoof == 0.5
+    assert asv.rates("attack", "A").p_fa_spoof == 1
+    with pytest.raises(ValueError, match="nontarget and spoof trials of the attack B; found none of spoof"):
+        evaluation.evaluate(scores, by="attack", asv=asv)
+    (files / "asv.txt").write_text(lines.replace("A spoof", "D spoof"))
+    asv = evaluation.read_asv_scores(files / "asv.txt")
+    assert evaluation.evaluate(scores, by="attack", asv=asv) == evaluation.evaluate(
+        scores, by="attack", asv=asv.rates()
+    )
 
 
 def test_rows_per_attack_hold_the_metrics(files):

@@ -116,6 +116,28 @@ def test_tandem_dcf(bonafide, spoof):
     assert found == pytest.approx(least / (c0 + min(c1, c2)), abs=1e-12)
 
 
+def test_tandem_dcf_is_1_where_no_attack_is_accepted():
+    """As in the official package of 2021; that of 2019 divides by 0."""
+    assert metrics.min_tdcf(*SETS["random"], asv=AsvRates(0.03, 0.05, 0)) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_asv_rates_from_tied_scores(seed):
+    """Of equal scores, targets are rejected first; the threshold is the score rejected last at the EER."""
+    rng = np.random.default_rng(seed)
+    target, nontarget, spoof = (rng.normal(mean, 1, count).round(1) for mean, count in ((2, 40), (-1, 50), (1, 30)))
+    trials = sorted([(s, 0) for s in target] + [(s, 1) for s in nontarget])
+    gaps = [1.0]
+    for i in range(len(trials)):
+        kinds = [kind for _, kind in trials[: i + 1]]
+        gaps.append(abs(kinds.count(0) / 40 - (50 - kinds.count(1)) / 50))
+    threshold = trials[gaps.index(min(gaps)) - 1][0]
+    found = AsvRates.from_scores(target, nontarget, spoof)
+    assert found.p_fa == np.mean(nontarget >= threshold)
+    assert found.p_miss == np.mean(target < threshold)
+    assert found.p_fa_spoof == np.mean(spoof >= threshold)
+
+
 def test_asv_rates_from_scores():
     target, nontarget, spoof = RNG.normal(2, 1, 400), RNG.normal(-1, 1, 500), RNG.normal(1, 1, 300)
     found = AsvRates.from_scores(target, nontarget, spoof)
@@ -231,7 +253,9 @@ def test_bad_options():
     with pytest.raises(ValueError, match=r"`p_fa` must be in \[0, 1\]; found 1.5"):
         AsvRates(1.5, 0, 0)
     with pytest.raises(ValueError, match=r"leave the detector no weight: C1 = .*, C2 = 0"):
-        metrics.min_tdcf(*good, asv=AsvRates(0.1, 0.1, 0))
+        metrics.min_tdcf(*good, asv=AsvRates(0.1, 0.1, 0), version="2019")
+    with pytest.raises(ValueError, match=r"leave the detector no weight: C1 = -"):
+        metrics.min_tdcf(*good, asv=AsvRates(0.9, 1, 0.5))
     with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\); found 95"):
         metrics.eer_interval(*good, confidence=95)
     with pytest.raises(ValueError, match=r"`resamples` must be at least 2; found 1"):
@@ -277,9 +301,11 @@ def test_equals_official_2021_package(name):
     assert metrics.min_tdcf(bonafide, spoof, asv=ASV) == pytest.approx(curve.min(), abs=1e-9)
 
 
-def test_asv_rates_equal_the_official_packages():
+@pytest.mark.parametrize("decimals", [1, 15])
+def test_asv_rates_equal_the_official_packages(decimals):
     package = official("GRADALIGN_PUBLISHED_DPDA", "eval_metrics.py")
-    target, nontarget, spoof = RNG.normal(2, 1, 400), RNG.normal(-1, 1, 500), RNG.normal(1, 1, 300)
+    kinds = RNG.normal(2, 1, 400), RNG.normal(-1, 1, 500), RNG.normal(1, 1, 300)
+    target, nontarget, spoof = (scores.round(decimals) for scores in kinds)
     _, threshold = package.compute_eer(target, nontarget)
     p_fa, p_miss, _, p_fa_spoof = package.obtain_asv_error_rates(target, nontarget, spoof, threshold)
     found = AsvRates.from_scores(target, nontarget, spoof)

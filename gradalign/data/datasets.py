@@ -92,9 +92,7 @@ def subsets(name: str, root: str | Path | None = None) -> list[str]:
 def index_dataset(name: str, root: str | Path, subset: str) -> Index:
     """Read a subset's list and see which of its audio files are there; errors as in `read_dataset`, but for those."""
     reader = _reader(name)
-    subset = "test" if subset == "eval" else subset
-    if subset not in reader.subsets:
-        raise DataError(f"{name}: expected a subset among {', '.join(reader.subsets)}; found {subset!r}")
+    subset = _subset(name, subset)
     root = Path(root)
     source = reader.locate(root, subset)
     # Nothing that is made here is garbage: the collector would only walk over it again and again, a third of the time.
@@ -149,6 +147,14 @@ def _expect_files(index: Index, hint: str = "") -> None:
             f"{index.source}: expected an audio file for each of {len(index.utterances)} utterances; "
             f"found none for {len(index.missing)}, such as {index.missing[0]}{hint}"
         )
+
+
+def _subset(name: str, subset: str) -> str:
+    subset = "test" if subset == "eval" else subset
+    known = _reader(name).subsets
+    if subset not in known:
+        raise DataError(f"{name}: expected a subset among {', '.join(known)}; found {subset!r}")
+    return subset
 
 
 def _reader(name: str) -> _Reader:
@@ -278,6 +284,8 @@ def _read_asvspoof2019(root: Path, subset: str, protocol: Path) -> Index:
 # the archives are LA-keys-full.tar.gz and DF-keys-full.tar.gz, each with keys/ at its top.
 
 _PHASES = {"test": "eval", "progress": "progress", "hidden": "hidden"}
+ASV_KINDS = ("target", "nontarget", "spoof")
+"""The kinds of trials that a speaker verification system is tested with."""
 _FORMS_2021 = {
     "LA": "speaker trial codec transmission attack label trim subset",
     "DF": "speaker trial codec source attack label trim subset vocoder task team gender-pair language",
@@ -323,6 +331,38 @@ def _read_asvspoof2021(track: str) -> Callable[[Path, str, Path], Index]:
     return read
 
 
+@dataclass(frozen=True)
+class AsvTrials:
+    """The speaker verification trials of the ASVspoof 2021 LA keys, of all subsets, in the order of ``source``.
+
+    ``chosen`` says which belong to the subset asked for, ``kinds`` holds `ASV_KINDS`.
+    """
+
+    source: Path
+    names: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
+    codecs: list[str] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+
+
+def read_asv_trials(root: str | Path, subset: str = "test") -> AsvTrials:
+    """Read ``keys/LA/ASV/trial_metadata.txt`` of ASVspoof 2021; root, subset and errors as in `read_dataset`."""
+    phase = _PHASES[_subset("asvspoof2021-la", subset)]
+    keys = _asvspoof2021_list("LA")(Path(root), subset).parents[1] / "ASV" / "trial_metadata.txt"
+    trials = AsvTrials(keys)
+    for number, (_, name, codec, _, attack, kind, _, found) in read_columns(keys, _FORMS_2021["LA"]):
+        for what, word, known in (("kind", kind, ASV_KINDS), ("subset", found, _PHASES.values())):
+            if word not in known:
+                raise DataError(f"{keys}:{number}: expected a {what} among {', '.join(known)}; found {word!r}")
+        trials.names.append(name)
+        trials.kinds.append(kind)
+        trials.attacks.append(attack)
+        trials.codecs.append(codec)
+        trials.chosen.append(found == phase)
+    return trials
+
+
 # ---- ASVspoof 5 ----------------------------------------------------------------------------------------------------
 # README.txt of https://zenodo.org/records/14498691: separated by spaces in spite of their suffix; the ten flac_E_*.tar
 # unpack to flac_E_eval.
@@ -352,6 +392,8 @@ def _read_asvspoof5(root: Path, subset: str, protocol: Path) -> Index:
             speaker, name, _, codec, _, _, _, attack, label, _ = columns
             index = label_of(protocol, number, label)
             attack = "-" if index else word[attack]
+            # A condition of its own, which `-` would leave out.
+            codec = "none" if codec == "-" else codec
             yield number, Utterance(name, word[speaker], attack, index, word[codec], find(name))
 
     return Index(protocol, gather(protocol, _FORM_5, rows()), files.missing)
