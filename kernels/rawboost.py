@@ -1107,19 +1107,32 @@ def _chain(
     snr_min: float,
     snr_max: float,
 ) -> None:
-    """Write what `rawboost` returns into out [B, T]."""
+    """Write what `rawboost` returns into out [B, T]. With norm(v) = v / max(1, max |v|), and the noise filtered and at
+    its level, the passes are
+
+             color_noise, filter_powers   isd_kernel                     rawboost_finish_kernel
+        1           z                                                    out = norm(z - mean)
+        2                                 y = x * gain                   out = norm(y)
+        3    noise                                                       out = x + noise
+        4    noise, z                     y = norm(z - mean) * gain      out = norm(y) + noise
+        5           z                     y = norm(z - mean) * gain      out = norm(y)
+        6    noise, z                     y = norm(z - mean)             out = norm(y) + noise
+        7    noise                        y = x * gain                   out = norm(y) + noise
+        8    what 2 does, and then
+                    z                     y = norm(z - mean) + out       out = norm(y)
+
+    z and y, in the dtype of computation, take the same place: out where that has this dtype and does not hold what 2
+    left, else one beside it. White noise comes first, while it is free to draw it in; filtered, it lies beside both.
+    """
     steps = reference.STEPS[algo]
     x, lengths, seeds = _rows(x), _dense(lengths), _dense(seeds)
     bank = None if filters is None else _bank(filters, x)
     batch, num_samples = x.shape
-    # The noise comes first, while the place of the other unfinished samples is free to draw it in.
     unfinished = scratch(out)
     colored = of_x = of_noise = None
-    # A mean and a norm before the noise, and impulses, take a pass of their own.
-    passes = "isd" in steps or ("lnl" in steps and "ssi" in steps)
     if "ssi" in steps:
         assert bank is not None
-        colored, of_x, of_noise = color_noise(x, bank, lengths, seeds, noise, unfinished, not passes)
+        colored, of_x, of_noise = color_noise(x, bank, lengths, seeds, noise, unfinished, algo == 3)
     blocks = triton.cdiv(num_samples, BLOCK)
     peaks = torch.empty(batch, blocks, dtype=unfinished.dtype, device=x.device)
     squares = torch.empty(batch, blocks, dtype=torch.float64, device=x.device) if "ssi" in steps else None
@@ -1127,7 +1140,15 @@ def _chain(
     marks = mark(x, lengths, seeds, p) if "isd" in steps and factor is None else None
     factor = _rows(factor) if "isd" in steps and factor is not None else None
 
-    def pass_over(source: Tensor, level: _Level, impulses: tuple[Tensor | None, ...], addend: Tensor | None) -> Tensor:
+    # The table's columns. A pass that gets a level takes norm(source - mean) by it.
+    def filter_x(z: Tensor) -> tuple[Tensor, _Level]:
+        assert bank is not None
+        sums, extrema = filter_powers(x, bank, bank.shape[1] - ("ssi" in steps), lengths, z)
+        return z, (sums, extrema[0], extrema[1])
+
+    def pass_over(
+        source: Tensor, level: _Level, impulses: tuple[Tensor | None, ...], addend: Tensor | None = None
+    ) -> Tensor:
         to = unfinished if source is x else source
         launch(
             isd_kernel,
@@ -1154,14 +1175,14 @@ def _chain(
         )
         return to
 
-    def finish(source: Tensor, level: _Level, passed: bool, of_signal: Tensor | None = None) -> None:
+    def finish(source: Tensor, level: _Level, norm: Tensor | None, of_signal: Tensor | None = None) -> None:
         launch(
             rawboost_finish_kernel,
             batch * blocks,
             x.device,
             source,
             *level,
-            peaks if passed else None,
+            norm,
             colored,
             of_signal,
             of_noise,
@@ -1184,19 +1205,18 @@ def _chain(
             num_warps=8 if unfinished is out else 4,
         )
 
-    impulses: tuple[Tensor | None, ...] = (marks, seeds, factor)
-    source, level, addend = x, _NO_LEVEL, None
-    if algo == 8:
-        finish(pass_over(x, level, impulses, None), level, True)
-        impulses, addend = (None, None, None), out
-    if "lnl" in steps:
-        assert bank is not None
-        source = torch.empty_like(unfinished) if unfinished is addend else unfinished
-        sums, extrema = filter_powers(x, bank, bank.shape[1] - ("ssi" in steps), lengths, source)
-        level = (sums, extrema[0], extrema[1])
-    if passes:
-        source, level = pass_over(source, level, impulses, addend), _NO_LEVEL
-    finish(source, level, passes, squares if passes else of_x)
+    impulses = (marks, seeds, factor)
+    if algo == 1:
+        finish(*filter_x(unfinished), None)
+    elif algo == 3:
+        finish(x, _NO_LEVEL, None, of_x)
+    elif algo == 8:
+        finish(pass_over(x, _NO_LEVEL, impulses), _NO_LEVEL, peaks)
+        z, level = filter_x(torch.empty_like(out) if unfinished is out else unfinished)
+        finish(pass_over(z, level, (None, None, None), out), _NO_LEVEL, peaks)
+    else:
+        source, level = filter_x(unfinished) if "lnl" in steps else (x, _NO_LEVEL)
+        finish(pass_over(source, level, impulses), _NO_LEVEL, peaks, squares)
 
 
 @backend(ops.lnl, why_too_long)

@@ -2,20 +2,23 @@
 //
 // Nothing of a parameter can be merged before all of it is read, and gram, weigh and combine_ in turn read it twice: 5 values per parameter of two
 // paths. Here it is read once, 3 values, and kept on the chip until its weights are there. One block per multiprocessor stays to the end. It takes
-// every gridDim.x-th item, 12 to 15 KiB, of all there are:
+// every gridDim.x-th item, 12 to 15 KiB, of all there are, through a queue that each step moves by one item. With six places in shared memory, four
+// of them for items on their way, and four in registers, step 12 is
 //
-//   device memory -> shared memory (num_places items; the last kAhead are on their way) -> registers (kRegisterPlaces items) -> merged, written
+//             on their way   in shared memory, multiplied   in registers   merged and written
+//   before    11 10 9 8      7 6                            5 4 3 2        1 0
+//   after     12 11 10 9     8 7                            6 5 4 3        2 1 0
 //
-// An item moves on when its place is needed: a queue of 23 items for two paths in float32 on an H100, 46 MB on all multiprocessors, where XLS-R's
-// largest parameters have 34 MB. What a thread has read it multiplies and merges itself, so that no place needs a barrier. What does not fit is read
-// a second time.
+// where 12 comes to the place that 6 has left.
 //
-// Four items are on their way (cp.async) while an older one is multiplied. A parameter's inner products are added up per block, and each block that
-// sees that all have delivered theirs adds those up and finds the weights for itself, in the same order as all: nobody waits for another's
-// weights. A warp of its own does so, while the others move data.
+// The queue has 23 places for two paths in float32 on an H100, 46 MB on all multiprocessors, where XLS-R's largest parameters have 34 MB. What does
+// not fit is read a second time. What a thread has read it multiplies and merges itself, so that no place needs a barrier.
+//
+// A parameter's inner products are added up per block, and each block that sees that all have delivered theirs adds those up and finds the weights
+// for itself, in the same order as all: nobody waits for another's weights. A warp of its own does so, while the others move data.
 //
 // Blocks wait for each other, so all must run: a cooperative launch. Nobody locks up: in every block all of a parameter's products come before its
-// first merge, since what is held of one parameter is never the whole queue.
+// first merge (`Mover::kept`), so that they wait for the weights of parameters before it alone.
 //
 // No float is added by atomics: a thread adds its products item by item, a block those of its warps in their order, and each block those of all
 // blocks in the same order as the others: the same bits on every device of as many multiprocessors.
@@ -38,7 +41,7 @@ template <typename S>
 constexpr int kVector = 16 / sizeof(S);
 template <typename S, int K>
 constexpr int kItem = kMovers<K> * kVector<S>;
-// Items on their way.
+// Items on their way (cp.async) while an older one is multiplied.
 constexpr int kAhead = 4;
 // Places in shared memory at most; an H100 has room for 15 to 18.
 constexpr int kMaxPlaces = 20;
@@ -84,35 +87,44 @@ struct AlignBuffers {
   const int64_t* order;
 };
 
-// What a block's warps tell each other of its tensors, which are numbered as the block comes to them.
+// What a block's warps tell each other of its tensors, which are numbered as the block comes to them. What changes hands, and by which number:
+//
+//   sums       every mover warp's to the one that comes last                 come
+//   room       for sums, from that one to all, kSums tensors later           emptied
+//   partials   that one's, in every block, to every block's weighing warp    AlignBuffers::delivered
+//   weights    the weighing warp's to every mover                            weighed
+//
+// Who gives is done with the memory, fences and raises the number; who takes sees the number, fences and goes to the memory. Where lane 0 does so for
+// its warp, __syncwarp stands between it and the other lanes.
 template <typename S, int K>
 struct Board {
   static constexpr int kWarps = kMovers<K> / kWarp;
-  // Sums on their way from the warps, tensor n's in place n % kSums; how many warps have come there, and how often it was emptied.
+  // The sums of tensor n, in place n % kSums; how many warps have ever come there, and how often it was emptied.
   static constexpr int kSums = 4;
   double sums[kSums][pairs_of(K)][kWarps];
-  int come[kSums], emptied[kSums];
-  // The weights of tensor n in place n % kWeights, for n < weighed. When a tensor's weights are found, all warps have multiplied its last item, so
-  // that fewer tensors before it than there are places in the queue have anything left to be merged.
+  int come[kSums];
+  volatile int emptied[kSums];
+  // The weights of tensor n in place n % kWeights, for n < weighed. Their room has no number of its own: when a tensor's partials are taken, all
+  // warps have multiplied its last item, so that fewer tensors before it than there are places in the queue have anything left to be merged.
   static constexpr int kWeights = 32;
   static_assert(kWeights >= kMaxPlaces + kRegisterPlaces<S, K>);
   Wide<S> weights[kWeights][K];
-  int weighed;
+  volatile int weighed;
   double numbers[weigh_numbers(K)], target[K * K];
   // The order in which more than two paths meet each other.
   int64_t order[K > 2 ? K * K : 1];
 };
 
-// Accesses to memory stay on their side of it. The toolkit's functions for asynchronous copies do not say that they wait for memory: they count on a
-// barrier behind them.
+// The compiler leaves accesses to memory on their side of it. The toolkit's functions for asynchronous copies do not tell it that they access or wait
+// for memory: they count on a barrier behind them.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// A block's own items, in order. Of a tensor with more than `most` the first ones come twice: to be multiplied, and, after the others, to be read
-// again and merged.
+// A block's own items, in order. Of a tensor with more than `kept` the first ones come twice: to be multiplied, and, after the others, to be read
+// again and merged. With 3 kept, a tensor's items 0 to 4 come as 0 1 2 3 4 1 0: the first five are multiplied, the last five merged.
 template <int K>
 class Walk {
  public:
-  __device__ Walk(const AlignList<K>& list, int most) : list_(list), most_(most * int(gridDim.x)) { enter(int(blockIdx.x)); }
+  __device__ Walk(const AlignList<K>& list, int kept) : list_(list), kept_(kept * int(gridDim.x)) { enter(int(blockIdx.x)); }
 
   // Among all tensors, and among those of which the block has items.
   int tensor = 0, number = -1;
@@ -129,7 +141,7 @@ class Walk {
       // Backwards: the cache has for certain what was read last.
       next_ = item_ + int(gridDim.x);
       again_ = true;
-      item_ -= most_;
+      item_ -= kept_;
     }
     if (item_ < list_.first_item[tensor]) next_tensor();
   }
@@ -139,9 +151,10 @@ class Walk {
     enter(next_);
   }
 
+  // Whether the item comes to be multiplied, as its tensor's last one, and to be merged.
   __device__ bool is_multiplied() const { return !again_; }
   __device__ bool is_last() const { return !again_ && item_ + int(gridDim.x) >= list_.first_item[tensor + 1]; }
-  __device__ bool is_merged() const { return again_ || item_ + most_ >= list_.first_item[tensor + 1]; }
+  __device__ bool is_merged() const { return again_ || item_ + kept_ >= list_.first_item[tensor + 1]; }
 
   // This thread's first element, and how many from there to the tensor's end, as far as the thread has them.
   template <typename S>
@@ -171,7 +184,7 @@ class Walk {
   }
 
   const AlignList<K>& list_;
-  const int most_;
+  const int kept_;
   // The item, whether it comes the second time, and then the next tensor's first.
   int item_, next_;
   bool again_;
@@ -193,18 +206,21 @@ class Mover {
         buffers_(buffers),
         board_(board),
         places_(places + threadIdx.x),
-        read_(list, most()),
-        multiplied_(list, most()),
-        merged_(list, most()) {}
+        read_(list, kept()),
+        multiplied_(list, kept()),
+        merged_(list, kept()) {}
 
+  // Each row takes a step of the queue: the oldest item of its registers is merged, the oldest one of shared memory comes there, the next one is on
+  // its way to where that was, and the one that has arrived is multiplied.
   __device__ void run() {
     Registers held[kRows<K>][kRow<S, K>][K];
-    int place = 0, before = num_places_ - kAhead, until_merge = num_places_ + kRegisterPlaces<S, K>, until_multiply = kAhead;
+    int oldest = 0, arrived = num_places_ - kAhead;
+    // Steps until there is a first one.
+    int until_merge = num_places_ + kRegisterPlaces<S, K>, until_multiply = kAhead;
 #pragma unroll 1
     while (!merged_.ended()) {
 #pragma unroll
       for (auto& row : held) {
-        // The oldest item leaves the registers, the oldest of shared memory comes there, and the next one is on its way to where that was.
         if (until_merge > 0)
           --until_merge;
         else
@@ -213,23 +229,24 @@ class Mover {
         for (int k = 0; k < K; ++k) {
 #pragma unroll
           for (int i = kRow<S, K> - 1; i > 0; --i) row[i][k] = row[i - 1][k];
-          row[0][k] = *reinterpret_cast<const Registers*>(at(place, k));
+          row[0][k] = *reinterpret_cast<const Registers*>(at(oldest, k));
         }
         keep_order();
-        read(place);
+        read(oldest);
         if (until_multiply > 0)
           --until_multiply;
         else
-          multiply(before);
-        if (++place == num_places_) place = 0;
-        if (++before == num_places_) before = 0;
+          multiply(arrived);
+        if (++oldest == num_places_) oldest = 0;
+        if (++arrived == num_places_) arrived = 0;
       }
     }
   }
 
  private:
-  // Items of one tensor that are held: the others' places are on their way.
-  __device__ int most() const { return num_places_ + kRegisterPlaces<S, K> - kAhead; }
+  // Items of one tensor that stay until they are merged: so many that the last one is multiplied, kAhead steps after it is read, one step before the
+  // first one is merged, as many steps after it is read as the queue has places.
+  __device__ int kept() const { return num_places_ + kRegisterPlaces<S, K> - kAhead; }
   // This thread's part of a place.
   __device__ Part* at(int place, int k) const { return places_ + (place * K + k) * kMovers<K>; }
 
@@ -257,67 +274,74 @@ class Mover {
     __pipeline_commit();
   }
 
-  // Multiply what was read into the place kAhead items ago.
+  // Multiply what was read into the place kAhead steps ago.
   __device__ void multiply(int place) {
     if (multiplied_.ended()) return;
     __pipeline_wait_prior(kAhead);
     keep_order();
     if (multiplied_.is_multiplied()) {
-      Part g[K];
-      // What is added up for paths above num_paths is left out.
-#pragma unroll
-      for (int k = 0; k < K; ++k) g[k] = *at(place, k);
-#pragma unroll
-      for (int b = 0; b < K; ++b)
-#pragma unroll
-        for (int a = 0; a <= b; ++a) {
-          T sum = 0;
-#pragma unroll
-          for (int v = 0; v < kVector<S>; ++v) sum += T(g[a].v[v]) * T(g[b].v[v]);
-          sums_[pair_of(a, b)] += double(sum);
-        }
+      add_products(place);
       if (multiplied_.is_last()) deliver();
     }
     multiplied_.next();
+  }
+
+  __device__ void add_products(int place) {
+    Part g[K];
+    // What is added up for paths above num_paths is left out.
+#pragma unroll
+    for (int k = 0; k < K; ++k) g[k] = *at(place, k);
+#pragma unroll
+    for (int b = 0; b < K; ++b)
+#pragma unroll
+      for (int a = 0; a <= b; ++a) {
+        T sum = 0;
+#pragma unroll
+        for (int v = 0; v < kVector<S>; ++v) sum += T(g[a].v[v]) * T(g[b].v[v]);
+        sums_[pair_of(a, b)] += double(sum);
+      }
   }
 
   // The tensor's sums over this block's items -> partials. Whichever warp comes last adds up all warps'.
   __device__ void deliver() {
     using Its = Board<S, K>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int at = multiplied_.number % Its::kSums, turn = multiplied_.number / Its::kSums;
+    const int place = multiplied_.number % Its::kSums, turn = multiplied_.number / Its::kSums;
     if (lane == 0) {
-      while (*static_cast<volatile int*>(board_.emptied + at) != turn) __nanosleep(20);
-      // Those who have read it are done before it is written again.
+      while (board_.emptied[place] != turn) __nanosleep(20);
+      // Room is taken: the sums that were here have been read.
       __threadfence_block();
     }
+    // What the lanes have read of older weights comes before lane 0's next fence, and so before anyone takes partials: see kWeights.
     __syncwarp();
 #pragma unroll
     for (int pair = 0; pair < pairs_of(K); ++pair) {
       const double sum = warp_reduce(sums_[pair], Add{});
-      if (lane == 0) board_.sums[at][pair][warp] = sum;
+      if (lane == 0) board_.sums[place][pair][warp] = sum;
       sums_[pair] = 0;
     }
     int before = 0;
     if (lane == 0) {
+      // Sums are given.
       __threadfence_block();
-      before = atomicAdd(board_.come + at, 1);
+      before = atomicAdd(board_.come + place, 1);
     }
     if (__shfl_sync(kAllLanes, before, 0) != (turn + 1) * Its::kWarps - 1) return;
-    // What lane 0 has seen to be there, all lanes read.
+    // Sums are taken, by lane 0 for all lanes.
     __threadfence_block();
     __syncwarp();
     GRADALIGN_LOOP
     for (int pair = lane; pair < pairs_of(num_paths_); pair += kWarp) {
       double total = 0;
       GRADALIGN_LOOP
-      for (int w = 0; w < Its::kWarps; ++w) total += board_.sums[at][pair][w];
+      for (int w = 0; w < Its::kWarps; ++w) total += board_.sums[place][pair][w];
       buffers_.partials[int64_t(pair) * list_.num_slots + list_.first_slot[multiplied_.tensor] + list_.rank(multiplied_.tensor)] = total;
     }
     __syncwarp();
     if (lane != 0) return;
+    // Room and partials are given, by lane 0 for all lanes. The latter to other blocks: a fence of the device.
     __threadfence();
-    *static_cast<volatile int*>(board_.emptied + at) = turn + 1;
+    board_.emptied[place] = turn + 1;
     atomicAdd(buffers_.delivered + multiplied_.tensor, 1);
   }
 
@@ -326,34 +350,38 @@ class Mover {
     if (merged_.ended()) return;
     if (merged_.is_merged()) {
       if (merged_.number >= weighed_) {
-        while ((weighed_ = *static_cast<volatile int*>(&board_.weighed)) <= merged_.number) __nanosleep(20);
+        while ((weighed_ = board_.weighed) <= merged_.number) __nanosleep(20);
+        // Weights are taken, those of all tensors below weighed_.
         __threadfence_block();
       }
-      const T* const weights = board_.weights[merged_.number % Board<S, K>::kWeights];
-      T total[kVector<S>];
-#pragma unroll
-      for (int v = 0; v < kVector<S>; ++v) total[v] = weights[0] * element(held[0], v);
-#pragma unroll
-      for (int k = 1; k < K; ++k) {
-        if (k >= num_paths_) break;
-#pragma unroll
-        for (int v = 0; v < kVector<S>; ++v) total[v] += weights[k] * element(held[k], v);
-      }
-      const int64_t begin = merged_.template begin<S>();
-      const int left = merged_.template left<S>(begin);
-      S* const to = static_cast<S*>(list_.data[0][merged_.tensor]) + begin;
-      if (left == kVector<S> && list_.aligned[merged_.tensor]) {
-        Part part;
-#pragma unroll
-        for (int v = 0; v < kVector<S>; ++v) part.v[v] = S(total[v]);
-        *reinterpret_cast<Part*>(to) = part;
-      } else {
-#pragma unroll
-        for (int v = 0; v < kVector<S>; ++v)
-          if (v < left) to[v] = S(total[v]);
-      }
+      write_merged(held, board_.weights[merged_.number % Board<S, K>::kWeights]);
     }
     merged_.next();
+  }
+
+  __device__ void write_merged(const Registers (&held)[K], const T* weights) {
+    T total[kVector<S>];
+#pragma unroll
+    for (int v = 0; v < kVector<S>; ++v) total[v] = weights[0] * element(held[0], v);
+#pragma unroll
+    for (int k = 1; k < K; ++k) {
+      if (k >= num_paths_) break;
+#pragma unroll
+      for (int v = 0; v < kVector<S>; ++v) total[v] += weights[k] * element(held[k], v);
+    }
+    const int64_t begin = merged_.template begin<S>();
+    const int left = merged_.template left<S>(begin);
+    S* const to = static_cast<S*>(list_.data[0][merged_.tensor]) + begin;
+    if (left == kVector<S> && list_.aligned[merged_.tensor]) {
+      Part part;
+#pragma unroll
+      for (int v = 0; v < kVector<S>; ++v) part.v[v] = S(total[v]);
+      *reinterpret_cast<Part*>(to) = part;
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVector<S>; ++v)
+        if (v < left) to[v] = S(total[v]);
+    }
   }
 
   __device__ static T element(const Registers& registers, int v) {
@@ -378,11 +406,41 @@ class Mover {
   double sums_[pairs_of(K)] = {};
 };
 
-// What the last warp does: the weights of the block's tensors, one after the other.
-template <typename S, int K>
-__device__ void find_weights(const AlignList<K>& list, int num_paths, const WeighOptions& options, const AlignBuffers& buffers, Board<S, K>& board) {
+// What the blocks have delivered of a tensor, added up by a warp: its Gram matrix, which lane 0 writes.
+template <int K>
+__device__ void add_partials(const AlignList<K>& list, int num_paths, const AlignBuffers& buffers, int tensor, int blocks, const Numbers& matrix) {
   // Slots per lane that are read at once: of two paths those of 160 blocks, more than an H100 has.
   constexpr int kAtOnce = K == 2 ? 5 : K == 4 ? 2 : 1;
+  const int lane = threadIdx.x % kWarp;
+  double sums[pairs_of(K)] = {};
+  for (int first = lane; first < blocks; first += kAtOnce * kWarp) {
+    // All are read before the first is added, so that their latencies overlap.
+    double read[kAtOnce][pairs_of(K)];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int pair = 0; pair < pairs_of(K); ++pair) {
+        read[i][pair] = 0;
+        if (first + i * kWarp < blocks && pair < pairs_of(num_paths))
+          read[i][pair] = __ldcg(buffers.partials + int64_t(pair) * list.num_slots + list.first_slot[tensor] + first + i * kWarp);
+      }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int pair = 0; pair < pairs_of(K); ++pair) sums[pair] += read[i][pair];
+  }
+#pragma unroll
+  for (int j = 0; j < K; ++j)
+#pragma unroll
+    for (int i = 0; i <= j; ++i) {
+      const double sum = warp_reduce(sums[pair_of(i, j)], Add{});
+      if (lane == 0 && j < num_paths) matrix[i * num_paths + j] = matrix[j * num_paths + i] = sum;
+    }
+}
+
+// What the weighing warp, the last one, does: the weights of the block's tensors, one after the other.
+template <typename S, int K>
+__device__ void find_weights(const AlignList<K>& list, int num_paths, const WeighOptions& options, const AlignBuffers& buffers, Board<S, K>& board) {
   const int lane = threadIdx.x % kWarp, size = num_paths * num_paths;
   const bool moves = options.method == Weighing::kGradvac;
   const bool meets = K > 2 && buffers.order != nullptr;
@@ -392,42 +450,21 @@ __device__ void find_weights(const AlignList<K>& list, int num_paths, const Weig
     const int tensor = walk.tensor, blocks = min(list.items_of(tensor), int(gridDim.x));
     if (lane == 0) {
       while (*static_cast<volatile int*>(buffers.delivered + tensor) != blocks) __nanosleep(20);
+      // Partials are taken, and with them room for weights.
       __threadfence();
     }
     __syncwarp();
     const int64_t place = int64_t(list.param[tensor]) * size;
     for (int i = lane; moves && i < size; i += kWarp) board.target[i] = buffers.rho ? buffers.rho[place + i] : 0.0;
-    double sums[pairs_of(K)] = {};
-    for (int first = lane; first < blocks; first += kAtOnce * kWarp) {
-      // All are read before the first is added, so that their latencies overlap.
-      double read[kAtOnce][pairs_of(K)];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-        for (int pair = 0; pair < pairs_of(K); ++pair) {
-          read[i][pair] = 0;
-          if (first + i * kWarp < blocks && pair < pairs_of(num_paths))
-            read[i][pair] = __ldcg(buffers.partials + int64_t(pair) * list.num_slots + list.first_slot[tensor] + first + i * kWarp);
-        }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-        for (int pair = 0; pair < pairs_of(K); ++pair) sums[pair] += read[i][pair];
-    }
-#pragma unroll
-    for (int j = 0; j < K; ++j)
-#pragma unroll
-      for (int i = 0; i <= j; ++i) {
-        const double sum = warp_reduce(sums[pair_of(i, j)], Add{});
-        if (lane == 0 && j < num_paths) matrix[i * num_paths + j] = matrix[j * num_paths + i] = sum;
-      }
+    add_partials(list, num_paths, buffers, tensor, blocks, matrix);
     __syncwarp();
     if (lane != 0) continue;
     weigh_paths<(K > 2)>(num_paths, matrix, meets ? board.order : nullptr, moves ? board.target : nullptr, options, found, scratch);
     GRADALIGN_LOOP
     for (int k = 0; k < num_paths; ++k) board.weights[walk.number % Board<S, K>::kWeights][k] = Wide<S>(found[k]);
+    // Weights are given.
     __threadfence_block();
-    *static_cast<volatile int*>(&board.weighed) = walk.number + 1;
+    board.weighed = walk.number + 1;
     if (list.rank(tensor) > 0) continue;
     GRADALIGN_LOOP
     for (int i = 0; i < size; ++i) {
@@ -443,7 +480,10 @@ __global__ __launch_bounds__(kMovers<K> + kWarp, 1) void align_kernel(const __gr
                                                                       const __grid_constant__ AlignBuffers buffers) {
   extern __shared__ double2 memory[];
   __shared__ Board<S, K> board;
-  if (threadIdx.x < Board<S, K>::kSums) board.come[threadIdx.x] = board.emptied[threadIdx.x] = 0;
+  if (threadIdx.x < Board<S, K>::kSums) {
+    board.emptied[threadIdx.x] = 0;
+    board.come[threadIdx.x] = 0;
+  }
   if (threadIdx.x == 0) board.weighed = 0;
   __syncthreads();
   if (threadIdx.x < kMovers<K>)

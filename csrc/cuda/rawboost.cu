@@ -614,16 +614,28 @@ __global__ __launch_bounds__(kThreads) void rawboost_finish_kernel(Wave source, 
 
 // ---------------------------------------------------------------------------------------------------------------------------- the chain
 
-// Writes what `rawboost` returns into batch.out. After the impulses' marks and the filters' spectra, the launches of float32 are
+// Writes what `rawboost` returns into batch.out. With norm(v) = v / max(1, max |v|), and the noise filtered and at its level, the passes are
 //
-//   1     filter x by LnL                        -> finish: mean, norm
-//   2     pass: impulses on x                    -> finish: norm
-//   3     filter the noise                       -> finish: noise
-//   4     filter x and the noise together        -> pass: mean, norm, impulses  -> finish: norm, noise
-//   5     filter x by LnL                        -> pass: mean, norm, impulses  -> finish: norm
-//   6     filter x and the noise together        -> pass: mean, norm            -> finish: norm, noise
-//   7     pass: impulses on x                    -> filter the noise            -> finish: norm, noise
-//   8     pass: impulses on x -> finish: norm; then filter x by LnL -> pass: mean, norm, plus what the first two left -> finish: norm
+//        filter_powers, color_noise   isd_kernel                       rawboost_finish_kernel
+//   1    z                                                             out = norm(z - mean)
+//   2                                 y = x * gain                     out = norm(y)
+//   3          noise                                                   out = x + noise
+//   4    z and noise                  out = norm(z - mean) * gain      out = norm(out) + noise
+//   5    z                            out = norm(z - mean) * gain      out = norm(out)
+//   6    z and noise                  out = norm(z - mean)             out = norm(out) + noise
+//   7          noise                  out = x * gain                   out = norm(out) + noise
+//   8    what 2 does, and then
+//        z                            out = norm(z - mean) + out       out = norm(out)
+//
+// Half precision may not hold x * gain: there 7 is 2, and then 3 with the result in the place of x. In float32, where memory allows, one launch
+// filters z and the noise together; else the noise of 4, 6 and 7 comes after isd_kernel. z, y and the noise have the dtype of computation and lie
+//
+//          float32, float64             half precision
+//   z      in out; of 8 beside it       beside out
+//   y      in out                       beside out
+//   noise  beside out; of 3 in it       beside out; of 4 and 6 where z was
+//
+// so that there is never more than one [B, T] beside the result.
 void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& filters, const std::optional<Tensor>& seeds,
            const std::optional<Tensor>& factor, const std::optional<Tensor>& noise, const std::optional<Tensor>& snr_db, int64_t algo, double p,
            double g_sd, double snr_min, double snr_max) {
@@ -639,66 +651,72 @@ void chain(const Batch& batch, const Tensor& x, const std::optional<Tensor>& fil
   dispatch_floating(x.scalar_type(), "x", [&](auto stored) {
     using S = decltype(stored);
     using T = Wide<S>;
-    S* const out = batch.out.mutable_data_ptr<S>();
+    const Tensor& out = batch.out;
+    // Of the last isd_kernel's result.
     const Tensor peaks = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, wide_dtype(x));
     const Tensor squares = torch::stable::new_empty(x, {batch.size, batch.num_blocks}, ScalarType::Double);
     const Tiles<T> of_peaks{peaks.const_data_ptr<T>(), kBlock, batch.num_blocks};
-    const auto pass = [&](Wave source, const PowerTiles<T>& powers, const Impulses& impulses, Wave addend, const Tensor& to) {
+    const Tiles<double> of_squares{squares.const_data_ptr<double>(), kBlock, batch.num_blocks};
+
+    // The table's columns. A pass that gets `level` takes norm(source - mean) by it.
+    const auto filter = [&](const Tensor& z) { return filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, z); };
+    const auto pass = [&](Wave source, const PowerTiles<T>& level, const Impulses& impulses, Wave addend, const Tensor& to) {
       const auto run = [&](auto type) {
         using Y = decltype(type);
-        device.launch(isd_kernel<Y>, batch.blocks(), kThreads, source, powers, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks,
+        device.launch(isd_kernel<Y>, batch.blocks(), kThreads, source, level, impulses, T(g_sd), addend, batch.rows(), batch.num_blocks,
                       to.mutable_data_ptr<Y>(), peaks.mutable_data_ptr<T>(), steps.ssi ? squares.mutable_data_ptr<double>() : nullptr);
       };
       to.scalar_type() == x.scalar_type() ? run(S{}) : run(T{});
     };
-    const auto finish = [&](Wave source, const PowerTiles<T>& powers, bool passed, Wave colored, Tiles<double> signal, Tiles<double> of_noise) {
-      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, powers, passed ? of_peaks : Tiles<T>{}, colored, signal, of_noise,
-                    NoiseLevel(drawn), batch.rows(), batch.num_blocks, out);
+    const auto finish = [&](Wave source, const PowerTiles<T>& level, const Tiles<T>& norm, const std::optional<Colored>& colored = {},
+                            const Tiles<double>& signal = {}) {
+      device.launch(rawboost_finish_kernel<S>, batch.blocks(), kThreads, source, level, norm, colored ? wave_of(colored->samples) : Wave{},
+                    colored ? signal : Tiles<double>{}, colored ? colored->noise() : Tiles<double>{}, NoiseLevel(drawn), batch.rows(),
+                    batch.num_blocks, out.mutable_data_ptr<S>());
+    };
+    // Rows 2 and 3.
+    const auto isd_alone = [&] {
+      const Tensor y = batch.scratch();
+      pass(wave_of(x), {}, marked->impulses(), {}, y);
+      finish(wave_of(y), {}, of_peaks);
+    };
+    const auto ssi_alone = [&](const Tensor& source) {
+      const Colored colored = color_noise(device, source, *bank, batch, *drawn, batch.scratch(), true);
+      finish(wave_of(source), {}, {}, colored, colored.signal());
     };
 
-    Impulses impulses = marked ? marked->impulses() : Impulses{};
-    Wave source = wave_of(x), addend{};
-    // Impulses on x itself may be more than half precision holds until their norm is found.
-    const bool is_loud = steps.isd && !steps.lnl && !is_wide(x);
-    if (steps.parallel || is_loud) {
-      const Tensor boosted = batch.scratch();
-      pass(source, {}, impulses, {}, boosted);
-      finish(wave_of(boosted), {}, true, {}, {}, {});
-      if (is_loud && !steps.ssi) return;
-      // Their result lies where the last pass will write.
-      if (steps.parallel)
-        addend = wave_of(batch.out);
-      else
-        source = wave_of(batch.out);
-      impulses = {};
+    if (algo == 1) {
+      const Powers powers = filter(batch.scratch());
+      return finish(wave_of(powers.z), powers.parts<T>(), {});
     }
-    // A mean and a norm before the noise, and impulses, take a pass of their own, from z or x into the result.
-    const bool passes = (steps.isd && !is_loud) || (steps.lnl && steps.ssi);
-    // Where z and the noise's samples lie: in the result while that is free, and else beside it. In half precision both lie beside it, one after
-    // the other in the same place.
-    std::optional<Tensor> z, samples;
-    if (steps.lnl) z = steps.parallel ? batch.new_samples() : batch.scratch();
-    if (steps.ssi) samples = passes && is_wide(x) ? batch.new_samples() : z ? *z : batch.scratch();
-    PowerTiles<T> level{};
+    if (algo == 2) return isd_alone();
+    if (algo == 3) return ssi_alone(x);
+    if (algo == 7 && !is_wide(x)) {
+      isd_alone();
+      return ssi_alone(out);
+    }
+    if (algo == 8) {
+      isd_alone();
+      const Powers powers = filter(batch.new_samples());
+      pass(wave_of(powers.z), powers.parts<T>(), {}, wave_of(out), out);
+      return finish(wave_of(out), {}, of_peaks);
+    }
+
+    // 4 to 7.
+    const Tensor z = batch.scratch(), samples = steps.ssi && is_wide(x) ? batch.new_samples() : z;
     std::optional<Powers> powers;
     std::optional<Colored> colored;
-    // Together where the memory allows, since the noise's samples are there beside z then.
     if (steps.lnl && steps.ssi && is_wide(x) && filter_by_fft(x, bank->per_utterance, bank->num_taps, 1)) {
       const int tile = Segments(bank->num_taps).tile();
-      powers = new_powers(batch, tile, *z), colored = new_colored(batch, tile, *samples);
+      powers = new_powers(batch, tile, z), colored = new_colored(batch, tile, samples);
       filter_fft(device, x, *bank, batch, bank->per_utterance - 1, &*powers, &*drawn, &*colored, false);
     } else if (steps.lnl) {
-      powers = filter_powers(device, x, *bank, bank->per_utterance - steps.ssi, batch, *z);
+      powers = filter(z);
     }
-    if (powers) source = wave_of(powers->z), level = powers->parts<T>();
-    if (passes) {
-      pass(source, level, impulses, addend, batch.out);
-      source = wave_of(batch.out), level = {};
-    }
-    if (steps.ssi && !colored) colored = color_noise(device, is_loud ? batch.out : x, *bank, batch, *drawn, *samples, !passes);
-    if (!colored) return finish(source, level, passes, {}, {}, {});
-    const Tiles<double> signal = passes ? Tiles<double>{squares.const_data_ptr<double>(), kBlock, batch.num_blocks} : colored->signal();
-    finish(source, level, passes, wave_of(*samples), signal, colored->noise());
+    const Impulses impulses = marked ? marked->impulses() : Impulses{};
+    powers ? pass(wave_of(z), powers->parts<T>(), impulses, {}, out) : pass(wave_of(x), {}, impulses, {}, out);
+    if (steps.ssi && !colored) colored = color_noise(device, x, *bank, batch, *drawn, samples, false);
+    finish(wave_of(out), {}, of_peaks, colored, of_squares);
   });
 }
 
