@@ -200,7 +200,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.asv_scores is not None:
         root = args.root if args.dataset == "asvspoof2021-la" else None
         asv = evaluation.read_asv_scores(args.asv_scores, root, args.subset)
-    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=args.tdcf, resamples=args.interval or 0)
+    tdcf = args.tdcf or ("2019" if args.dataset == "asvspoof2019-la" else "2021")
+    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=tdcf, resamples=args.interval or 0)
     if args.det is not None:
         evaluation.write_det(scores, args.det, by=args.by)
     if args.format == "json":
@@ -220,7 +221,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             rates = f"p_fa {pooled.p_fa:.4f}, p_miss {pooled.p_miss:.4f}, p_fa_spoof {pooled.p_fa_spoof:.4f}"
             if isinstance(asv, evaluation.AsvScores) and asv.names(args.by) & {row["condition"] for row in rows}:
                 rates += f"; in each {args.by}'s row with its own"
-            print(f"min t-DCF of {args.tdcf}, with ASV {rates}.")
+            print(f"min t-DCF of {tdcf}, with ASV {rates}.")
         if args.interval:
             drawn = evaluation.drawn(scores, args.by)
             print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of {drawn}.")
@@ -708,7 +709,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dataset asvspoof2021-la, keys/LA/ASV/*/score.txt",
     )
     asv.add_argument("--asv-rates", type=_rates, metavar="P_FA,P_MISS,P_FA_SPOOF", help="or its error rates")
-    evaluate.add_argument("--tdcf", choices=["2019", "2021"], default="2021", help="t-DCF definition (default: 2021)")
+    evaluate.add_argument(
+        "--tdcf", choices=["2019", "2021"], help="t-DCF definition (default: 2019 with asvspoof2019-la, else 2021)"
+    )
     evaluate.add_argument("--by", choices=["attack", "codec", "speaker"], help="one more row for each of them")
     evaluate.add_argument(
         "--interval",

@@ -352,6 +352,19 @@ def test_asv_scores_of_2021_need_their_keys(la2021):
         evaluation.read_asv_scores(root / "asv.txt", root)
 
 
+@pytest.mark.parametrize(("options", "version"), [([], "2019"), (["--tdcf", "2021"], "2021")])
+def test_the_tandem_dcf_of_a_2019_data_set_is_the_one_of_2019(tmp_path, capsys, options, version):
+    protocol = tmp_path / "ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.eval.trl.txt"
+    protocol.parent.mkdir()
+    protocol.write_text("p h1 - - bonafide\np h2 - - bonafide\nq s1 - A07 spoof\nq s2 - A08 spoof\n")
+    (tmp_path / "scores.txt").write_text("h1 2\nh2 -1\ns1 1\ns2 -2\n")
+    data = ["--dataset", "asvspoof2019-la", "--root", str(tmp_path)]
+    rates = ["--asv-rates", "0.05,0.1,0.3"]
+    assert cli.main(["evaluate", str(tmp_path / "scores.txt"), *data, *rates, *options, "--json"]) == 0
+    expected = metrics.min_tdcf([2, -1], [1, -2], metrics.AsvRates(0.05, 0.1, 0.3), version)
+    assert json.loads(capsys.readouterr().out)[0]["min_tdcf"] == expected
+
+
 def test_an_attack_without_asv_scores_is_an_error(files):
     """Where they name no attack of the table, every row has the rates over all."""
     scores = evaluation.read_scores(files / "scores.txt")
