@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,13 +34,20 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline std::string shape_of(const Tensor& tensor) {
+  std::string shape;
+  for (const int64_t size : tensor.sizes()) shape += (shape.empty() ? "[" : ", ") + std::to_string(size);
+  return (shape.empty() ? "[" : shape) + "]";
+}
+
 // Check two paths' gradients of one parameter against each other; return whether both can be walked in memory order.
 inline bool check_paths(const Tensor& first, const Tensor& other) {
   dispatch_floating(first.scalar_type(), "a gradient", [](auto) {});
   STD_TORCH_CHECK(first.scalar_type() == other.scalar_type(), "the paths' gradients of one parameter must share a dtype; found ",
                   toString(first.scalar_type()), " and ", toString(other.scalar_type()));
   const auto a = first.sizes(), b = other.sizes();
-  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), "the paths' gradients of one parameter must share a shape");
+  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()),
+                  "the paths' gradients of one parameter must share a shape; found ", shape_of(first), " and ", shape_of(other));
   return is_dense(first) && same_layout(first, other);
 }
 

@@ -22,7 +22,8 @@ class Stats:
         conflicts: aligned steps in which any two paths' gradients of the whole model had a negative cosine; excluded
             parameters do not count.
         cosine: float64 [K, K] on the CPU, cosines between the paths' gradients of the whole model, without excluded
-            parameters, in the last step; None before the first.
+            parameters, in the last step (NaN with a gradient that was not finite); None before the first, and after
+            `load_state_dict`, as a state holds no cosines.
         groups: names of the groups of the scope, empty for scope "model" and "parameter".
         group_cosine, group_conflicts: float64 [S, K, K] and int64 [S], the same per group.
         parameter_cosine, parameter_conflicts: float64 [N, K, K] and int64 [N], the same per parameter in the order of
@@ -177,8 +178,8 @@ class Tally:
         return self.counters
 
     def add(self, gram: Tensor, rho: Tensor | None, finite: Tensor, segments: Segments) -> None:
-        """Count a step and keep its Gram matrices [N, K, K]; of one that is not ``finite``, a bool [], only count that
-        it was skipped, and keep the old targets.
+        """Keep a step's Gram matrices [N, K, K] and count it; where it is not ``finite``, a bool [], only count that it
+        was skipped, and keep the old targets.
         """
         self.gram, self.num_paths = gram, gram.shape[-1]
         counters = self.allocate(self.num_paths, segments, gram.device)

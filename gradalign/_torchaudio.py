@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from gradalign import info
-
 
 def require_torchaudio() -> None:
     """Import torchaudio.
@@ -16,6 +14,9 @@ def require_torchaudio() -> None:
     except ImportError as error:
         raise ImportError("this needs the package torchaudio: pip install torchaudio") from error
     except (OSError, RuntimeError) as error:
+        # Here, as `python -m gradalign.info` warns of a module that `import gradalign` has loaded before.
+        from gradalign import info
+
         # Its own message asks for a torchaudio that matches, which there may be none of; pyproject.toml knows a pair.
         found = info.versions()
         raise ImportError(

@@ -738,9 +738,10 @@ def weights(gram: Tensor, method: str | Callable[[Tensor], Tensor], **options: A
 def check_options(method: str | Callable, options: dict[str, Any], known: tuple[str, ...]) -> None:
     """Raise TypeError if ``options`` has a name that is not among ``known``."""
     if unknown := [name for name in options if name not in known]:
-        raise TypeError(
-            f"method {label(method)!r} takes the options {', '.join(known) or '(none)'}; found {', '.join(unknown)}"
-        )
+        takes = f"takes the options {', '.join(known) or '(none)'}"
+        if not isinstance(method, str):
+            takes = "is a callable, which takes no options here (functools.partial sets them)"
+        raise TypeError(f"method {label(method)!r} {takes}; found {', '.join(unknown)}")
 
 
 def label(method: str | Callable) -> str:

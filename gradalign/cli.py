@@ -225,6 +225,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         if args.interval:
             drawn = evaluation.drawn(scores, args.by)
             print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of {drawn}.")
+        if one_sided := evaluation.one_sided(scores, args.by):
+            more = f" and {len(one_sided) - 1} more" if one_sided[1:] else ""
+            print(f"Left out, as of one class only: {args.by} {one_sided[0]}{more}.")
         if args.det is not None:
             print(f"DET curve: {args.det}")
     return 0

@@ -359,6 +359,11 @@ def evaluate(
     return rows
 
 
+def one_sided(scores: Scores, by: str | None) -> list[str]:
+    """The attacks, codecs or speakers that `evaluate` leaves out, as they have one of the classes only."""
+    return [name for name, chosen in _conditions(scores, by) if (chosen & scores.bonafide).sum() in (0, chosen.sum())]
+
+
 def _clusters(scores: Scores, chosen: np.ndarray) -> tuple[list[str], list[str]] | None:
     """The speakers of the bona fide and of the spoofed scores, which the bootstrap draws; None: utterances instead."""
     speakers = np.array(scores.speakers)

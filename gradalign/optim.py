@@ -226,7 +226,8 @@ class AlignedOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        # With paths that are not aligned, GradScaler is to get as far as `step`, whose error says what to call.
+        return bool(self._paths) or getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self._fields}

@@ -738,6 +738,7 @@ def test_random_order_is_a_uniform_pure_function():
         ((torch.eye(2), "cagrad"), {"c": "x"}, TypeError, "`c` must be a number; found 'x'"),
         ((torch.eye(2), "gradvac"), {"beta": "x"}, TypeError, "`beta` must be a number; found 'x'"),
         ((torch.eye(2), "mean"), {"c": 1}, TypeError, r"\(none\); found c"),
+        ((torch.eye(2), alignment.cagrad), {"c": 1}, TypeError, r"'cagrad' is a callable, .*partial.*; found c"),
         ((torch.eye(2), "gradvac"), {"variant": "x"}, ValueError, "'dual_path' or 'paper'; found 'x'"),
         ((torch.eye(2), "gradvac"), {"beta": 1.5}, ValueError, r"in \[0, 1\]; found 1.5"),
         ((torch.eye(2), "cagrad"), {"c": -1.0}, ValueError, r"in \[0, 1e100\]; found -1.0"),

@@ -210,6 +210,12 @@ def test_official_score_files_need_a_data_set_and_tell_codecs(runs, corpus, tmp_
     assert re.search(r"^mp3 +2 +2 .*\nogg +2 +2 ", table, re.MULTILINE)
     assert "50 bootstrap samples, of speakers (so few that it is too narrow).\n" in table
     assert det.stat().st_size > 1000
+    assert "Left out" not in table
+    assert cli.main(["evaluate", str(out), *data, "--by", "speaker"]) == 0
+    assert len(re.findall(r"^s\d +", capsys.readouterr().out, re.MULTILINE)) == 3
+    (corpus / "list.csv").write_text("".join(lines).replace(",spoof,s0,", ",spoof,t0,"))
+    assert cli.main(["evaluate", str(out), *data, "--by", "speaker"]) == 0
+    assert "\nLeft out, as of one class only: speaker s0 and 1 more.\n" in capsys.readouterr().out
     assert "expected --dataset and --root together" in fails(capsys, ["evaluate", out, "--dataset", "csv"])
     assert "found no labels" in fails(capsys, ["evaluate", out])
     assert "expected one folder with csv; found 2 paths" in fails(

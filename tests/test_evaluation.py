@@ -103,6 +103,8 @@ def test_speakers_of_one_class_are_left_out(many):
     utterances, values = many
     scores = evaluation.Scores.of(utterances, values)
     assert [row["condition"] for row in evaluation.evaluate(scores, by="speaker")] == ["all"]
+    assert evaluation.one_sided(scores, "speaker") == sorted({u.speaker for u in utterances})
+    assert evaluation.one_sided(scores, "codec") == evaluation.one_sided(scores, None) == []
 
 
 def test_intervals_are_over_speakers_where_they_are_known(many):

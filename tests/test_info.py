@@ -1,6 +1,8 @@
 """``gradalign info``: versions, build facts, and which backend serves each op here and why the others do not."""
 
 import re
+import subprocess
+import sys
 
 import inputs
 import pytest
@@ -53,3 +55,9 @@ def test_a_missing_gpu_is_a_reason():
         assert torch.cuda.get_device_name(0) in info.report()
     else:
         assert "cuda: none visible" in info.report()
+
+
+def test_the_module_runs_without_a_warning():
+    done = subprocess.run([sys.executable, "-m", "gradalign.info"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Versions\n")
+    assert "RuntimeWarning" not in done.stderr
