@@ -39,366 +39,7 @@ class _Resumable(KeyboardInterrupt):
     """Ctrl-C in a command that can go on later; the argument says how."""
 
 
-# ---- handlers ------------------------------------------------------------------------------------------------------
-
-
-def _train(args: argparse.Namespace) -> int:
-    from gradalign._errors import GradalignError
-    from gradalign.config import Sweep, TrainConfig, read_sweep
-    from gradalign.sweep import sweep
-
-    target, *overrides = args.target or [None]
-    if target is not None and "=" in target:
-        raise ValueError(f"expected DATA or CONFIG before key=value; found {target!r}")
-    path = args.config
-    if target is not None and Path(target).suffix in (".yaml", ".yml", ".json"):
-        if path is not None:
-            raise ValueError(f"expected one configuration; found {target} and --config {path}")
-        path, target = Path(target), None
-    if path is None and overrides:
-        raise ValueError(f"expected a configuration file before {overrides[0]!r}; without one, settings are flags")
-    plan = Sweep(TrainConfig(), ["pcgrad"], [0]) if path is None else read_sweep(path, overrides)
-    flags = {name: getattr(args, name) for name in ("out", *(setting[0] for setting in _SETTINGS))}
-    flags["data"] = target
-    config = replace(plan.config, **{name: value for name, value in flags.items() if value is not None})
-    if config.data is None and config.train_protocol is None:
-        raise ValueError("expected DATA, or --train-protocol and the like; found neither")
-    jobs = plan.jobs if args.jobs is None else args.jobs
-    try:
-        sweep(config, args.align or plan.methods, args.seeds or plan.seeds, jobs)
-    except KeyboardInterrupt:
-        raise _Resumable("the same command goes on from the last checkpoint of each run") from None
-    except GradalignError:
-        if any(Path(config.out).glob("*/results.json")):
-            _print_report(config.out)
-        raise
-    _print_report(config.out)
-    return 0
-
-
-def _print_report(runs: str | Path) -> None:
-    from gradalign import _ranks, report
-
-    if _ranks.rank() > 0:
-        return
-    path = report.write_report(runs)
-    print(report.text_summary(runs))
-    print(f"report: {path}")
-
-
-def _score(args: argparse.Namespace) -> int:
-    from gradalign import scoring
-    from gradalign._files import write_text
-    from gradalign.evaluation import Scores, write_scores
-
-    data, folder, labelled = _to_score(args)
-    values, bad = scoring.score(
-        args.model,
-        data,
-        folder,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=args.device,
-        resample=args.resample,
-        skip_bad=args.skip_bad,
-    )
-    utterances = data if isinstance(data, list) else data.utterances
-    if labelled:
-        write_scores(args.output, Scores.of(utterances, values), args.format)
-    else:
-        pairs = zip(utterances, values.tolist(), strict=True)
-        write_text(args.output, "".join(f"{u.name} {score:.9g}\n" for u, score in pairs if score == score))
-    about = _beside(args.output)
-    print(f"scores: {args.output}", file=about)
-    _list("skipped", bad, about)
-    return 0
-
-
-def _list(what: str, reasons: Sequence[str], file: TextIO | None = None) -> None:
-    """Print how many there are, and each one's reason; nothing for none."""
-    if reasons:
-        print(f"{len(reasons)} {what}:", *(f"  {reason}" for reason in reasons), sep="\n", file=file)
-
-
-def _beside(output: str) -> TextIO:
-    """Where messages about an output go: not into what may be /dev/stdout."""
-    return sys.stdout if Path(output).is_file() and own_output(output) is None else sys.stderr
-
-
-def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset, Path, bool]:
-    """What `gradalign score` scores, the folder of its audio, and whether its labels are known.
-
-    Single files, and every audio file below folders, are utterances named by their path.
-    """
-    from gradalign.data.audio import SUFFIXES, list_audio
-    from gradalign.data.packed import PackedDataset, is_packed
-    from gradalign.data.protocol import Utterance, read_protocol
-
-    first: Path = args.audio[0]
-    dataset, protocol = args.dataset, args.protocol
-    if dataset is None and protocol is None and (first / "protocols").is_dir():
-        dataset = "corpus"
-    if (dataset or protocol) and len(args.audio) > 1:
-        raise ValueError(f"expected one folder with {dataset or protocol}; found {len(args.audio)} paths")
-    if protocol is not None:
-        return read_protocol(protocol), first, True
-    if len(args.audio) == 1 and is_packed(first):
-        return PackedDataset(first, args.subset), first, True
-    if dataset is not None:
-        return datasets.read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
-    utterances = []
-    for path in args.audio:
-        found = list_audio(path) if path.is_dir() else [path]
-        if not found:
-            raise FileNotFoundError(f"{path}: expected audio files ({', '.join(SUFFIXES)}) or protocols/; found none")
-        utterances += [Utterance(str(file), "-", "-", 0, path=file) for file in found]
-    return utterances, Path(), False
-
-
-def _conflicts(args: argparse.Namespace) -> int:
-    from gradalign import conflicts
-    from gradalign.config import TrainConfig
-
-    runs, measured = [], {}
-    for path in args.sources:
-        found = conflicts.find_runs(path)
-        runs += found
-        if not found:
-            flags = {name: getattr(args, name) for name in ("seed", *_MEASURED)}
-            given = {name: value for name, value in flags.items() if value is not None}
-            config = TrainConfig(data=str(path), epochs=args.steps, **given)
-            measured[str(path)] = conflicts.measure(config, args.steps)
-    if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(run.folder)) for run in runs]
-    analysis = conflicts.Analysis(runs, measured)
-    paths = conflicts.write_analysis(analysis, args.out)
-    print(conflicts.summary(analysis))
-    print(f"written: {', '.join(str(path) for path in paths)}")
-    return 0
-
-
-def _labels(args: argparse.Namespace) -> tuple[list[Utterance] | None, Collection[str]]:
-    """What --dataset knows of a score file, as `read_scores` takes it."""
-    from gradalign.data.packed import PackedDataset, is_packed
-
-    if (args.dataset is None) != (args.root is None):
-        raise ValueError("expected --dataset and --root together; found one of them")
-    if args.dataset is None:
-        return None, ()
-    if is_packed(args.root):
-        return PackedDataset(args.root, args.subset).utterances, ()
-    index = datasets.index_dataset(args.dataset, args.root, args.subset)
-    return index.utterances, index.others
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from gradalign import evaluation
-    from gradalign.metrics import AsvRates
-
-    scores = evaluation.read_scores(args.scores, args.protocol, *_labels(args))
-    asv: AsvRates | evaluation.AsvScores | None = None if args.asv_rates is None else AsvRates(*args.asv_rates)
-    if args.asv_scores is not None:
-        root = args.root if args.dataset == "asvspoof2021-la" else None
-        asv = evaluation.read_asv_scores(args.asv_scores, root, args.subset)
-    tdcf = args.tdcf or ("2019" if args.dataset == "asvspoof2019-la" else "2021")
-    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=tdcf, resamples=args.interval or 0)
-    if args.det is not None:
-        evaluation.write_det(scores, args.det, by=args.by)
-    if args.format == "json":
-        print(evaluation.format_json(rows), end="")
-    elif args.format == "csv":
-        print(evaluation.format_csv(rows), end="")
-    else:
-        print(evaluation.format_table(rows))
-        print(
-            "\nEER: equal error rate. min/act DCF: detection cost at the best and at the Bayes threshold "
-            "(P_spoof 0.05, C_miss 1, C_fa 10).\nact DCF and Cllr read the scores as log-likelihood ratios."
-        )
-        if rows[0]["eer"] > 0.5:
-            print("An EER above 50%: are these scores higher for spoofed speech? Higher is taken as more bona fide.")
-        if asv is not None:
-            pooled = asv if isinstance(asv, AsvRates) else asv.rates()
-            rates = f"p_fa {pooled.p_fa:.4f}, p_miss {pooled.p_miss:.4f}, p_fa_spoof {pooled.p_fa_spoof:.4f}"
-            if isinstance(asv, evaluation.AsvScores) and asv.names(args.by) & {row["condition"] for row in rows}:
-                rates += f"; in each {args.by}'s row with its own"
-            print(f"min t-DCF of {tdcf}, with ASV {rates}.")
-        if args.interval:
-            drawn = evaluation.drawn(scores, args.by)
-            print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of {drawn}.")
-        if one_sided := evaluation.one_sided(scores, args.by):
-            more = f" and {len(one_sided) - 1} more" if one_sided[1:] else ""
-            print(f"Left out, as of one class only: {args.by} {one_sided[0]}{more}.")
-        if args.det is not None:
-            print(f"DET curve: {args.det}")
-    return 0
-
-
-def _fuse(args: argparse.Namespace) -> int:
-    from gradalign.evaluation import read_scores, write_scores
-    from gradalign.fusion import Fusion
-
-    labels = _labels(args)
-    systems = [read_scores(path, args.protocol, *labels) for path in args.scores]
-    if args.dev is None:
-        fusion = Fusion.mean(len(systems))
-    else:
-        if len(args.dev) != len(systems):
-            raise ValueError(
-                f"expected dev scores of each of {len(systems)} detectors, in the same order; found {len(args.dev)}"
-            )
-        fusion = Fusion.fit([read_scores(path) for path in args.dev])
-    write_scores(args.output, fusion(systems), args.format)
-    about = _beside(args.output)
-    for path, weight in zip(args.scores, fusion.weights, strict=True):
-        print(f"{weight:+.6g} x {path}", file=about)
-    print(f"{fusion.offset:+.6g} as the offset\nscores: {args.output}", file=about)
-    return 0
-
-
-def _table(args: argparse.Namespace) -> int:
-    from gradalign import results
-
-    found = [result for item in args.items for result in results.read_item(item)]
-    paths = results.write_table(found, args.output)
-    print(results.format_markdown(found))
-    print(f"written: {', '.join(str(path) for path in paths)}")
-    return 0
-
-
-def _augment(args: argparse.Namespace) -> int:
-    from gradalign import augmentation
-    from gradalign._errors import AudioError
-
-    planned = augmentation.plan(args.source, args.target)
-    try:
-        result = augmentation.augment_files(
-            planned,
-            algo=args.algo,
-            seed=args.seed,
-            overwrite=args.overwrite,
-            skip_existing=args.skip_existing,
-            skip_bad=args.skip_bad,
-        )
-    except AudioError as error:
-        raise AudioError(f"{error}. --skip-bad lists such files and goes on") from None
-    except KeyboardInterrupt:
-        raise _Resumable("files written so far are complete; --skip-existing goes on from here") from None
-    files = "1 file" if result.written == 1 else f"{result.written} files"
-    print(f"{files} written to {args.target} (RawBoost algorithm {args.algo}, seed {args.seed})")
-    if result.kept:
-        print(f"{result.kept} kept: there already")
-    if result.scaled:
-        print(f"{result.scaled} scaled down to full scale, which the sample format cannot exceed")
-    _list("skipped", [reason for _, reason in result.skipped])
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    _print_report(args.runs)
-    return 0
-
-
-def _corpus_build(args: argparse.Namespace) -> int:
-    from gradalign.data.corpus import build_corpus
-
-    try:
-        build_corpus(args.directory, profile=args.profile)
-    except KeyboardInterrupt:
-        raise _Resumable("the same command goes on from here") from None
-    return 0
-
-
-def _corpus_check(args: argparse.Namespace) -> int:
-    from gradalign.data.corpus import check_corpus
-
-    print(f"{args.directory}: complete, {check_corpus(args.directory)} files as built")
-    return 0
-
-
-def _data_check(args: argparse.Namespace) -> int:
-    from gradalign.data.check import check
-
-    folder: Path = args.root if args.root.is_dir() else args.root.parent
-    manifest = folder / f"{args.name}.sha256" if args.hash == "" else args.hash
-    # One that is there may need no more lines, and lie where nothing can be written.
-    if manifest is not None and not Path(manifest).is_file():
-        expect_file_or_nothing(manifest)
-    report = check(
-        args.name, args.root, args.subset, decode=args.decode, manifest=manifest, workers=args.jobs, progress=True
-    )
-    print(report.text(None if args.all else 10))
-    return 1 if report.count_wrong else 0
-
-
-def _pack(args: argparse.Namespace) -> int:
-    from gradalign.data import packed
-
-    if args.verify:
-        found = packed.verify(args.out, progress=True)
-    else:
-        if args.data is None:
-            raise ValueError("expected DATA and OUT, or --verify and OUT; found OUT alone")
-        there = datasets.subsets(args.dataset, args.data)
-        names = args.splits or [name for name in there if name in datasets.SPLITS]
-        if not names:
-            missing = "no list of one in it" if args.data.exists() else "nothing there"
-            raise ValueError(f"{args.data}: expected a {args.dataset} data set; found {missing}")
-        try:
-            found = packed.pack(
-                {
-                    name: datasets.read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad)
-                    for name in names
-                },
-                args.out,
-                sample_rate=args.sample_rate,
-                resample=args.resample,
-                round_samples=args.round,
-                skip_bad=args.skip_bad,
-                workers=args.jobs,
-                progress=True,
-            )
-        except KeyboardInterrupt:
-            raise _Resumable("the same command goes on from the last finished shard") from None
-    state = "as written" if args.verify else f"{found.samples * 2 / 2**20:.1f} MiB"
-    print(f"{args.out}: {found.utterances} utterances, {state}")
-    if found.kept:
-        print(
-            f"{found.kept} of them in shards that were finished before, which are kept: their audio is not read again "
-            f"(where their audio has changed since, remove {args.out} and pack again)"
-        )
-    if found.rounded:
-        print(f"{found.rounded} rounded to 16 bits, {found.clipped} of them cut to full scale")
-    _list("bad", found.bad)
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    import runpy
-
-    package = Path(__file__).parent
-    # Beside the package in a checkout, within it once installed.
-    script = next((p for p in (package.parent, package) if (p / "benchmarks" / "run.py").is_file()), None)
-    if script is None:
-        raise FileNotFoundError(f"{package}: expected benchmarks/run.py in or beside it; found none")
-    folder = script / "benchmarks"
-    sys.path.insert(0, str(folder))
-    # What its own parser calls itself.
-    before, sys.argv[0] = sys.argv[0], "gradalign bench"
-    try:
-        return int(runpy.run_path(str(folder / "run.py"))["main"](args.options))
-    finally:
-        sys.argv[0] = before
-        sys.path.remove(str(folder))
-
-
-def _info(args: argparse.Namespace) -> int:
-    from gradalign import info
-
-    print(info.report())
-    return 0
-
-
-# ---- arguments -----------------------------------------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------------------------------
 
 _DATA_SETS = " or ".join(", ".join(datasets.names()).rsplit(", ", 1))
 
@@ -606,15 +247,10 @@ def _command(
     return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line as one argparse parser."""
-    parser = Parser(
-        prog="gradalign",
-        description="Gradient alignment and RawBoost augmentation for speech-deepfake detectors.",
-        epilog="Each command's --help shows an example. GRADALIGN_DEBUG=1 shows tracebacks.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+# ---- commands ------------------------------------------------------------------------------------------------------
 
+
+def _train_command(commands: Any) -> None:
     train = _command(
         commands,
         "train",
@@ -649,6 +285,52 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="the same as CONFIG, beside DATA")
     _add_settings(train)
 
+
+def _train(args: argparse.Namespace) -> int:
+    from gradalign._errors import GradalignError
+    from gradalign.config import Sweep, TrainConfig, read_sweep
+    from gradalign.sweep import sweep
+
+    target, *overrides = args.target or [None]
+    if target is not None and "=" in target:
+        raise ValueError(f"expected DATA or CONFIG before key=value; found {target!r}")
+    path = args.config
+    if target is not None and Path(target).suffix in (".yaml", ".yml", ".json"):
+        if path is not None:
+            raise ValueError(f"expected one configuration; found {target} and --config {path}")
+        path, target = Path(target), None
+    if path is None and overrides:
+        raise ValueError(f"expected a configuration file before {overrides[0]!r}; without one, settings are flags")
+    plan = Sweep(TrainConfig(), ["pcgrad"], [0]) if path is None else read_sweep(path, overrides)
+    flags = {name: getattr(args, name) for name in ("out", *(setting[0] for setting in _SETTINGS))}
+    flags["data"] = target
+    config = replace(plan.config, **{name: value for name, value in flags.items() if value is not None})
+    if config.data is None and config.train_protocol is None:
+        raise ValueError("expected DATA, or --train-protocol and the like; found neither")
+    jobs = plan.jobs if args.jobs is None else args.jobs
+    try:
+        sweep(config, args.align or plan.methods, args.seeds or plan.seeds, jobs)
+    except KeyboardInterrupt:
+        raise _Resumable("the same command goes on from the last checkpoint of each run") from None
+    except GradalignError:
+        if any(Path(config.out).glob("*/results.json")):
+            _print_report(config.out)
+        raise
+    _print_report(config.out)
+    return 0
+
+
+def _print_report(runs: str | Path) -> None:
+    from gradalign import _ranks, report
+
+    if _ranks.rank() > 0:
+        return
+    path = report.write_report(runs)
+    print(report.text_summary(runs))
+    print(f"report: {path}")
+
+
+def _score_command(commands: Any) -> None:
     score = _command(
         commands,
         "score",
@@ -686,6 +368,77 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--resample", action="store_true", help="convert audio of another sample rate")
     score.add_argument("--skip-bad", action="store_true", help="list unreadable files at the end and go on")
 
+
+def _score(args: argparse.Namespace) -> int:
+    from gradalign import scoring
+    from gradalign._files import write_text
+    from gradalign.evaluation import Scores, write_scores
+
+    data, folder, labelled = _to_score(args)
+    values, bad = scoring.score(
+        args.model,
+        data,
+        folder,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        resample=args.resample,
+        skip_bad=args.skip_bad,
+    )
+    utterances = data if isinstance(data, list) else data.utterances
+    if labelled:
+        write_scores(args.output, Scores.of(utterances, values), args.format)
+    else:
+        pairs = zip(utterances, values.tolist(), strict=True)
+        write_text(args.output, "".join(f"{u.name} {score:.9g}\n" for u, score in pairs if score == score))
+    about = _beside(args.output)
+    print(f"scores: {args.output}", file=about)
+    _list("skipped", bad, about)
+    return 0
+
+
+def _to_score(args: argparse.Namespace) -> tuple[list[Utterance] | PackedDataset, Path, bool]:
+    """What `gradalign score` scores, the folder of its audio, and whether its labels are known.
+
+    Single files, and every audio file below folders, are utterances named by their path.
+    """
+    from gradalign.data.audio import SUFFIXES, list_audio
+    from gradalign.data.packed import PackedDataset, is_packed
+    from gradalign.data.protocol import Utterance, read_protocol
+
+    first: Path = args.audio[0]
+    dataset, protocol = args.dataset, args.protocol
+    if dataset is None and protocol is None and (first / "protocols").is_dir():
+        dataset = "corpus"
+    if (dataset or protocol) and len(args.audio) > 1:
+        raise ValueError(f"expected one folder with {dataset or protocol}; found {len(args.audio)} paths")
+    if protocol is not None:
+        return read_protocol(protocol), first, True
+    if len(args.audio) == 1 and is_packed(first):
+        return PackedDataset(first, args.subset), first, True
+    if dataset is not None:
+        return datasets.read_dataset(dataset, first, args.subset, allow_missing=args.skip_bad), first, True
+    utterances = []
+    for path in args.audio:
+        found = list_audio(path) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"{path}: expected audio files ({', '.join(SUFFIXES)}) or protocols/; found none")
+        utterances += [Utterance(str(file), "-", "-", 0, path=file) for file in found]
+    return utterances, Path(), False
+
+
+def _list(what: str, reasons: Sequence[str], file: TextIO | None = None) -> None:
+    """Print how many there are, and each one's reason; nothing for none."""
+    if reasons:
+        print(f"{len(reasons)} {what}:", *(f"  {reason}" for reason in reasons), sep="\n", file=file)
+
+
+def _beside(output: str) -> TextIO:
+    """Where messages about an output go: not into what may be /dev/stdout."""
+    return sys.stdout if Path(output).is_file() and own_output(output) is None else sys.stderr
+
+
+def _evaluate_command(commands: Any) -> None:
     evaluate = _command(
         commands,
         "evaluate",
@@ -729,6 +482,64 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON, every digit")
     form.add_argument("--csv", dest="format", action="store_const", const="csv", help="print CSV, every digit")
 
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from gradalign import evaluation
+    from gradalign.metrics import AsvRates
+
+    scores = evaluation.read_scores(args.scores, args.protocol, *_labels(args))
+    asv: AsvRates | evaluation.AsvScores | None = None if args.asv_rates is None else AsvRates(*args.asv_rates)
+    if args.asv_scores is not None:
+        root = args.root if args.dataset == "asvspoof2021-la" else None
+        asv = evaluation.read_asv_scores(args.asv_scores, root, args.subset)
+    tdcf = args.tdcf or ("2019" if args.dataset == "asvspoof2019-la" else "2021")
+    rows = evaluation.evaluate(scores, by=args.by, asv=asv, tdcf_version=tdcf, resamples=args.interval or 0)
+    if args.det is not None:
+        evaluation.write_det(scores, args.det, by=args.by)
+    if args.format == "json":
+        print(evaluation.format_json(rows), end="")
+    elif args.format == "csv":
+        print(evaluation.format_csv(rows), end="")
+    else:
+        print(evaluation.format_table(rows))
+        print(
+            "\nEER: equal error rate. min/act DCF: detection cost at the best and at the Bayes threshold "
+            "(P_spoof 0.05, C_miss 1, C_fa 10).\nact DCF and Cllr read the scores as log-likelihood ratios."
+        )
+        if rows[0]["eer"] > 0.5:
+            print("An EER above 50%: are these scores higher for spoofed speech? Higher is taken as more bona fide.")
+        if asv is not None:
+            pooled = asv if isinstance(asv, AsvRates) else asv.rates()
+            rates = f"p_fa {pooled.p_fa:.4f}, p_miss {pooled.p_miss:.4f}, p_fa_spoof {pooled.p_fa_spoof:.4f}"
+            if isinstance(asv, evaluation.AsvScores) and asv.names(args.by) & {row["condition"] for row in rows}:
+                rates += f"; in each {args.by}'s row with its own"
+            print(f"min t-DCF of {tdcf}, with ASV {rates}.")
+        if args.interval:
+            drawn = evaluation.drawn(scores, args.by)
+            print(f"from, to: 95% interval of the EER; {args.interval} bootstrap samples, of {drawn}.")
+        if one_sided := evaluation.one_sided(scores, args.by):
+            more = f" and {len(one_sided) - 1} more" if one_sided[1:] else ""
+            print(f"Left out, as of one class only: {args.by} {one_sided[0]}{more}.")
+        if args.det is not None:
+            print(f"DET curve: {args.det}")
+    return 0
+
+
+def _labels(args: argparse.Namespace) -> tuple[list[Utterance] | None, Collection[str]]:
+    """What --dataset knows of a score file, as `read_scores` takes it."""
+    from gradalign.data.packed import PackedDataset, is_packed
+
+    if (args.dataset is None) != (args.root is None):
+        raise ValueError("expected --dataset and --root together; found one of them")
+    if args.dataset is None:
+        return None, ()
+    if is_packed(args.root):
+        return PackedDataset(args.root, args.subset).utterances, ()
+    index = datasets.index_dataset(args.dataset, args.root, args.subset)
+    return index.utterances, index.others
+
+
+def _fuse_command(commands: Any) -> None:
     fuse = _command(
         commands,
         "fuse",
@@ -749,6 +560,30 @@ def build_parser() -> argparse.ArgumentParser:
     fuse.add_argument("-o", "--output", type=_file, required=True, metavar="FILE", help="the score file to write")
     _add_format(fuse)
 
+
+def _fuse(args: argparse.Namespace) -> int:
+    from gradalign.evaluation import read_scores, write_scores
+    from gradalign.fusion import Fusion
+
+    labels = _labels(args)
+    systems = [read_scores(path, args.protocol, *labels) for path in args.scores]
+    if args.dev is None:
+        fusion = Fusion.mean(len(systems))
+    else:
+        if len(args.dev) != len(systems):
+            raise ValueError(
+                f"expected dev scores of each of {len(systems)} detectors, in the same order; found {len(args.dev)}"
+            )
+        fusion = Fusion.fit([read_scores(path) for path in args.dev])
+    write_scores(args.output, fusion(systems), args.format)
+    about = _beside(args.output)
+    for path, weight in zip(args.scores, fusion.weights, strict=True):
+        print(f"{weight:+.6g} x {path}", file=about)
+    print(f"{fusion.offset:+.6g} as the offset\nscores: {args.output}", file=about)
+    return 0
+
+
+def _table_command(commands: Any) -> None:
     table = _command(
         commands,
         "table",
@@ -772,6 +607,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="NAME.md, NAME.csv, NAME.html (default: results)",
     )
 
+
+def _table(args: argparse.Namespace) -> int:
+    from gradalign import results
+
+    found = [result for item in args.items for result in results.read_item(item)]
+    paths = results.write_table(found, args.output)
+    print(results.format_markdown(found))
+    print(f"written: {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+def _conflicts_command(commands: Any) -> None:
     conflicts = _command(
         commands,
         "conflicts",
@@ -797,6 +644,30 @@ def build_parser() -> argparse.ArgumentParser:
         if name in _MEASURED:
             _add_setting(conflicts, name, kind, values, f"{about}, for DATA")
 
+
+def _conflicts(args: argparse.Namespace) -> int:
+    from gradalign import conflicts
+    from gradalign.config import TrainConfig
+
+    runs, measured = [], {}
+    for path in args.sources:
+        found = conflicts.find_runs(path)
+        runs += found
+        if not found:
+            flags = {name: getattr(args, name) for name in ("seed", *_MEASURED)}
+            given = {name: value for name, value in flags.items() if value is not None}
+            config = TrainConfig(data=str(path), epochs=args.steps, **given)
+            measured[str(path)] = conflicts.measure(config, args.steps)
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
+    analysis = conflicts.Analysis(runs, measured)
+    paths = conflicts.write_analysis(analysis, args.out)
+    print(conflicts.summary(analysis))
+    print(f"written: {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+def _augment_command(commands: Any) -> None:
     augment = _command(
         commands,
         "augment",
@@ -813,6 +684,36 @@ def build_parser() -> argparse.ArgumentParser:
     existing.add_argument("--skip-existing", action="store_true", help="keep outputs that are there, write the rest")
     augment.add_argument("--skip-bad", action="store_true", help="list unreadable files at the end and go on")
 
+
+def _augment(args: argparse.Namespace) -> int:
+    from gradalign import augmentation
+    from gradalign._errors import AudioError
+
+    planned = augmentation.plan(args.source, args.target)
+    try:
+        result = augmentation.augment_files(
+            planned,
+            algo=args.algo,
+            seed=args.seed,
+            overwrite=args.overwrite,
+            skip_existing=args.skip_existing,
+            skip_bad=args.skip_bad,
+        )
+    except AudioError as error:
+        raise AudioError(f"{error}. --skip-bad lists such files and goes on") from None
+    except KeyboardInterrupt:
+        raise _Resumable("files written so far are complete; --skip-existing goes on from here") from None
+    files = "1 file" if result.written == 1 else f"{result.written} files"
+    print(f"{files} written to {args.target} (RawBoost algorithm {args.algo}, seed {args.seed})")
+    if result.kept:
+        print(f"{result.kept} kept: there already")
+    if result.scaled:
+        print(f"{result.scaled} scaled down to full scale, which the sample format cannot exceed")
+    _list("skipped", [reason for _, reason in result.skipped])
+    return 0
+
+
+def _corpus_command(commands: Any) -> None:
     corpus = _command(
         commands, "corpus", _corpus_build, "assemble or check the small real corpus", "  gradalign corpus build data"
     )
@@ -836,6 +737,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="the folder given to `gradalign corpus build`")
 
+
+def _corpus_build(args: argparse.Namespace) -> int:
+    from gradalign.data.corpus import build_corpus
+
+    try:
+        build_corpus(args.directory, profile=args.profile)
+    except KeyboardInterrupt:
+        raise _Resumable("the same command goes on from here") from None
+    return 0
+
+
+def _corpus_check(args: argparse.Namespace) -> int:
+    from gradalign.data.corpus import check_corpus
+
+    print(f"{args.directory}: complete, {check_corpus(args.directory)} files as built")
+    return 0
+
+
+def _data_command(commands: Any) -> None:
     data = _command(
         commands, "data", _data_check, "look at public data sets", "  gradalign data check asvspoof2019-la /data/LA"
     )
@@ -872,6 +792,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--all", action="store_true", help="list everything that is wrong, not ten of each kind")
 
+
+def _data_check(args: argparse.Namespace) -> int:
+    from gradalign.data.check import check
+
+    folder: Path = args.root if args.root.is_dir() else args.root.parent
+    manifest = folder / f"{args.name}.sha256" if args.hash == "" else args.hash
+    # One that is there may need no more lines, and lie where nothing can be written.
+    if manifest is not None and not Path(manifest).is_file():
+        expect_file_or_nothing(manifest)
+    report = check(
+        args.name, args.root, args.subset, decode=args.decode, manifest=manifest, workers=args.jobs, progress=True
+    )
+    print(report.text(None if args.all else 10))
+    return 1 if report.count_wrong else 0
+
+
+def _pack_command(commands: Any) -> None:
     pack = _command(
         commands,
         "pack",
@@ -898,6 +835,50 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs", type=_count, metavar="N", help="files decoded at the same time (default: one for each core)"
     )
 
+
+def _pack(args: argparse.Namespace) -> int:
+    from gradalign.data import packed
+
+    if args.verify:
+        found = packed.verify(args.out, progress=True)
+    else:
+        if args.data is None:
+            raise ValueError("expected DATA and OUT, or --verify and OUT; found OUT alone")
+        there = datasets.subsets(args.dataset, args.data)
+        names = args.splits or [name for name in there if name in datasets.SPLITS]
+        if not names:
+            missing = "no list of one in it" if args.data.exists() else "nothing there"
+            raise ValueError(f"{args.data}: expected a {args.dataset} data set; found {missing}")
+        try:
+            found = packed.pack(
+                {
+                    name: datasets.read_dataset(args.dataset, args.data, name, allow_missing=args.skip_bad)
+                    for name in names
+                },
+                args.out,
+                sample_rate=args.sample_rate,
+                resample=args.resample,
+                round_samples=args.round,
+                skip_bad=args.skip_bad,
+                workers=args.jobs,
+                progress=True,
+            )
+        except KeyboardInterrupt:
+            raise _Resumable("the same command goes on from the last finished shard") from None
+    state = "as written" if args.verify else f"{found.samples * 2 / 2**20:.1f} MiB"
+    print(f"{args.out}: {found.utterances} utterances, {state}")
+    if found.kept:
+        print(
+            f"{found.kept} of them in shards that were finished before, which are kept: their audio is not read again "
+            f"(where their audio has changed since, remove {args.out} and pack again)"
+        )
+    if found.rounded:
+        print(f"{found.rounded} rounded to 16 bits, {found.clipped} of them cut to full scale")
+    _list("bad", found.bad)
+    return 0
+
+
+def _report_command(commands: Any) -> None:
     report = _command(
         commands,
         "report",
@@ -907,10 +888,72 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, metavar="RUNS", help="the folder given to `gradalign train --out`")
 
+
+def _report(args: argparse.Namespace) -> int:
+    _print_report(args.runs)
+    return 0
+
+
+def _bench_command(commands: Any) -> None:
     # Its options, --help too, are those of benchmarks/run.py.
     bench = commands.add_parser("bench", help="time the ops and RawBoost, backend against backend", add_help=False)
     bench.set_defaults(run=_bench, options=[])
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import runpy
+
+    package = Path(__file__).parent
+    # Beside the package in a checkout, within it once installed.
+    script = next((p for p in (package.parent, package) if (p / "benchmarks" / "run.py").is_file()), None)
+    if script is None:
+        raise FileNotFoundError(f"{package}: expected benchmarks/run.py in or beside it; found none")
+    folder = script / "benchmarks"
+    sys.path.insert(0, str(folder))
+    # What its own parser calls itself.
+    before, sys.argv[0] = sys.argv[0], "gradalign bench"
+    try:
+        return int(runpy.run_path(str(folder / "run.py"))["main"](args.options))
+    finally:
+        sys.argv[0] = before
+        sys.path.remove(str(folder))
+
+
+def _info_command(commands: Any) -> None:
     _command(commands, "info", _info, "versions, build facts and the backend that serves each op", "  gradalign info")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from gradalign import info
+
+    print(info.report())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line as one argparse parser."""
+    parser = Parser(
+        prog="gradalign",
+        description="Gradient alignment and RawBoost augmentation for speech-deepfake detectors.",
+        epilog="Each command's --help shows an example. GRADALIGN_DEBUG=1 shows tracebacks.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (
+        _train_command,
+        _score_command,
+        _evaluate_command,
+        _fuse_command,
+        _table_command,
+        _conflicts_command,
+        _augment_command,
+        _corpus_command,
+        _data_command,
+        _pack_command,
+        _report_command,
+        _bench_command,
+        _info_command,
+    ):
+        add(commands)
     return parser
 
 
