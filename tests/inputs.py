@@ -2,6 +2,7 @@
 device asked for. And a short training on a few clips.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,9 +226,9 @@ def ssi_backward(dtype, device="cpu", samples=SMALL_SAMPLES) -> Iterator[tuple[s
     return _with_gradient(ssi(dtype, device, samples))
 
 
-# Scalars, tails around every vector width, a convolution's weight, an empty tensor.
-SHAPES = ((), (1,), (3, 5), (127,), (64, 3, 3, 3), (0,), (20011,))
-SEGMENTS = (0, 1, 0, 2, 2, 1, 0)
+# Scalars, tails around every vector width, a convolution's weight, an empty tensor, one with gaps in memory.
+SHAPES = ((), (1,), (3, 5), (127,), (64, 3, 3, 3), (0,), (20011,), (2, 5))
+SEGMENTS = (0, 1, 0, 2, 2, 1, 0, 1)
 
 
 def gradients(num_paths: int, dtype: torch.dtype, device="cpu", scale: float = 1.0) -> list[torch.Tensor]:
@@ -239,7 +240,9 @@ def gradients(num_paths: int, dtype: torch.dtype, device="cpu", scale: float = 1
             g = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).to(device)
             if len(shape) == 4:
                 g = g.to(memory_format=torch.channels_last)
-            if len(shape) == 2 and path % 2 == 0:
+            if shape == (2, 5):
+                g = torch.nn.functional.pad(g, (0, 2))[:, :5]
+            elif len(shape) == 2 and path % 2 == 0:
                 g = g.t().contiguous().t()
             out.append(g)
     return out
@@ -351,7 +354,8 @@ def run(op: str, backend: str, args: tuple) -> list[torch.Tensor]:
 
     written = op in ("combine_", "align_")
     if written:
-        args = ([g.clone() for g in args[0]], *args[1:])
+        # With their strides.
+        args = (copy.deepcopy(args[0]), *args[1:])
     with ga.use_backends(backend):
         result = ops()[op](*args)
     results = [] if result is None else list(result) if isinstance(result, tuple) else [result]

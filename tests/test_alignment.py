@@ -667,6 +667,16 @@ def test_zero_gradients_give_finite_weights(method):
         assert alignment.weights(torch.diag(torch.tensor([4.0, 0.0])), method, rho=rho).isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("num_paths", [2, 3])
+def test_gradvac_does_not_pull_towards_a_zero_gradient(num_paths, backend):
+    gram = torch.eye(num_paths, dtype=torch.float64)[None].clone()
+    gram[:, 0, 0] = 0
+    rho = torch.full_like(gram, 0.9)
+    with ga.use_backends(backend):
+        assert alignment.weigh(gram, alignment.METHODS["gradvac"], rho)[0][0, 0].item() == pytest.approx(1 / num_paths)
+
+
 @pytest.mark.parametrize("method", [*NAMES, "callable"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("num_paths", [1, 2, 3])
@@ -722,6 +732,8 @@ def test_random_order_is_a_uniform_pure_function():
     assert not torch.equal(alignment.random_order(8, 0, 0), alignment.random_order(8, 1, 0))
     for seed in (-(2**63), 2**63 - 1):
         assert torch.equal(alignment.random_order(4, seed, 5).sort(-1).values, torch.arange(4).expand(4, 4))
+    # A seed means the same in every version.
+    assert alignment.random_order(4, 11, 5).tolist() == [[3, 1, 0, 2], [3, 1, 0, 2], [3, 0, 1, 2], [2, 1, 0, 3]]
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,10 @@ def test_what_the_scores_do_not_say_is_an_error(files):
 
 def test_the_det_curve_is_a_picture(files, many):
     scores = evaluation.Scores.of(*many)
-    evaluation.write_det(scores, files / "det.png", by="attack")
-    assert (files / "det.png").read_bytes().startswith(b"\x89PNG")
+    # Speakers have one class only.
+    for by in ("attack", "speaker"):
+        evaluation.write_det(scores, files / f"{by}.png", by=by)
+        assert (files / f"{by}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"ends in \.png; found '.*det\.pdf'"):
         evaluation.write_det(scores, files / "det.pdf")
 
@@ -382,6 +384,13 @@ def test_an_attack_without_asv_scores_is_an_error(files):
     assert evaluation.evaluate(scores, by="attack", asv=asv) == evaluation.evaluate(
         scores, by="attack", asv=asv.rates()
     )
+
+
+@pytest.mark.parametrize("line", ["- other 1", "target nontarget 1", "- target nan"])
+def test_broken_asv_files_are_named(tmp_path, line):
+    (tmp_path / "asv.txt").write_text(f"- target 1\n{line}\n")
+    with pytest.raises(DataError, match=rf"asv\.txt:2: expected `attack kind score` with .*finite score.*'{line}'"):
+        evaluation.read_asv_scores(tmp_path / "asv.txt")
 
 
 def test_rows_per_attack_hold_the_metrics(files):

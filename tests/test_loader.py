@@ -311,6 +311,12 @@ def test_waves_without_lengths_are_whole(boost):
         assert torch.equal(augmented[:, 500:1000], augmented[:, :500][:, : max(0, num_samples - 500)])
 
 
+def test_stored_samples_are_scaled_where_none_is_cut_or_repeated():
+    loader = [(torch.tensor([[16384], [-32768]], dtype=torch.int16), [0, 1], "ab")]
+    view = next(iter(DeviceLoader(loader, device="cpu", num_samples=1)))
+    assert view.clean.tolist() == [[0.5], [-1.0]]
+
+
 def test_without_augmentation_both_views_are_the_clean_one(folder):
     for clean, augmented, *_ in DeviceLoader(DataLoader(files(folder), 5, collate_fn=collate), device="cpu"):
         assert torch.equal(clean, augmented)
@@ -602,9 +608,10 @@ def test_wrong_batches_are_named(item, options, message):
         list(DeviceLoader([item], device="cpu", **options))
 
 
-@pytest.mark.parametrize("lengths", [[], torch.tensor([]), torch.zeros(0, dtype=torch.int64)])
-def test_an_empty_batch_may_have_lengths_of_any_type(lengths):
-    item = (torch.zeros(0, 5), [], [], lengths)
+@pytest.mark.parametrize("lengths", [(), ([],), (torch.tensor([]),), (torch.zeros(0, dtype=torch.int64),)])
+@pytest.mark.parametrize("size", [0, 5])
+def test_an_empty_batch_may_have_lengths_of_any_type_or_none(lengths, size):
+    item = (torch.zeros(0, size), [], [], *lengths)
     view = next(iter(DeviceLoader([item], lambda wave, lengths, seeds: wave, device="cpu", num_samples=7)))
     assert (view.clean.shape, view.label.shape, view.label.dtype) == ((0, 7), (0,), torch.int64)
 

@@ -146,6 +146,9 @@ def test_asv_rates_from_scores():
     best = min(thresholds, key=lambda t: abs(np.mean(target <= t) - np.mean(nontarget > t)))
     expected = (np.mean(nontarget >= best), np.mean(target < best), np.mean(spoof >= best))
     assert (found.p_fa, found.p_miss, found.p_fa_spoof) == pytest.approx(expected)
+    # With one trial each, and where nothing is rejected at the equal error rate: the lowest score is accepted.
+    for tested in (1.0, 0.0):
+        assert AsvRates.from_scores([tested], [0.0], [0.0]) == AsvRates(p_fa=1, p_miss=0, p_fa_spoof=1)
     with pytest.raises(ValueError, match=r"`nontarget` must be finite; found nan at index 0"):
         AsvRates.from_scores([1.0], [math.nan], [0.0])
 
@@ -246,6 +249,8 @@ def test_bad_options():
         metrics.min_dcf(*good, p_spoof=1)
     with pytest.raises(ValueError, match=r"`c_miss` and `c_fa` must be above 0; found 0 and 10"):
         metrics.act_dcf(*good, c_miss=0)
+    with pytest.raises(ValueError, match=r"`c_miss` and `c_fa` must be above 0; found 1 and 0"):
+        metrics.act_dcf(*good, c_fa=0)
     with pytest.raises(ValueError, match=r"`version` must be '2019' or '2021'; found '2020'"):
         metrics.min_tdcf(*good, asv=ASV, version="2020")
     with pytest.raises(TypeError, match=r"`asv` must be AsvRates; found tuple"):
@@ -258,8 +263,11 @@ def test_bad_options():
         metrics.min_tdcf(*good, asv=AsvRates(0.9, 1, 0.5))
     with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\); found 95"):
         metrics.eer_interval(*good, confidence=95)
+    with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\); found 1"):
+        metrics.eer_interval(*good, confidence=1)
     with pytest.raises(ValueError, match=r"`resamples` must be at least 2; found 1"):
         metrics.eer_interval(*good, resamples=1)
+    assert metrics.eer_interval(*good, resamples=2) == (0, 0)
 
 
 def official(variable, file):

@@ -681,13 +681,30 @@ def test_the_flag_is_all_that_is_ever_read(inner, monkeypatch):
     assert [id(tensor) for tensor in read] == [id(flag) for flag in flags[: 3 if inner == "sgd" else 1]]
 
 
+def test_a_plain_step_after_a_skipped_one_is_taken():
+    param = nn.Parameter(torch.zeros(2))
+    opt = AlignedOptimizer(torch.optim.SGD([param], lr=1.0))
+    set_paths(opt, [param], [[torch.ones(2)], [torch.full((2,), float("nan"))]])
+    opt.step()
+    assert param.tolist() == [0, 0]
+    param.grad = torch.ones(2)
+    opt.step()
+    assert param.tolist() == [-1, -1]
+
+
 def test_raise_names_path_and_parameter():
     model = make_model()
     opt = AlignedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), on_nonfinite="raise")
     plain = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), on_nonfinite="raise")
+    groups = [{"params": model[:2].parameters()}, {"params": model[2:].parameters()}]
+    grouped = AlignedOptimizer(torch.optim.SGD(groups, lr=0.1), on_nonfinite="raise")
     train(model, opt, 1)
     before = [p.detach().clone() for p in model.parameters()]
-    for o, name in ((opt, "parameter '2.weight'"), (plain, r"parameter 2 of group 0, shape \[8, 16\]")):
+    for o, name in (
+        (opt, "parameter '2.weight'"),
+        (plain, r"parameter 2 of group 0, shape \[8, 16\]"),
+        (grouped, r"parameter 0 of group 1, shape \[8, 16\]"),
+    ):
         o.zero_grad()
         grads = [[torch.ones_like(p) for p in model.parameters()] for _ in range(2)]
         grads[1][2][3, 3] = float("nan")
@@ -851,6 +868,8 @@ def test_statistics_and_checkpoints_right_after_add_param_group(what, inner):
     train(model, opt, 2)
     cosine = opt.cosine
     (opt.optimizer if inner else opt).add_param_group({"params": list(model[4].parameters())})
+    # Of a copy whose statistics nobody has read since.
+    state = copy.deepcopy(opt).state_dict()
     assert torch.equal(opt.cosine, cosine)
     assert opt.stats.steps == 2
     assert torch.equal(opt.stats.cosine, cosine)
@@ -859,11 +878,21 @@ def test_statistics_and_checkpoints_right_after_add_param_group(what, inner):
     other, fresh = build()
     fresh.add_param_group({"params": list(other[4].parameters())})
     other.load_state_dict(model.state_dict())
-    fresh.load_state_dict(opt.state_dict())
+    fresh.load_state_dict(state)
     for trained, its in ((model, opt), (other, fresh)):
         trained.zero_grad()
         train(trained, its, 2)
     assert_same(list(other.parameters()), list(model.parameters()), rtol=0, atol=0)
+
+
+def test_another_parameter_in_the_place_of_one_is_noticed():
+    """As wrappers that shard a model put theirs into the optimizer's groups."""
+    model = make_model()
+    opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), exclude=model[0].parameters())
+    train(model, opt, 1)
+    opt.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(16, 6))
+    with pytest.raises(ValueError, match="parameters of the optimizer; found 1 of others"):
+        _ = opt.stats
 
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
@@ -960,6 +989,7 @@ def test_load_state_dict_is_strict_and_changes_nothing_when_it_fails():
         ({**good, "param_groups": []}, "found none"),
         ({}, "found none"),
         ({**good, "param_groups": [{**first, "alignment": "[1]"}]}, r"what state_dict\(\) wrote; found '\[1\]'"),
+        ({**good, "param_groups": [{**first, "alignment": own}]}, "'alignment' entry; found none"),
         ({**good, "param_groups": [{**first, "alignment": "no json"}]}, "what state_dict.* wrote; found 'no json'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -1353,9 +1383,9 @@ def test_callable_method_and_options():
 
 def test_seed_decides_the_order_of_three_paths():
     found = []
-    for seed in (0, 0, 1):
+    for seed in ({}, {"seed": 0}, {"seed": 1}):
         model = make_model()
-        opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), "pcgrad", seed=seed, scope="parameter")
+        opt = AlignedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), "pcgrad", scope="parameter", **seed)
         found.append(torch.cat([p.flatten() for p in train(model, opt, 6, "path", 3)]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -1391,7 +1421,7 @@ def setup():
         ({"exclude": None}, TypeError, "`exclude` must hold parameters; found None"),
         ({"scope": 5}, TypeError, "`scope` must hold parameters; found 5"),
         ({"method": "pcgrad", "seed": 1.5}, ValueError, "`seed` must be an integer of 64 bits; found 1.5"),
-        ({"method": "pcgrad", "seed": 2**70}, ValueError, "`seed` must be an integer of 64 bits; found 1180"),
+        ({"method": "pcgrad", "seed": 2**63}, ValueError, "`seed` must be an integer of 64 bits; found 9223"),
         ({"method": "cagrad", "c": float("inf")}, ValueError, r"`c` must be in \[0, 1e100\]; found inf"),
         (
             {"exclude": [nn.Parameter(torch.ones(1))]},
@@ -1612,6 +1642,13 @@ def test_sparse_gradients_are_refused():
         opt.path(),
     ):
         table(torch.tensor([1])).sum().backward()
+
+
+def test_gradients_on_several_devices_are_refused():
+    params = [nn.Parameter(torch.zeros(2, device=device)) for device in ("meta", "cpu")]
+    opt = AlignedOptimizer(torch.optim.SGD(params, lr=0.1))
+    with pytest.raises(ValueError, match="all gradients must be on one device; found cpu, meta"), opt.path():
+        torch.autograd.backward([param.sum() for param in params])
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad", "nashmtl"])

@@ -597,6 +597,8 @@ def test_unknown_splits_and_wrong_numbers_are_named(folder, packed, tmp_path):
         PackedDataset(packed, "dev")
     with pytest.raises(ValueError, match="must be at least 1; found 16000, 0 and None"):
         pack({"train": utterances()}, tmp_path / "p", audio_dir=folder, shard_utterances=0)
+    with pytest.raises(ValueError, match="must be at least 1; found 16000, 1000 and 0"):
+        pack({"train": utterances()}, tmp_path / "p", audio_dir=folder, workers=0)
     assert packed_splits(packed) == ["train"]
     assert not is_packed(folder)
 

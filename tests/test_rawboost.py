@@ -145,9 +145,28 @@ def test_short_utterances_and_silence(algo, num_samples, backend):
         assert not boost(wave(num_samples=num_samples), torch.zeros(3, dtype=torch.int64), seeds).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_silent_noise_adds_nothing(backend):
+    boost, x = ga.RawBoost(3), wave()
+    draws = boost.draw(torch.tensor([1, 2, 3]), T)
+    with ga.use_backends(backend):
+        assert torch.equal(boost.apply(x, replace(draws, ssi_noise=torch.zeros(3, T))), x)
+
+
 def test_algorithm_0_returns_the_waveform():
     x = wave()
     assert torch.equal(ga.RawBoost(0)(x), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("peak", "expected"), [(1.0, [1.0, 2.0, 3.0]), (2.0, [0.625, 1.0, 1.5])])
+def test_a_peak_above_1_is_divided_by_and_the_first_one_has_its_gradient(peak, expected, backend):
+    x = torch.tensor([[peak, -peak, 0.5]], requires_grad=True)
+    with ga.use_backends(backend):
+        y = ga.RawBoost(2, p=0)(x)
+        y.backward(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert torch.equal(y, x / peak)
+    assert x.grad.tolist() == [expected]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,6 +275,7 @@ def test_from_args_reads_the_published_names():
         ({"max_f": 9000}, ValueError, r"\[0, 8000\] Hz; found 20 and 9000"),
         ({"min_coeff": 0}, ValueError, r"`min_coeff` must be at least 1; found 0"),
         ({"n_bands": 0}, ValueError, r"`n_bands` must be at least 1; found 0"),
+        ({"min_bw": 0}, ValueError, r"`min_bw` must be above 0 Hz; found 0"),
         ({"g_sd": float("nan")}, TypeError, r"`g_sd` must be a finite number; found nan"),
         ({"snr": 3}, TypeError, r"no parameter 'snr'; expected algo, .*snr_min"),
     ],
@@ -263,6 +283,13 @@ def test_from_args_reads_the_published_names():
 def test_bad_parameters(arguments, error, message):
     with pytest.raises(error, match=message):
         ga.RawBoost(**arguments)
+
+
+@pytest.mark.parametrize("p", [0, 100])
+def test_parameters_at_their_bounds(p):
+    boost = ga.RawBoost(n_f=1, n_bands=1, min_f=0, max_f=0, min_coeff=1, max_coeff=1, p=p)
+    assert boost.config.algo == 4
+    assert boost(wave()).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -357,6 +384,8 @@ def test_bad_draws():
         boost.draw(torch.tensor([1]), -1)
     with pytest.raises(TypeError, match=r"`seeds` must be an int64 tensor \[B\]; found float32 \[1\]"):
         boost.draw(torch.tensor([1.0]), 10)
+    with pytest.raises(ValueError, match=r"`lengths` must be \[1\]; found \[2\]"):
+        boost.draw(torch.tensor([1]), 10, torch.tensor([9, 10]))
 
 
 # ------------------------------------------------------------------------------------------ the sampled distributions

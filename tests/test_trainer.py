@@ -670,6 +670,11 @@ def test_a_damaged_checkpoint_is_named(finished, config, tmp_path):
         (config.run_dir / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt: expected a checkpoint; found a damaged file"):
             train(replace(config, epochs=4), progress=False)
+    content = load_checkpoint(run / "checkpoint.pt")
+    del content["rng_cpu"]
+    save_checkpoint(config.run_dir / "checkpoint.pt", content)
+    with pytest.raises(CheckpointError, match=r"expected the keys .*rng_cpu.*; missing rng_cpu; unexpected none"):
+        train(replace(config, epochs=4), progress=False)
     with pytest.raises(CheckpointError, match=r"nothing\.pt: expected a checkpoint; found nothing there"):
         load_detector(tmp_path / "nothing.pt")
 
@@ -691,7 +696,10 @@ def test_weights_that_do_not_fit_are_named(finished, tmp_path):
     name = next(iter(content["model"]))
     content["model"]["surprise.weight"] = content["model"].pop(name)
     torch.save(content, tmp_path / "best.pt")
-    with pytest.raises(CheckpointError, match=rf"unexpected key surprise\.weight; missing key {name}"):
+    with pytest.raises(CheckpointError, match=rf"unexpected key surprise\.weight; missing key {name}$"):
+        load_detector(tmp_path / "best.pt")
+    torch.save([content], tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"best\.pt: expected a checkpoint; found list"):
         load_detector(tmp_path / "best.pt")
     del content["config"]
     torch.save(content, tmp_path / "best.pt")
