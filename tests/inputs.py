@@ -16,7 +16,7 @@ from gradalign.config import TrainConfig
 CLIPS = Path(__file__).parent / "data" / "clips"
 BATCH = 3
 # Shorter than any filter, around tile and vector edges, and the field's usual 64600.
-SAMPLES = (1, 2, 15, 127, 500, 1500, 4097, 64600)
+SAMPLES = (1, 2, 15, 127, 500, 2047, 4097, 64600)
 SMALL_SAMPLES = (1, 2, 127, 700)
 
 
@@ -144,23 +144,26 @@ def lnl(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     for t in samples:
         yield f"{t} samples", (wave(t, dtype, device), b, None)
         yield f"{t} samples, lengths", (wave(t, dtype, device), b, lengths(t, device))
-    yield "strided", (strided_wave(700, dtype, device), b, None)
+    yield "strided", (strided_wave(700, dtype, device), b.repeat_interleave(2, 2)[..., ::2], None)
     yield "one branch", (wave(700, dtype, device), b[:, :1], None)
     yield "loud", (wave(700, dtype, device, scale=2.0), b, None)
-    yield "silence", (wave(700, dtype, device) * 0, b, None)
+    yield "silence, lengths", (wave(700, dtype, device) * 0, b, lengths(700, device))
     yield "no utterance", (wave(700, dtype, device)[:0], b[:0], None)
 
 
 def isd(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     for t in samples:
         yield f"{t} samples", (wave(t, dtype, device), None, seeds(device), None, 10.0, 2.0)
-        yield (
-            f"{t} samples, lengths, all positions",
-            (wave(t, dtype, device), lengths(t, device), seeds(device), None, 100.0, 2.0),
-        )
+        # Lengths that lie outside [0, T] are clamped.
+        own = lengths(t, device) + torch.tensor([9, 0, -9], device=device)
+        yield f"{t} samples, lengths, all positions", (wave(t, dtype, device), own, seeds(device), None, 100.0, 2.0)
     factor = wave(700, torch.float32, device)
     yield "strided, factor given", (strided_wave(700, dtype, device), None, None, factor, 10.0, 2.0)
     yield "loud", (wave(700, dtype, device, scale=2.0), None, seeds(device), None, 100.0, 5.0)
+    # Several samples have the largest magnitude, and the last block of samples is one short.
+    for peak in (1.0, 1.5):
+        clipped = wave(2047, dtype, device, scale=2.0).clamp(-peak, peak)
+        yield f"clipped at {peak}", (clipped, None, seeds(device), None, 0.0, 2.0)
     yield "silence", (wave(700, dtype, device) * 0, None, seeds(device), None, 10.0, 2.0)
     yield "no utterance", (wave(700, dtype, device)[:0], None, seeds(device)[:0], None, 10.0, 2.0)
 
@@ -179,6 +182,11 @@ def ssi(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     )
     yield "strided, noise given", (strided_wave(700, dtype, device), b, None, None, noise, level, 0.0, 0.0)
     yield "silence", (wave(700, dtype, device) * 0, b, None, seeds(device), None, None, 10.0, 40.0)
+    if dtype != torch.float16:
+        # Squares vanish in float32, products of two of them in float64.
+        quiet = wave(700, dtype, device, scale=1e-100 if dtype == torch.float64 else 1e-25)
+        yield "very quiet", (quiet, b, None, None, quiet.flip(1), level, 0.0, 0.0)
+    yield "silent noise", (wave(700, dtype, device), b, None, None, noise * 0, level, 0.0, 0.0)
     yield (
         "no utterance",
         (wave(700, dtype, device)[:0], b.new_zeros(0, b.shape[1]), None, seeds(device)[:0], None, None, 10.0, 40.0),
@@ -250,7 +258,8 @@ def gradients(num_paths: int, dtype: torch.dtype, device="cpu", scale: float = 1
 
 def gram(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     for k in (1, 2, 3, 8):
-        yield f"{k} paths, 3 segments", (gradients(k, dtype, device), k, list(SEGMENTS), 3)
+        segments = [2 * s for s in SEGMENTS]
+        yield f"{k} paths, 5 segments, two of them empty", (gradients(k, dtype, device), k, segments, 5)
     scales = (1e-3, 1e3) if dtype == torch.float16 else (1e-10, 1e10)
     for scale in scales:
         yield f"2 paths, one segment, norm {scale:g}", (gradients(2, dtype, device, scale), 2, [0] * len(SHAPES), 1)
@@ -269,11 +278,12 @@ METHODS = ("mean", "pcgrad", "gradvac", "cagrad", "mgda", "dualproj", "upgrad", 
 
 def grams(num_paths: int, device="cpu", count: int = 40) -> torch.Tensor:
     """Gram matrices [count, K, K] of random gradients of all lengths, with a conflict in about half of the pairs; the
-    last but one has a zero gradient, the last an infinity.
+    first is of zeros, the last but one has a zero gradient, the last an infinity.
     """
     generator = torch.Generator().manual_seed(num_paths)
     rows = torch.randn(count, num_paths, 30, generator=generator, dtype=torch.float64)
     rows *= 10 ** torch.linspace(-8, 8, count, dtype=torch.float64)[:, None, None]
+    rows[0] = 0
     rows[-2, 0] = 0
     gram = rows @ rows.mT
     gram[-1, 0, 0] = float("inf")
@@ -282,8 +292,9 @@ def grams(num_paths: int, device="cpu", count: int = 40) -> torch.Tensor:
 
 def weigh(dtype, device="cpu", samples=SAMPLES) -> Iterator[tuple[str, tuple]]:
     # Gram matrices are float64 whatever the gradients are.
-    count = 40 if samples is SAMPLES else 3
     for k in (1, 2, 3, 8) if dtype == torch.float64 else (2,):
+        # Of two paths more than a block, or a program, takes.
+        count = 150 if k == 2 else 40 if samples is SAMPLES else 3
         gram, order = grams(k, device, count), alignment.random_order(k, 0, 0, device)
         for method in METHODS:
             yield f"{method}, {k} paths", (gram, method, None, None, 0.5, False, 0.5)

@@ -104,7 +104,9 @@ def test_filters_longer_than_a_pass(dtype):
     x = inputs.wave(3000, dtype, DEVICE)
     for num_taps in (1, 2, 64, 1301):
         filters = torch.randn(inputs.BATCH, 5, num_taps, generator=generator, dtype=torch.float64) / num_taps**0.5
-        filters[..., : num_taps // 3] = 0
+        for i in range(5):
+            # The last reaches farther than the others.
+            filters[:, i, : num_taps // (3 + i)] = 0
         filters = filters.to(wide).to(DEVICE)
         _check("lnl", (x, filters, None), dtype, f"{num_taps} taps")
         _check("lnl_backward", (x.flip(0, 1), x, filters, None), dtype, f"{num_taps} taps")
@@ -119,7 +121,8 @@ def test_filters_longer_than_a_pass(dtype):
 def test_filters_of_long_utterances(num_samples, num_taps):
     # Around the smallest size that is filtered by FFT, and with filters that are too long for it.
     generator = torch.Generator().manual_seed(num_taps)
-    x, own = inputs.wave(num_samples, torch.float32, DEVICE), inputs.lengths(num_samples, DEVICE)
+    wave = inputs.strided_wave if num_samples == 30_011 else inputs.wave
+    x, own = wave(num_samples, torch.float32, DEVICE), inputs.lengths(num_samples, DEVICE)
     filters = (torch.randn(inputs.BATCH, 5, num_taps, generator=generator) / num_taps**0.5).to(DEVICE)
     # On the host, where this takes seconds, without lengths of their own only in test_equals_float64_reference.
     for lengths in (own,) if ON_HOST else (None, own):
@@ -128,6 +131,15 @@ def test_filters_of_long_utterances(num_samples, num_taps):
         _check("ssi", (x, filters[:, 1], lengths, inputs.seeds(DEVICE), None, None, 0.0, 9.0), torch.float32, "ssi")
     level = torch.tensor([10.0, 0.0, -10.0], dtype=torch.float64, device=DEVICE)
     _check("ssi", (x, filters[:, 2], own, None, x.flip(1), level, 0.0, 0.0), torch.float32, "ssi, noise given")
+
+
+def test_a_peak_after_more_blocks_than_a_block_has_threads():
+    x = inputs.wave(530_000, torch.float32, DEVICE)[:1]
+    x[0, -1] = -3
+    args = (x, None, inputs.seeds(DEVICE)[:1], None, 0.0, 2.0)
+    for op, given in (("isd", args), ("isd_backward", (x.flip(1), *args))):
+        found, expected = inputs.run(op, "cuda", given)[0], inputs.run(op, "reference", inputs.widen(given))[0]
+        assert max_norm_error(found, expected) <= RELATIVE[torch.float32], op
 
 
 @pytest.mark.parametrize("num_bands", [2, 11])
@@ -139,6 +151,8 @@ def test_notch_bank_with_more_taps_than_shared_memory(num_taps, num_bands):
     args = (*(v.to(DEVICE) for v in draws), 16000.0, num_taps, torch.float64)
     # The shorter row has less room than the bands have taps.
     _check("notch_bank", args, torch.float64, f"{num_taps} taps, {num_bands} bands")
+    args = (inputs.seeds(DEVICE), [0], [0.0], [0.0], num_bands, *ranges, 16000.0, num_taps, torch.float64)
+    _check("notch_filters", args, torch.float64, f"{num_taps} taps, {num_bands} bands")
 
 
 def test_more_filters_than_a_launch_takes():
@@ -232,9 +246,10 @@ def test_gram_of_many_chunks_tensors_segments_dtypes_and_layouts():
     generator = torch.Generator().manual_seed(0)
     shapes = [(3 * 32768 + 5,), (3, 7), (32768,), (40, 30), (0,)]
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
-    # More tensors than a launch takes, more segments than a launch takes, none of them in order.
-    shapes, dtypes = shapes + [(17,)] * 1100, dtypes + [torch.float32] * 1100
-    segments = [1, 0, 0, 1, 2] + [3 + (7 * i) % 1100 for i in range(1100)]
+    # More tensors than a launch takes, more segments than a launch takes, none of them in order; in one segment more
+    # chunks than are added at a time.
+    shapes, dtypes = shapes + [(17,)] * 1400, dtypes + [torch.float32] * 1400
+    segments = [1, 0, 0, 1, 2] + [3 + (7 * i) % 1100 for i in range(1100)] + [1] * 300
     paths = []
     for path in range(2):
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
@@ -310,6 +325,15 @@ def test_align_whichever_block_comes_when(num_paths, sizes):
         return [gram, *merged]
 
     _same_bits(run, ["ascending", *range(1, 20)])
+
+
+@pytest.mark.skipif(not ON_HOST, reason="a GPU has as many multiprocessors as it has")
+@pytest.mark.parametrize("num_paths", [3, 8])
+def test_align_on_more_multiprocessors_than_a_warp_has_lanes(num_paths):
+    generator = torch.Generator().manual_seed(0)
+    paths = [torch.randn(n, generator=generator) for _ in range(num_paths) for n in (40_000, 17)]
+    with cuda_on_host.multiprocessors(40):
+        _check("align_", (paths[:2], paths[2:], "pcgrad", None, None, 0.5, False, 0.5), torch.float32, "40 blocks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -400,6 +424,15 @@ def test_gram_sign_at_tiny_cosine():
             found = float(ops.gram(grads, 2, [0] * (len(grads) // 2), 1)[0, 0, 1])
         assert (found > 0) == (wanted > 0)
         assert found == pytest.approx(wanted, abs=1e-8 * norms)
+
+
+def test_sums_beyond_a_threads_are_float64():
+    # Four squares are exact in float32, sums of more are not.
+    a = torch.full((1000,), 2047.0, device=DEVICE)
+    a[0] = 1
+    with ga.use_backends("cuda"):
+        gram, (aligned, _) = ops.gram([a], 1, [0], 1), ops.align_([a.clone()], [a], "mean", None, None, 0.5, False, 0.5)
+    assert {*gram.flatten().tolist(), *aligned.flatten().tolist()} == {float(a.double() @ a.double())}
 
 
 def test_mistakes_are_named():

@@ -48,6 +48,7 @@ NAMED = {
     "two_barriers": r"never meet: threads 0-31 in __syncthreads \(mistakes.cu:\d+\); threads 32-95 in __syncthreads \(",
     "some_lanes": r"never meet: threads 0-6 in __shfl_down_sync \(mistakes.cu:\d+\); thread 7 ended; threads 8-38 in",
     "outside_of_mask": r"block \d+: thread \d+ is not in the mask of its own __syncwarp \(mistakes.cu:\d+\)",
+    "unaligned_copy": r"thread \d+ copies 8 bytes between addresses that are no multiples of that",
     "beyond_tensor": r"block 4: thread 0 accesses memory that is nobody's, at 0x",
     "beyond_array": r"block \d+: thread 95 takes element 96 of an array that has fewer, at \(mistakes.cu:\d+\)",
     "beyond_dynamic_memory": r"block \d+: thread \d+ accesses memory that is nobody's, at 0x",

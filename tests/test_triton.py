@@ -28,7 +28,7 @@ BACKWARD = ("lnl_backward", "isd_backward", "ssi_backward")
 OPS = (*BACKWARD, "notch_bank", "notch_filters", "lnl", "isd", "ssi", "rawboost", "gram", "weigh", "combine_", "align_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The interpreter takes about a millisecond per tap and tile.
-SMALL_SAMPLES = {torch.float16: (127,), torch.bfloat16: (2,), torch.float32: (1, 700), torch.float64: (127,)}
+SMALL_SAMPLES = {torch.float16: (128,), torch.bfloat16: (2,), torch.float32: (1, 700), torch.float64: (127,)}
 
 kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
@@ -129,13 +129,15 @@ def test_equals_float64_reference(op, dtype, monkeypatch):
 def test_lopsided_filters_of_any_length(num_taps):
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(inputs.BATCH, 2, num_taps, generator=generator).to(DEVICE)
+    # The last reaches farther than the other.
+    bank[:, 0, [0, -1]] = 0
     x = inputs.wave(300, torch.float32, DEVICE)
     grad, level = x.flip(0, 1), torch.zeros(inputs.BATCH, dtype=torch.float64, device=DEVICE)
     for op, args in (
         ("lnl", (x, bank, None)),
         ("lnl_backward", (grad, x, bank, None)),
-        ("ssi", (x, bank[:, 0], None, None, grad, level, 0.0, 0.0)),
-        ("ssi_backward", (grad, x, bank[:, 0], None, None, grad, level, 0.0, 0.0)),
+        ("ssi", (x, bank[:, 1], None, None, grad, level, 0.0, 0.0)),
+        ("ssi_backward", (grad, x, bank[:, 1], None, None, grad, level, 0.0, 0.0)),
     ):
         found = inputs.run(op, "triton", args)[0]
         expected = inputs.run(op, "reference", inputs.widen(args))[0]
@@ -153,11 +155,16 @@ def _short_bank(num_filters, dtype=torch.float32):
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_utterances_of_several_tiles(dtype):
-    # Inner tiles, the edge tiles around them, and tiles beyond an utterance's own length.
-    num_samples = 5000 if dtype == torch.float32 else 3500
-    x, lengths = inputs.wave(num_samples, dtype, DEVICE), inputs.lengths(num_samples, DEVICE)
+def test_utterances_of_several_tiles(dtype, monkeypatch):
+    # Inner tiles, the edge tiles around them, and tiles beyond an utterance's own length; more tiles and blocks than
+    # are added at a time.
+    for module in ("rawboost", "rawboost_backward"):
+        monkeypatch.setattr(f"gradalign.kernels.{module}.TILE_BLOCK", 1)
     seeds, bank = inputs.seeds(DEVICE), _short_bank(3, dtype)
+    # In float64 the third tile's filters reach one sample beyond the row.
+    bank[..., [0, -1]] = 0.1
+    num_samples = 5000 if dtype == torch.float32 else 3 * 1024 + bank.shape[-1] // 2
+    x, lengths = inputs.wave(num_samples, dtype, DEVICE), inputs.lengths(num_samples, DEVICE)
     grad = x.flip(0, 1)
     for own in (None, lengths):
         for op, args in (
@@ -281,6 +288,16 @@ def test_gram_sign_at_tiny_cosine():
             found = float(ops.gram(grads, 2, [0] * (len(grads) // 2), 1)[0, 0, 1])
         assert (found > 0) == (wanted > 0)
         assert found == pytest.approx(wanted, abs=1e-8 * norms)
+
+
+@kernels
+def test_sums_beyond_a_threads_are_float64():
+    # Four squares are exact in float32, sums of more are not.
+    a = torch.full((1000,), 2047.0, device=DEVICE)
+    a[0] = 1
+    with ga.use_backends("triton"):
+        gram, (aligned, _) = ops.gram([a], 1, [0], 1), ops.align_([a.clone()], [a], "mean", None, None, 0.5, False, 0.5)
+    assert {*gram.flatten().tolist(), *aligned.flatten().tolist()} == {float(a.double() @ a.double())}
 
 
 @kernels
@@ -410,6 +427,20 @@ def test_align_of_many_chunks_mixed_dtypes_and_layouts(monkeypatch):
 
 
 @kernels
+def test_sums_of_more_chunks_than_are_added_at_a_time(monkeypatch):
+    from gradalign.kernels import gradients
+
+    monkeypatch.setattr(gradients, "CHUNK", 16)
+    monkeypatch.setattr(gradients, "ALIGN_CHUNK", 16)
+    first, second = torch.randn(2, 4200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = torch.stack([first, second]).double() @ torch.stack([first, second]).double().T
+    with ga.use_backends("triton"):
+        found = ops.gram([first, second], 2, [0], 1), ops.align_([first], [second], "mean", None, None, 0.5, False, 0.5)
+    for gram in (found[0], found[1][0]):
+        assert max_norm_error(gram[0], expected) <= RELATIVE[torch.float32]
+
+
+@kernels
 def test_the_plan_of_align_is_kept_while_the_sizes_are():
     from gradalign.kernels import gradients
 
@@ -450,17 +481,22 @@ def test_plans_of_more_than_2_to_the_31_elements():
 @kernels
 @pytest.mark.parametrize("num_paths", [4, 7])
 def test_weights_of_opposed_and_dependent_gradients(num_paths):
-    """Of gradients that nearly cancel, all alike, and two of them opposed, the merges are compared: where gradients are
-    dependent, other weights may merge them alike.
+    """Of gradients that nearly cancel, all alike, two of them opposed, and of directions that cancel, the merges are
+    compared: where gradients are dependent, other weights may merge them alike.
     """
-    rows = torch.randn(3, num_paths, num_paths - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.randn(4, num_paths, num_paths, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:3, :, -1] = 0
     rows[0] -= 0.99 * rows[0].mean(0)
-    rows[1] += 20
+    rows[1, :, :-1] += 20
     rows[2, 0] = -2 * rows[2, 1]
+    rows[3] = torch.arange(1, num_paths + 1)[:, None] * (torch.eye(num_paths) - 1 / num_paths)
     gram = (rows @ rows.mT).to(DEVICE)
     for method in inputs.METHODS:
         args = (gram, method, None, None, 0.5, False, 0.5)
-        found, expected = (inputs.run("weigh", backend, args)[0] for backend in ("triton", "reference"))
+        (found, targets), (expected, moved) = (
+            inputs.run("weigh", backend, args) for backend in ("triton", "reference")
+        )
+        assert max_norm_error(targets, moved) <= WEIGHED, method
         error = ((found - expected).cpu()[:, None] @ rows).square().sum((1, 2)).sqrt() / rows.norm(dim=-1).amax(-1)
         assert error.max() <= WEIGHED, method
 
@@ -472,7 +508,7 @@ def test_align_of_a_nonfinite_parameter_leaves_the_others_alone(targets):
     g[0][3] = float("nan")
     expected = [t.clone() for t in g]
     rho = torch.full((2, 2, 2), 0.3, dtype=torch.float64, device=DEVICE) if targets == "old" else None
-    options = ("gradvac", rho, None, 0.5, False, 0.5)
+    options = ("gradvac", rho, None, 0.5, True, 0.5)
     _, moved = reference.align_(expected[:2], expected[2:], *options)
     with ga.use_backends("triton"):
         gram, targets = ops.align_(g[:2], g[2:], *options)

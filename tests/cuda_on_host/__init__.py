@@ -176,6 +176,17 @@ def schedule(order: str | int, races: bool = False) -> Iterator[None]:
         library.cuda_on_host_set_schedule(0)
 
 
+@contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """Have so many multiprocessors inside the block."""
+    library = load()
+    before = library.cuda_on_host_set_multiprocessors(count)
+    try:
+        yield
+    finally:
+        library.cuda_on_host_set_multiprocessors(before)
+
+
 def launched() -> list[str]:
     """The kernels that have been launched since the last call, as they are named in the sources."""
     names = load().cuda_on_host_launched().decode().split("\n")

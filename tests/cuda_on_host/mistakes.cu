@@ -57,6 +57,14 @@ __global__ void copies_kernel(float* data, int) {
   *own = shared[0][threadIdx.x] + shared[1][threadIdx.x];
 }
 
+template <bool kRight>
+__global__ void unaligned_copy_kernel(float* data, int) {
+  alignas(8) __shared__ float shared[2 * kThreads];
+  __pipeline_memcpy_async(shared + 2 * threadIdx.x, data + 2 * threadIdx.x + !kRight, 2 * sizeof(float));
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
 // What a thread has waited for is there for that thread alone.
 template <bool kRight>
 __global__ void copies_of_others_kernel(float* data, int) {
@@ -256,6 +264,7 @@ extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks
       KERNEL(atomic),          KERNEL(fence_before),
       KERNEL(fence_after),     KERNEL(scope_before),
       KERNEL(scope_after),     KERNEL(last_warp),
+      KERNEL(unaligned_copy),
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));

@@ -31,6 +31,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "fenced.h"
@@ -45,13 +46,13 @@ namespace {
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
 // Blocks side by side in a random order.
 constexpr size_t kResident = 3;
-// Few, so that each has much to do.
-constexpr int kMultiprocessors = 3;
 // Dynamic shared memory that a block has without asking, and at most: the least of the architectures in setup.py, 8.6.
 constexpr size_t kDynamicBytes = 48 * 1024, kMaxDynamicBytes = 99 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 
 int64_t schedule = 0;
+// Few, so that each has much to do.
+int multiprocessors = 3;
 std::string error_text;
 std::map<const void*, size_t> allowed_bytes;
 std::vector<std::string> launched;
@@ -463,6 +464,8 @@ void wait_for_warp(unsigned mask, char (&bytes)[8], unsigned from, bool is_barri
 }
 
 void copy_later(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0)
+    fail_in_thread("copies " + std::to_string(bytes) + " bytes between addresses that are no multiples of that");
   if (finds_races) copy_beside(to, from, bytes, thread_->groups + 1, __builtin_return_address(0));
   if (schedule == 0 || (schedule > 0 && launch_->random() % 2 == 0))
     memcpy(to, from, bytes);
@@ -504,7 +507,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   const uint64_t num_blocks = uint64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z;
   const bool together = config.numAttrs > 0 && config.attrs[0].val.cooperative != 0;
   if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0 || config.dynamicSmemBytes > allowed ||
-      (together && num_blocks > kMultiprocessors)) {
+      (together && num_blocks > uint64_t(multiprocessors))) {
     error_text = name + " cannot be launched with " + std::to_string(num_blocks) + " blocks of " + std::to_string(num_threads) + " threads and " +
                  std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, of which " + std::to_string(allowed) + " are allowed";
     return cudaErrorInvalidValue;
@@ -533,7 +536,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 }  // namespace cuda_on_host
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_host::kMultiprocessors : int(cuda_on_host::kMaxDynamicBytes);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_host::multiprocessors : int(cuda_on_host::kMaxDynamicBytes);
   return cudaSuccess;
 }
 
@@ -548,6 +551,9 @@ int32_t cuda_on_host_create_device_guard(int32_t, void** guard) {
 }
 
 void cuda_on_host_set_schedule(int64_t schedule) { cuda_on_host::schedule = schedule; }
+
+// Returns how many there were before.
+int cuda_on_host_set_multiprocessors(int count) { return std::exchange(cuda_on_host::multiprocessors, count); }
 
 // Names of the kernels that have been launched since the last call, a line each.
 const char* cuda_on_host_launched() {
