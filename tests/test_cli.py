@@ -122,19 +122,29 @@ def test_train_again_keeps_finished_runs(runs, corpus, capsys):
 def test_flags_override_the_configuration_file(runs, corpus, tmp_path, capsys):
     config = runs / "none-seed0" / "config.json"
     arguments = ["train", "--config", config, "--out", tmp_path, "--epochs", "1", "--algo", "5", "--no-skip-bad"]
-    assert cli.main([str(a) for a in [*arguments, "--rawboost", "snr_min=15", "--class-weights", "0.5,0.5"]]) == 0
+    assert cli.main([str(a) for a in [*arguments, "--rawboost", "snr_min=15", "--class-weights", "0.2,0.8"]]) == 0
     written = json.loads((tmp_path / "none-seed0" / "config.json").read_text())
     assert (written["epochs"], written["algo"], written["rawboost"]) == (1, 5, {"snr_min": 15})
-    assert (written["num_samples"], written["class_weights"]) == (2000, [0.5, 0.5])
+    assert (written["num_samples"], written["class_weights"]) == (2000, [0.2, 0.8])
 
 
-def test_scores_of_a_folder_are_those_of_training(runs, corpus, tmp_path, capsys):
-    out = tmp_path / "scores.txt"
-    assert (
-        cli.main(["score", str(runs / "pcgrad-seed0" / "best.pt"), str(corpus), "-o", str(out), "--device", "cpu"]) == 0
-    )
+def test_flags_override_the_runs_that_a_file_names(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("gradalign.sweep.sweep", lambda config, *runs: seen.append(runs))
+    monkeypatch.setattr(cli, "_print_report", lambda runs: None)
+    (tmp_path / "run.yaml").write_text("data: d\nalign: [none, cagrad]\nseed: [1, 2]\njobs: 2\n")
+    command = ["train", str(tmp_path / "run.yaml")]
+    assert cli.main(command) == cli.main([*command, "--align", "mean", "--seeds", "3", "--jobs", "1"]) == 0
+    assert seen == [(["none", "cagrad"], [1, 2], 2), (["mean"], [3], 1)]
+
+
+@pytest.mark.parametrize("subset", ["test", "dev"])
+def test_scores_of_a_folder_are_those_of_training(runs, corpus, tmp_path, subset):
+    out, model = tmp_path / "scores.txt", runs / "pcgrad-seed0" / "best.pt"
+    command = ["score", str(model), str(corpus), "--subset", subset, "-o", str(out), "--device", "cpu"]
+    assert cli.main(command) == 0
     found = evaluation.read_scores(out)
-    expected = evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
+    expected = evaluation.read_scores(runs / "pcgrad-seed0" / f"scores_{subset}.txt")
     assert found.utterances == expected.utterances
     assert found.values == pytest.approx(expected.values, abs=1e-5)
 
@@ -156,6 +166,12 @@ def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path, ca
     found, expected = evaluation.read_scores(out), evaluation.read_scores(runs / "pcgrad-seed0" / "scores_test.txt")
     assert found.utterances == expected.utterances
     assert found.values == pytest.approx(expected.values, abs=1e-5)
+    assert cli.main([*command, "--subset", "dev"]) == 0
+    dev = evaluation.read_scores(runs / "pcgrad-seed0" / "scores_dev.txt")
+    assert evaluation.read_scores(out).utterances == dev.utterances
+    labels = ["--dataset", "corpus", "--root", str(tmp_path / "packed"), "--subset", "dev"]
+    assert cli.main(["evaluate", str(out), *labels]) == 0
+    out.write_text(written)
     # The packed folder names its utterances too.
     capsys.readouterr()
     assert cli.main(["evaluate", str(out), "--csv"]) == 0
@@ -165,7 +181,7 @@ def test_scores_of_packed_data_are_those_of_the_files(runs, corpus, tmp_path, ca
     assert capsys.readouterr().out == printed
 
 
-def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path):
+def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path, capsys):
     files = [str(corpus / "flac" / f"test{i}.flac") for i in (1, 0)]
     out = tmp_path / "scores.txt"
     assert cli.main(["score", str(runs / "pcgrad-seed0"), *files, "-o", str(out), "--device", "cpu"]) == 0
@@ -174,6 +190,11 @@ def test_scores_of_single_files_need_no_protocol(runs, corpus, tmp_path):
     lines = [line.split() for line in out.read_text().splitlines()]
     assert [name for name, _ in lines] == files
     assert [float(value) for _, value in lines] == pytest.approx([known["test1"], known["test0"]], abs=1e-5)
+    slow = tmp_path / "slow.wav"
+    soundfile.write(slow, 0.1 * np.random.default_rng(0).standard_normal(2000), 8000)
+    command = ["score", runs / "pcgrad-seed0", slow, "-o", out, "--device", "cpu"]
+    assert "expected a sample rate of 16000 Hz; found 8000 Hz" in fails(capsys, command)
+    assert cli.main([str(part) for part in [*command, "--resample"]]) == 0
 
 
 def test_evaluate_prints_a_table_json_and_csv(runs, corpus, capsys):
@@ -210,6 +231,9 @@ def test_official_score_files_need_a_data_set_and_tell_codecs(runs, corpus, tmp_
     assert re.search(r"^mp3 +2 +2 .*\nogg +2 +2 ", table, re.MULTILINE)
     assert "50 bootstrap samples, of speakers (so few that it is too narrow).\n" in table
     assert det.stat().st_size > 1000
+    assert cli.main(["evaluate", str(out), *data, "--det", str(tmp_path / "whole.png")]) == 0
+    assert det.read_bytes() != (tmp_path / "whole.png").read_bytes()
+    capsys.readouterr()
     assert "Left out" not in table
     assert cli.main(["evaluate", str(out), *data, "--by", "speaker"]) == 0
     assert len(re.findall(r"^s\d +", capsys.readouterr().out, re.MULTILINE)) == 3
@@ -287,7 +311,8 @@ def test_conflicts_of_runs_and_of_data(runs, corpus, tmp_path, capsys):
     assert (out / "conflicts.png").read_bytes().startswith(b"\x89PNG")
     steps = list(csv.DictReader((out / "conflicts_steps.csv").open()))
     recorded = list(csv.DictReader((runs / "none-seed1" / "steps.csv").open()))
-    assert [s["cosine"] for s in steps if s["run"] == "none-seed1"] == [r["cosine"] for r in recorded]
+    found = [(s["step"], s["cosine"]) for s in steps if s["run"] == "none-seed1"]
+    assert found == [(r["step"], r["cosine"]) for r in recorded]
     assert len([s for s in steps if s["run"] == str(corpus)]) == 5
     layers = list(csv.DictReader((out / "conflicts_layers.csv").open()))
     parameters = list(csv.DictReader((runs / "none-seed1" / "parameters.csv").open()))
@@ -310,6 +335,13 @@ def test_augment_reports_what_it_did(corpus, tmp_path, capsys):
     assert soundfile.info(str(out / "flac" / "dev3.flac")).frames == 2500
     message = fails(capsys, ["augment", corpus, out])
     assert "already there (28 of 28 outputs)" in message
+    before, one = (out / "flac" / "dev3.flac").read_bytes(), [str(corpus / "flac"), str(out / "flac")]
+    assert cli.main(["augment", *one, "--algo", "5", "--seed", "1", "--skip-existing"]) == 0
+    assert re.search(r"^0 files .*\n28 kept: there already\n", capsys.readouterr().out)
+    assert (out / "flac" / "dev3.flac").read_bytes() == before
+    assert cli.main(["augment", *one, "--algo", "5", "--seed", "1", "--overwrite"]) == 0
+    assert (out / "flac" / "dev3.flac").read_bytes() != before
+    capsys.readouterr()
     (tmp_path / "bad.flac").write_bytes(b"fLaC")
     message = fails(capsys, ["augment", tmp_path / "bad.flac", tmp_path / "worse.flac"])
     assert "bad.flac: expected a readable audio file" in message

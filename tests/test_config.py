@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -14,10 +15,12 @@ from inputs import CLIPS, config_of
 
 from gradalign import detectors
 from gradalign._checkpoint import load_checkpoint
-from gradalign._errors import ConfigError, DataError
-from gradalign._parts import training_views
+from gradalign._errors import AudioError, ConfigError, DataError
+from gradalign._parts import open_split, training_views
 from gradalign.cli import main
-from gradalign.config import read_sweep
+from gradalign.config import TrainConfig, read_sweep
+from gradalign.data.packed import pack
+from gradalign.data.protocol import read_protocol
 from gradalign.sweep import sweep
 from gradalign.trainer import train
 
@@ -53,6 +56,8 @@ def test_yaml_with_changes(tmp_path):
     assert config.test_sets["ITW"]["data"] == "/itw"
     # YAML takes it for false.
     assert read_sweep(path, [*changes, "amp=off"]).config.amp == "off"
+    named = read_sweep(path, ["data=/mine.csv", "dataset=csv"]).config
+    assert (named.dataset, named.data) == ("csv", "/mine.csv")
     # A merged section may give a key anew.
     path.write_text("rawboost: &a {p: 1, g_sd: 3}\ndetector_options: {<<: *a, p: 2}\n")
     assert read_sweep(path).config.detector_options == {"p": 2, "g_sd": 3}
@@ -61,7 +66,8 @@ def test_yaml_with_changes(tmp_path):
     assert read_sweep(path).config.align_options == {"p": 2}
     # What a run writes is read again.
     (tmp_path / "config.json").write_text(config.to_json())
-    assert read_sweep(tmp_path / "config.json").config == config
+    again = read_sweep(tmp_path / "config.json")
+    assert (again.config, again.methods, again.seeds, again.jobs) == (config, ["mgda"], [1], 1)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -92,11 +98,15 @@ def test_committed_configurations_are_whole(path):
         ("align: [none, foo]", (), "run.yaml: `align` must be one of .*; found 'foo'"),
         ("seed: [0, -1]", (), "run.yaml: `seed` must be at least 0; found -1"),
         ("lr: 1", ("lr",), "expected key=value; found 'lr'"),
+        ("lr: 1", ("=2",), "expected key=value; found '=2'"),
         ("lr: 1", ("lr.x=2",), "lr.x=2: expected `lr` to be a section; found 1"),
+        ("jobs: two", (), "`jobs` a number; found .*, two"),
+        ("seed: []", (), "`align` and `seed` must name at least one each"),
         ("align: []", (), "`align` and `seed` must name at least one each"),
         ("views: [clean]", (), r"`views` must be at least two; found \['clean'\]"),
         ("accumulate: 5", (), "`accumulate` must be a divisor of 24; found 5"),
         ("test_sets: {a: {data: b}}", (), "`test_sets.a` must be a section with dataset, data and perhaps subset"),
+        ("test_sets: {a: {dataset: csv, data: b, split: dev}}", (), "`test_sets.a` must be a section with .* subset;"),
         ("test_sets: {a: {dataset: csv, data: 5}}", (), "`test_sets.a` must be a section with .*; found .*5"),
         ("test_sets: {a/b: {dataset: csv, data: c}}", (), "`test_sets` must be names without a slash, .*; found 'a/b'"),
         ("test_sets: {dev: {dataset: csv, data: c}}", (), "`test_sets` must be names .* dev .*; found 'dev'"),
@@ -106,6 +116,36 @@ def test_mistakes_are_named(tmp_path, text, changes, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_sweep(tmp_path / "run.yaml", changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((name, 0, "at least 1") for name in ("sample_rate", "num_samples", "batch_size", "epochs", "average_best")),
+        *((name, -1, "at least 0") for name in ("patience", "threads", "num_workers", "cache_mb", "checkpoint_steps")),
+        ("path", "jiont", "one of split, joint"),
+        ("scope", "layer", "one of model, parameter"),
+        ("crop", "end", "one of random, start"),
+        ("optimizer", "adamax", "one of adam, adamw, sgd"),
+        ("amp", "fp8", "one of off, bf16, fp16"),
+        *(("lr", value, "a finite number, 0 or above") for value in (None, True, -1.0)),
+        ("epochs", True, "a whole number"),
+        ("class_weights", [0, 1], "two numbers above 0"),
+        ("views", ["clean", 5], "a list of names"),
+        ("rawboost", {1: 2}, "a dict with names as keys"),
+    ],
+)
+def test_values_that_a_setting_cannot_have_are_named(name, value, expected):
+    with pytest.raises(ConfigError, match=rf"^`{name}` must be {expected}; found {re.escape(repr(value))}"):
+        TrainConfig(**{name: value})
+
+
+def test_defaults_are_those_of_the_published_detector():
+    """AASIST.conf and main.py of https://github.com/clovaai/aasist: the weights are of spoof and bona fide."""
+    config = TrainConfig()
+    assert (config.detector, config.batch_size, config.num_samples) == ("aasist", 24, 64600)
+    assert (config.optimizer, config.lr, config.weight_decay) == ("adam", 1e-4, 1e-4)
+    assert config.class_weights == (0.1, 0.9)
 
 
 def test_the_command_takes_a_file_with_changes(tmp_path, capsys):
@@ -239,6 +279,32 @@ def test_public_data_sets_and_further_test_sets(tmp_path):
 @pytest.fixture
 def clips(tmp_path):
     return Path(shutil.copytree(CLIPS, tmp_path / "clips"))
+
+
+def test_audio_that_a_run_cannot_use_is_found_before_training(tmp_path):
+    protocol = CLIPS / "protocols" / "train.txt"
+    pack({"train": read_protocol(protocol)}, tmp_path / "p", audio_dir=CLIPS / "flac", sample_rate=8000, resample=True)
+    with pytest.raises(DataError, match=r"/p: expected a sample rate of 16000 Hz; found 8000 Hz"):
+        open_split(TrainConfig(data=str(tmp_path / "p")), "train")
+    config = TrainConfig(train_protocol=str(protocol), train_audio=str(tmp_path / "audio"))
+    for skip_bad in (False, True):
+        with pytest.raises(DataError, match=r"/audio: expected a folder of audio files; found nothing there"):
+            open_split(replace(config, skip_bad=skip_bad), "train")
+    (tmp_path / "audio").mkdir()
+    with pytest.raises(
+        AudioError, match=r"/audio: expected an audio file for each of (\d+) .*; found none for \1, such"
+    ):
+        open_split(config, "train")
+    assert open_split(replace(config, skip_bad=True), "train") is not None
+
+
+def test_only_training_audio_is_cropped_at_random(tmp_path):
+    splits = {name: read_protocol(CLIPS / "protocols" / f"{name}.txt") for name in ("train", "dev", "test")}
+    pack(splits, tmp_path / "p", audio_dir=CLIPS / "flac")
+    for data in (CLIPS, tmp_path / "p"):
+        for crop, expected in (("random", [True, False, False]), ("start", [False] * 3)):
+            config = TrainConfig(data=str(data), crop=crop)
+            assert [open_split(config, name).random_crop for name in splits] == expected
 
 
 def test_test_sets_that_cannot_be_read_are_found_before_training(clips, tmp_path):

@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gradalign import conflicts
+from gradalign._errors import DataError
+from gradalign.config import TrainConfig
+from gradalign.report import Run
 
 
 def make_views(count=4):
@@ -91,6 +96,38 @@ def test_no_conflict_is_said_to_be_none():
     assert calm.splitlines()[1:] == ["  no step in conflict in any of its layers"]
     some = conflicts.summary(conflicts.Analysis([], {"some": found(0.0, 0.1)}))
     assert some.splitlines()[1] == "  most in conflict:  out 10.0%, in 0.0%"
+
+
+def test_the_summary_tells_early_from_late_and_most_from_least():
+    whole = np.array([-1, -1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    layers = np.stack([np.where(np.arange(8) < share, -0.5, 0.5) for share in (1, 4)] + [np.full(8, np.nan)], 1)
+    measured = {
+        "long": conflicts.LayerCosines(["a", "b", "unused"], [1, 1, 1], layers, whole),
+        "short": conflicts.LayerCosines(["a"], [1], np.full((1, 1), 0.5), np.array([-0.5])),
+    }
+    run = Run("none-seed0", Path(), "none", 0, "unfinished", "0 epochs so far")
+    assert conflicts.summary(conflicts.Analysis([run], measured), top=1).splitlines() == [
+        "none-seed0: no steps recorded (unfinished, 0 epochs so far)",
+        "long: 25.0% of 8 steps in conflict (first quarter 100.0%, last 0.0%); mean cosine +0.125",
+        "  most in conflict:  b 50.0%",
+        "  least in conflict: a 12.5%",
+        "short: 100.0% of 1 steps in conflict (first quarter 100.0%, last 100.0%); mean cosine -0.500",
+        "  no step in conflict in any of its layers",
+    ]
+    with pytest.raises(DataError, match="expected at least one recorded or measured step; found none"):
+        conflicts.draw(conflicts.Analysis([run]))
+
+
+def test_so_many_steps_are_measured_epoch_after_epoch(monkeypatch):
+    seen = []
+
+    def views(config, epoch):
+        seen.append(epoch)
+        yield torch.randn(2, 2000), torch.randn(2, 2000), torch.tensor([0, 1])
+
+    monkeypatch.setattr(conflicts, "training_views", views)
+    found = conflicts.measure(TrainConfig(detector="light", epochs=3, device="cpu"), 2, progress=False)
+    assert (len(found.whole), seen) == (2, [0, 1])
 
 
 def test_no_step_is_an_error(model):

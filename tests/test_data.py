@@ -20,6 +20,8 @@ from gradalign.data import (
     utterance_draws,
 )
 from gradalign.data.audio import list_audio, read_header
+from gradalign.data.dataset import collate
+from gradalign.data.protocol import expect_disjoint
 
 
 def write(path, samples, rate=16000, subtype="PCM_16"):
@@ -114,10 +116,10 @@ def test_a_header_without_the_number_of_samples_or_with_too_many_is_named(tmp_pa
 
 
 def test_hidden_files_and_folders_are_not_listed(tmp_path):
-    for name in ("b.wav", "sub/a.FLAC", ".b.wav", "sub/._a.flac", ".git/c.wav", "notes.txt"):
+    for name in ("t.wav", "sub/a.FLAC", ".b.wav", "sub/._a.flac", ".git/c.wav", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list_audio(tmp_path) == [tmp_path / "b.wav", tmp_path / "sub" / "a.FLAC"]
+    assert list_audio(tmp_path) == [tmp_path / "sub" / "a.FLAC", tmp_path / "t.wav"]
     assert list_audio(tmp_path, (".flac",)) == [tmp_path / "sub" / "a.FLAC"]
 
 
@@ -126,6 +128,9 @@ def test_wav_with_trailing_and_odd_chunks_is_not_taken_for_truncated(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:12] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + content[12:] + b"junk\0\0\0\0")
     assert read_audio(path, 16000).shape == (333,)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AudioError, match=r"a\.wav: expected 333 samples by its header; found 2\d\d"):
+        read_audio(path, 16000)
 
 
 @pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
@@ -163,8 +168,10 @@ def test_read_header_says_what_read_audio_finds(tmp_path, suffix):
     assert read_audio(path, 8000).shape == (4000,)
 
 
-def test_read_header_finds_truncated_wav_files(tmp_path):
-    path = write(tmp_path / "a.wav", noise(16000))
+@pytest.mark.parametrize("form", ["WAV", "WAVEX"])
+def test_read_header_finds_truncated_wav_files(tmp_path, form):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(16000), 16000, format=form)
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(AudioError, match=r"a\.wav: expected 16000 samples by its header; found 44\d\d"):
         read_header(path)
@@ -225,8 +232,13 @@ def test_fit_length_crops_from_the_start_given():
     assert fit_length(wave, 64600, start=5400)[-1] == 69999
     with pytest.raises(ValueError, match=r"`start` must be in \[0, 5400\]; found 5401"):
         fit_length(wave, 64600, start=5401)
-    with pytest.raises(ValueError, match=r"`wave` must be \[T\] with T > 0; found \[0\]"):
-        fit_length(torch.zeros(0))
+    with pytest.raises(ValueError, match=r"`start` must be in \[0, 5400\]; found -1"):
+        fit_length(wave, 64600, start=-1)
+    for wrong in (torch.zeros(0), torch.zeros(1, 70000)):
+        with pytest.raises(ValueError, match=r"`wave` must be \[T\] with T > 0; found \[(0|1, 70000)\]"):
+            fit_length(wrong)
+    with pytest.raises(ValueError, match=r"`num_samples` must be at least 1; found 0"):
+        fit_length(wave, 0)
 
 
 # ---- protocol ------------------------------------------------------------------------------------------------------
@@ -234,7 +246,7 @@ def test_fit_length_crops_from_the_start_given():
 
 def test_read_protocol_of_the_published_form(tmp_path):
     path = tmp_path / "train.txt"
-    path.write_text("LA_0079 LA_T_1138215 - - bonafide\n\n# a remark\nLA_0079 LA_T_1004644 - A01 spoof\n")
+    path.write_text("LA_0079 LA_T_1138215 - - bonafide\n\n# a remark\n#another\nLA_0079 LA_T_1004644 - A01 spoof\n")
     assert read_protocol(path) == [
         Utterance("LA_T_1138215", "LA_0079", "-", 1),
         Utterance("LA_T_1004644", "LA_0079", "A01", 0),
@@ -268,11 +280,30 @@ def test_a_protocol_that_is_missing_or_binary_is_named(tmp_path):
     (tmp_path / "dev.txt").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(DataError, match=r"dev\.txt: expected a text file; found bytes that are not UTF-8"):
         read_protocol(tmp_path / "dev.txt")
+    (tmp_path / "dev.txt").write_bytes(b"s a\0 - - bonafide\n")
+    with pytest.raises(DataError, match=r"dev\.txt: expected a text file; found binary data"):
+        read_protocol(tmp_path / "dev.txt")
 
 
 def test_a_protocol_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path):
     (tmp_path / "dev.txt").write_bytes(b"\xef\xbb\xbfs a - - bonafide\r\ns b - A01 spoof\r\n")
     assert read_protocol(tmp_path / "dev.txt") == [Utterance("a", "s", "-", 1), Utterance("b", "s", "A01", 0)]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["path", "name"])
+def test_files_are_shared_by_where_they_are_not_by_what_they_are_called(tmp_path, monkeypatch, own):
+    def split(folder, name):
+        return folder, [Utterance(name, "s", "-", 1, path=tmp_path / folder / name if own else None)]
+
+    monkeypatch.chdir(tmp_path)
+    splits = {"train": split(tmp_path / "a", "x"), "dev": split(tmp_path / "b", "x")}
+    expect_disjoint(splits)
+    # A path of its own counts, whatever the utterance is called; a folder may be written in several ways.
+    again = split(Path("b/../a"), "x")
+    if own:
+        again = tmp_path / "c", [Utterance("y", "s", "-", 1, path=tmp_path / "a" / "x")]
+    with pytest.raises(DataError, match=r"expected other files in test than in train; found 1 in both, such as '[xy]'"):
+        expect_disjoint({**splits, "test": again})
 
 
 # ---- data set ------------------------------------------------------------------------------------------------------
@@ -328,6 +359,7 @@ def test_crops_depend_on_seed_epoch_and_utterance_alone(folder):
         # Utterances 0 and 2 are not longer than the crop: they are the same in every epoch, their augmentation is not.
         assert (waves == other).all(1).tolist() == [True, False, True, False, False]
         assert not set(seeds) & set(other_seeds)
+    assert utterance_draws(1, 11, "a") != utterance_draws(11, 1, "a")
     start, _ = first(random_crop=False)
     assert torch.equal(start[3], read_audio(folder / "u3.flac", 16000)[:1000])
 
@@ -352,6 +384,20 @@ def test_the_cache_changes_nothing(folder):
     assert torch.equal(cached[3].wave, cached[3].wave)
     with pytest.raises(AudioError):
         plain[3]
+
+
+def test_the_cache_holds_no_more_than_it_may(tmp_path):
+    """16-bit audio takes two bytes a sample: of three files of 0.6 MB, one fits into 1 MB, and then a small one."""
+    sizes = {"a": 300_000, "b": 300_000, "c": 1000}
+    paths = [write(tmp_path / f"{name}.flac", noise(size)) for name, size in sizes.items()]
+    data = SpeechDataset([Utterance(name, "s", "-", 1) for name in sizes], tmp_path, cache_mb=1)
+    waves = [data[i].wave for i in range(3)]
+    for path in paths:
+        path.unlink()
+    assert torch.equal(data[0].wave, waves[0])
+    assert torch.equal(data[2].wave, waves[2])
+    with pytest.raises(AudioError, match="expected a file"):
+        data[1]
 
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "PCM_16"])
@@ -390,6 +436,13 @@ def test_load_batches_reads_a_plan_in_order_and_lists_bad_files(folder, num_work
     assert batches[2].label.tolist() == [0, 1]
     assert batches[2].seed.tolist() == [data[2].seed, data[3].seed]
     assert batches[0].length.tolist() == [1000, 400]
+    views = load_batches(data, [[1], [2]], num_workers=num_workers, augment=lambda wave, lengths, seeds: -wave)
+    assert [torch.equal(batch.augmented, -batch.wave) for batch in views] == [True, True]
+
+
+def test_batches_are_made_of_examples_only():
+    with pytest.raises(TypeError, match=r"those of a gradalign data set \(Example\); found tuple"):
+        collate([(torch.zeros(4), 1)])
 
 
 def test_epoch_plans_are_permutations_that_follow_from_seed_and_epoch():

@@ -14,6 +14,7 @@ from gradalign import cli
 from gradalign.data import AudioError, DataError, SpeechDataset, Utterance, datasets, read_dataset
 from gradalign.data.check import check, sha256_of
 from gradalign.data.datasets import names, subsets
+from gradalign.data.packed import PackedDataset, packed_splits
 
 
 def audio(path, seconds=0.1, rate=16000, channels=1):
@@ -245,6 +246,16 @@ def test_official_asvspoof2021_score_files_hold_all_phases(tmp_path, capsys, tra
     assert "1 scores without a protocol line and 0 protocol lines" in capsys.readouterr().err
 
 
+def test_of_asvspoof2021_the_test_phase_is_packed_as_it_is_asked_for(tmp_path):
+    asvspoof2021_la(tmp_path)
+    command = ["pack", str(tmp_path), str(tmp_path / "packed"), "--dataset", "asvspoof2021-la"]
+    assert cli.main([*command, "--sample-rate", "8000", "--resample"]) == 0
+    assert packed_splits(tmp_path / "packed") == ["test"]
+    packed = PackedDataset(tmp_path / "packed", "test")
+    assert packed.sample_rate == 8000
+    assert facts(packed.utterances) == facts(read_dataset("asvspoof2021-la", tmp_path, "test"))
+
+
 def test_asvspoof2021_df_lies_in_four_parts_or_in_one(tmp_path):
     asvspoof2021_df(tmp_path)
     found = read_dataset("asvspoof2021-df", tmp_path, "test")
@@ -313,6 +324,18 @@ def test_mlaad_takes_bona_fide_speech_from_m_ailabs_where_it_is_there(tmp_path):
     ]
     (tmp_path / "M-AILABS").rename(tmp_path / "elsewhere")
     assert read_dataset("mlaad", tmp_path, "test") == found[:2]
+    (tmp_path / "elsewhere").rename(tmp_path / "M-AILABS")
+    # Books with several readers do not say who reads.
+    mixed = "en_US/by_book/mix/emma/wavs/emma_01_f000001.wav"
+    other = "fake/en/tts_models_en_ljspeech_glow-tts/b.wav"
+    with (tmp_path / other).with_name("meta.csv").open("a") as table:
+        table.write(f"{other}|./{mixed}|en|True|2.07|ljspeech|glow-tts|glow-tts|text\n")
+    audio(tmp_path / other)
+    audio(tmp_path / "M-AILABS" / mixed)
+    assert facts(read_dataset("mlaad", tmp_path, "test"))[3:] == [
+        (f"M-AILABS/{ORIGINAL}", "judy_bieber", "-", 1, "-"),
+        (f"M-AILABS/{mixed}", "-", "-", 1, "-"),
+    ]
 
 
 def test_csv_may_name_splits_or_be_one_file_each(tmp_path):
@@ -323,7 +346,7 @@ def test_csv_may_name_splits_or_be_one_file_each(tmp_path):
     ]
     assert facts(read_dataset("csv", table, "dev")) == [(f"{tmp_path}/elsewhere/c.wav", "-", "unknown", 0, "-")]
     assert facts(read_dataset("csv", table, "test")) == [("audio/d_e.wav", "bob", "-", 1, "opus")]
-    text(tmp_path / "train.csv", "label,path\nspoof,audio/b.wav\n")
+    text(tmp_path / "train.csv", "label, path\n\nspoof,audio/b.wav\n\n")
     assert facts(read_dataset("csv", tmp_path, "train")) == [("audio/b.wav", "-", "unknown", 0, "-")]
     assert subsets("csv", tmp_path) == ["train"]
     assert facts(read_dataset("csv", tmp_path / "train.csv", "test")) == [("audio/b.wav", "-", "unknown", 0, "-")]
@@ -334,12 +357,18 @@ def test_the_corpus_takes_audio_of_any_form_and_in_folders(tmp_path):
     corpus(tmp_path)
     (tmp_path / "flac" / "dev_a.flac").unlink()
     audio(tmp_path / "flac" / "dev_a.wav")
-    text(tmp_path / "protocols/test.txt", "p3 p3/long.name - - bonafide\n")
-    text(tmp_path / "metadata.csv", "utterance,split,channel\ndev_b,dev,g722\n")
+    audio(tmp_path / "flac" / "dev_b.wav")
+    text(tmp_path / "protocols/test.txt", "p3 p3/long.name - - bonafide\np3 p3/b.mp3 - - bonafide\n")
+    text(tmp_path / "metadata.csv", "utterance,split,channel\ndev_b,dev,g722 at 16 kHz\n")
     audio(tmp_path / "flac/p3/long.name.ogg")
+    audio(tmp_path / "flac/p3/b.mp3")
     dev = read_dataset("corpus", tmp_path, "dev")
-    assert [(u.path.name, u.codec) for u in dev] == [("dev_a.wav", "-"), ("dev_b.flac", "g722")]
-    assert read_dataset("corpus", tmp_path, "test")[0].path == tmp_path / "flac" / "p3" / "long.name.ogg"
+    assert [(u.path.name, u.codec) for u in dev] == [("dev_a.wav", "-"), ("dev_b.flac", "g722_at_16_kHz")]
+    test = read_dataset("corpus", tmp_path, "test")
+    assert [u.path.relative_to(tmp_path / "flac").as_posix() for u in test] == ["p3/long.name.ogg", "p3/b.mp3"]
+    datasets.expect_files(test, tmp_path / "flac")
+    with pytest.raises(AudioError, match=r"an audio file for each of 2 .*; found none for 2, such as .*/a\.flac$"):
+        datasets.expect_files([Utterance("a", "s", "-", 1), Utterance("p3/b", "s", "-", 1)], tmp_path)
     text(tmp_path / "metadata.csv", "file_name,text\ndev_b.flac,one of another's\n")
     assert [u.codec for u in read_dataset("corpus", tmp_path, "dev")] == ["-", "-"]
 
@@ -384,6 +413,13 @@ def test_wrong_columns_are_named(spoilt):
         path.write_text("\n".join(lines) + f'\n"unfinished{separator}')
         with pytest.raises(DataError, match=rf"{path.name}:\d+: expected a line of a table; found: unexpected end"):
             read_dataset(name, root, subset)
+
+
+@pytest.mark.parametrize("header", ["path,label,speakr", "path,label,path"], ids=["unknown", "twice"])
+def test_columns_that_are_unknown_or_named_twice_are_named(tmp_path, header):
+    text(tmp_path / "test.csv", f"{header}\na.wav,spoof,b.wav\n")
+    with pytest.raises(DataError, match=rf"test\.csv:1: expected the columns path,label and .*; found {header}"):
+        read_dataset("csv", tmp_path, "test")
 
 
 def test_utterances_named_twice_are_named(spoilt):
@@ -472,6 +508,9 @@ def test_unknown_names_and_subsets_are_named(tmp_path):
     text(tmp_path / "keys/LA/CM/trial_metadata.txt", KEYS_LA.replace("hidden", "secret"))
     with pytest.raises(DataError, match=r":4: expected a subset among eval, progress, hidden; found 'secret'"):
         read_dataset("asvspoof2021-la", tmp_path, "test")
+    text(tmp_path / "keys/LA/ASV/trial_metadata.txt", "LA_0009 LA_E_1 alaw ita_tx bonafide target notrim secret\n")
+    with pytest.raises(DataError, match=r"ASV/.*:1: expected a subset among eval, progress, hidden; found 'secret'"):
+        datasets.read_asv_trials(tmp_path)
     text(tmp_path / "my.csv", "path,label,split\na.wav,spoof,train\nb.wav,spoof,valid\n")
     with pytest.raises(DataError, match=r"my\.csv:3: expected the split train, dev, test; found 'valid'"):
         read_dataset("csv", tmp_path / "my.csv", "train")
@@ -480,6 +519,9 @@ def test_unknown_names_and_subsets_are_named(tmp_path):
 
 
 def test_mlaad_models_without_a_list_and_files_in_two_lists_are_named(tmp_path):
+    (tmp_path / "fake").mkdir()
+    with pytest.raises(DataError, match=r"fake: expected <language>/<model>/meta\.csv; found none"):
+        read_dataset("mlaad", tmp_path, "test")
     mlaad(tmp_path)
     folder = tmp_path / "fake/en/new-model"
     folder.mkdir()
@@ -567,7 +609,7 @@ def test_check_counts_what_is_there(tmp_path):
 @pytest.mark.parametrize("suffix", [".flac", ".wav", ".mp3", ".ogg"])
 def test_check_reads_all_forms_of_audio(tmp_path, suffix):
     names = [f"{i}{suffix}" for i in range(150)]
-    first = audio(tmp_path / names[0], seconds=0.5)
+    first = audio(tmp_path / names[0], seconds=0.5, rate=8000)
     for name in names[1:]:
         (tmp_path / name).symlink_to(first)
     text(tmp_path / "mine.csv", "path,label\n" + "".join(f"{name},spoof\n" for name in names))
@@ -597,8 +639,11 @@ def test_check_lists_what_is_wrong(tmp_path):
     assert report.subsets[0].channels == {1: 4, 2: 1}
     assert report.count_wrong == 5
     shown = report.text(limit=2).splitlines()
-    assert shown[1] == "test: 9 utterances (9 spoof), 1 speakers, 0.00 h, 8000 Hz 1, 16000 Hz 4"
-    assert "    ... and 1 more" in shown
+    assert shown[1:3] == [
+        "test: 9 utterances (9 spoof), 1 speakers, 0.00 h, 8000 Hz 1, 16000 Hz 4",
+        "  channels: 1 4, 2 1",
+    ]
+    assert [line for line in shown if "more" in line] == ["    ... and 1 more"]
     assert shown[-1] == "5 wrong"
 
 
@@ -619,6 +664,9 @@ def test_check_finds_files_of_two_subsets_and_lists_that_are_wrong(tmp_path):
     assert report.subsets[1].wrong == {"shared": [f"{tmp_path / 'flac' / 'train_b.flac'}: in train too"]}
     assert list(report.subsets[2].wrong) == ["list"]
     assert "test.txt:1: expected the 5 columns" in report.subsets[2].wrong["list"][0]
+    text(tmp_path / "protocols/test.txt", "p1 train_a - - bonafide\n")
+    report = check("corpus", tmp_path, progress=False)
+    assert report.subsets[2].wrong == {"shared": [f"{tmp_path / 'flac' / 'train_a.flac'}: in train too"]}
     (tmp_path / "protocols/test.txt").unlink()
     report = check("corpus", tmp_path, progress=False)
     assert (report.absent, len(report.subsets)) == (["test"], 2)
@@ -627,6 +675,8 @@ def test_check_finds_files_of_two_subsets_and_lists_that_are_wrong(tmp_path):
         check("corpus", tmp_path / "absent", progress=False)
     with pytest.raises(DataError, match=r"corpus: expected subsets among train, dev, test; found 'hidden'"):
         check("corpus", tmp_path, ["hidden"], progress=False)
+    with pytest.raises(DataError, match="`workers` must be at least 1; found 0"):
+        check("corpus", tmp_path, workers=0, progress=False)
 
 
 def test_check_writes_a_manifest_and_verifies_it_later(tmp_path):
@@ -650,6 +700,22 @@ def test_check_writes_a_manifest_and_verifies_it_later(tmp_path):
     manifest.write_text("what is this\n")
     with pytest.raises(DataError, match=r"sums\.sha256:1: expected `<SHA-256>  <path>`; found 'what is this'"):
         check("asvspoof2019-la", tmp_path, manifest=manifest, progress=False)
+
+
+def test_a_manifest_names_files_from_the_folder_of_a_table(tmp_path):
+    inside, outside = (audio(tmp_path / name, channels=2) for name in ("in/audio/a.wav", "out/b.wav"))
+    text(tmp_path / "in/mine.csv", f"path,label\naudio/../audio/a.wav,spoof\n{outside},spoof\n")
+    report = check("csv", tmp_path / "in/mine.csv", manifest=tmp_path / "sums", progress=False)
+    sums = {f"{sha256_of(inside)}  audio/a.wav", f"{sha256_of(outside)}  {outside}"}
+    assert set((tmp_path / "sums").read_text().splitlines()) == sums
+    assert report.text().splitlines()[2:4] == ["  channels: 2", "  attacks: unknown"]
+    assert "codecs" not in report.text()
+    # Where the command puts it, and what it says of a file that is not as it was.
+    command = ["data", "check", "csv", str(tmp_path / "in/mine.csv"), "--hash"]
+    assert cli.main(command) == 0
+    assert (tmp_path / "in/csv.sha256").read_text() == (tmp_path / "sums").read_text()
+    audio(inside, seconds=0.2)
+    assert cli.main(command) == 1
 
 
 @pytest.mark.parametrize("form", ["{} *{}", "{}  ./{}", "{}  flac/../{}"])
@@ -693,4 +759,5 @@ def test_check_takes_eval_and_test_for_one_subset(tmp_path):
     corpus(tmp_path)
     report = check("corpus", tmp_path, ["test", "eval", "dev", "dev"], progress=False)
     assert [subset.subset for subset in report.subsets] == ["test", "dev"]
+    assert report.absent == []
     assert report.count_wrong == 0

@@ -49,6 +49,44 @@ def test_means_stop_where_the_first_seed_stopped():
     assert bold.get_ydata().tolist() == [4.0, 3.0]
 
 
+def test_rings_mark_the_best_epochs_and_names_stand_at_the_ends():
+    axes = figures.new_figure(4, 3).add_subplot()
+    curves = {"none": [np.array([3.0, 1.0, 2.0])], "pcgrad": [np.array([5.0, 4.0])]}
+    ends = figures.draw_epochs(axes, curves, best={"none": [2], "pcgrad": [0]})
+    assert ends == {"none": 2.0, "pcgrad": 4.0}
+    rings = [line for line in axes.lines if line.get_color() == "white"]
+    assert [(list(ring.get_xdata()), list(ring.get_ydata())) for ring in rings] == [([2], [1.0])]
+    figures.label(axes, {"none": np.nan, "pcgrad": 4.0})
+    assert [text.get_text() for text in axes.texts] == ["pcgrad"]
+
+
+def test_attacks_are_sorted_by_their_errors_and_those_of_training_come_last():
+    axes = figures.new_figure(4, 3).add_subplot()
+    values = {"old": {"0": 90.0}, "easy": {"0": 1.0, "1": 3.0}, "hard": {"0": 50.0, "1": 52.0}}
+    figures.draw_attacks(axes, {"none": values}, {"old"})
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["hard", "easy", "old (seen)"]
+    assert axes.yaxis_inverted()
+    places = [(list(line.get_xdata()), line.get_ydata()[0]) for line in axes.lines]
+    assert places == [([50, 52], 0), ([51], 0), ([1, 3], 1), ([2], 1), ([90, 90], 2), ([90], 2)]
+
+
+def test_cosines_are_drawn_as_they_are():
+    cosines = np.linspace(-1, 0.5, 101)
+    bands, layers, shares = figures.new_figure(9, 3).subplots(1, 3)
+    figures.draw_cosines(bands, [cosines], "none", bins=1)
+    _, middle, agreeing, conflicting = bands.lines
+    assert (list(middle.get_xdata()), list(middle.get_ydata())) == ([50.5], [-0.25])
+    assert list(agreeing.get_ydata()) == list(cosines[cosines >= 0])
+    assert list(conflicting.get_ydata()) == list(cosines[cosines < 0])
+    figures.draw_layers(layers, ["in", "out"], np.array([[0.1, -0.2], [0.3, 0.4], [0.5, 0.6]]))
+    assert layers.images[0].get_array().tolist() == [[0.1, 0.3, 0.5], [-0.2, 0.4, 0.6]]
+    # The first row on top, beside its name.
+    assert list(layers.images[0].get_extent()) == [0, 3, 2, 0]
+    assert [text.get_text() for text in layers.get_yticklabels()] == ["in", "out"]
+    figures.draw_parameters(shares, ["a.weight", "b.weight"], {"none": [np.array([0, 0.5]), np.array([0.5, 1])]})
+    assert list(shares.lines[0].get_ydata()) == [25, 75]
+
+
 def test_det_diagonal_is_where_both_errors_agree():
     miss = np.linspace(0, 1, 101)
     axes = figures.new_figure(4, 4).add_subplot()
@@ -57,6 +95,9 @@ def test_det_diagonal_is_where_both_errors_agree():
     x, y = bold.get_xdata(), bold.get_ydata()
     # miss + accept = 1 is the other diagonal in probit scale, which meets the EER's at 50%, the origin.
     assert np.allclose(x, -y, atol=0.05)
+    assert np.ptp(x) > 4
+    # In percent.
+    assert [text.get_text() for text in axes.get_xticklabels()][-3:] == ["40", "60", "80"]
 
 
 def test_curves_with_gaps_and_without_steps_are_drawn():
@@ -102,6 +143,8 @@ def test_seeds_close_together_are_told_apart_and_nothing_lies_on_their_lines():
     heights = axes.transData.transform([(0, v) for v in (41.0, 41.5, 41.9)])[:, 1]
     dots = next(line for line in axes.lines if line.get_marker() == "o")
     assert np.diff(heights).min() > 2 * dots.get_markersize() * figure.dpi / 72
+    # A method may lack a seed.
+    figures.draw_seeds(figure.add_subplot(), {"none": {"0": 41.0, "1": 42.0}, "pcgrad": {"0": 43.0}})
 
 
 def test_axes_of_nothing_but_zeros_have_a_sensible_length():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -25,7 +27,7 @@ def two_detectors(count, seed):
     ]
 
 
-@pytest.mark.parametrize("prior", [0.5, 0.05])
+@pytest.mark.parametrize("prior", [0.5, 0.05, 0.99])
 def test_logistic_weights_minimise_the_weighted_cross_entropy(prior):
     systems = two_detectors(2000, 0)
     fusion = Fusion.fit(systems, prior)
@@ -62,8 +64,10 @@ def test_one_detector_alone_is_calibrated():
 def test_the_mean_is_the_mean_whatever_the_order_of_lines():
     first = scores_of([1, 2, 3], [1, 0, 0], ["a", "b", "c"])
     second = scores_of([30, 10, 20], [0, 1, 0], ["c", "a", "b"])
+    first = replace(first, codecs=["opus", "-", "g722"], speakers=["p1", "p2", "p2"])
     fused = Fusion.mean(2)([first, second])
     assert fused.utterances == ["a", "b", "c"]
+    assert (fused.codecs, fused.speakers) == (first.codecs, first.speakers)
     assert fused.values.tolist() == [5.5, 11, 16.5]
 
 
@@ -99,5 +103,7 @@ def test_what_does_not_fit_is_named():
         Fusion.fit([])
     with pytest.raises(DataError, match="found 2 bona fide of 2"):
         Fusion.fit([scores_of([1, 2], [1, 1])])
+    with pytest.raises(DataError, match="found 0 bona fide of 2"):
+        Fusion.fit([scores_of([1, 2], [0, 0])])
     with pytest.raises(ValueError, match=r"`prior` must be in \(0, 1\); found 1"):
         Fusion.fit([a], prior=1)

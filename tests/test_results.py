@@ -2,6 +2,7 @@ import csv
 import html.parser
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ from gradalign._errors import DataError
 
 @pytest.fixture
 def runs(tmp_path, write_run):
-    """Two methods of two seeds, with a further test set; a third method is not finished."""
+    """Two methods of two seeds, with a further test set; a third method is not finished, though it has scores."""
     for method, gain in (("pcgrad", 0.4), ("none", 0.0)):
         for seed in (0, 1):
             folder = write_run(tmp_path / "runs", method, seed, gain=gain)
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"test_sets": {"ITW": {}}}))
             (folder / "scores_ITW.txt").write_text((folder / "scores_dev.txt").read_text())
-    write_run(tmp_path / "runs", "cagrad", 0, finished=False)
+    unfinished = write_run(tmp_path / "runs", "cagrad", 0, finished=False)
+    (unfinished / "scores_test.txt").write_text((folder / "scores_test.txt").read_text())
     return tmp_path / "runs"
 
 
@@ -36,6 +38,9 @@ def test_every_finished_run_has_a_row_for_each_set(runs):
         assert r.detector == "light"
         assert r.eer == expected_eer(runs, r.method, r.seed, r.dataset)
         assert r.low <= r.eer <= r.high
+    for folder in runs.iterdir():
+        (folder / "scores_test.txt").unlink()
+    assert results.read_results(runs) == found[1::2]
 
 
 def test_a_cell_is_the_mean_and_range_over_seeds(runs):
@@ -53,6 +58,7 @@ def test_a_cell_is_the_mean_and_range_over_seeds(runs):
             assert bold == (np.isclose(eers.mean() / 100, min(others)))
         assert cells == ["light", method, "2", *cells[3:5], f"{np.mean(means):.2f}"]
     assert lines[-1].startswith("Equal error rate in percent: mean (lowest–highest) over seeds. Over all attacks of a ")
+    assert "| light | pcgrad | 1–2 |" in results.format_markdown(results.read_results(runs)[:-1])
 
 
 def test_one_seed_has_a_bootstrap_interval_and_other_peoples_scores_a_row(runs, tmp_path):
@@ -72,6 +78,23 @@ def test_one_seed_has_a_bootstrap_interval_and_other_peoples_scores_a_row(runs, 
     assert mixed.splitlines()[4].endswith("|  |  |")
     assert mixed.splitlines()[2].count("(") == 2
     assert "over seeds, or one run [95% bootstrap interval over utterances]." in mixed.splitlines()[-1]
+
+
+def test_each_detector_has_a_best_entry_of_its_own(runs):
+    found = results.read_results(runs)
+    worse = [replace(r, detector="other", eer=r.eer + 0.2) for r in found]
+    lines = [line.split("|") for line in results.format_markdown([*found, *worse]).splitlines()[2:6]]
+    bold = [["**" in cell for cell in line[2:]] for line in lines]
+    assert bold[:2] == bold[2:]
+    assert any(map(any, bold))
+
+
+def test_names_are_escaped(runs):
+    found = results.read_item(f"A|B/<1>:a&b={runs / 'none-seed0' / 'scores_test.txt'}")
+    assert results.format_markdown(found).splitlines()[2].startswith("| A\\|B | <1> |")
+    page = results.format_html(found)
+    assert "<th>a&amp;b</th>" in page
+    assert "<td>&lt;1&gt;</td>" in page
 
 
 def test_csv_and_html_hold_the_same_numbers(runs, tmp_path):

@@ -302,6 +302,9 @@ def test_best_weights_give_the_recorded_dev_loss_and_scores(finished):
     data = SpeechDataset(utterances, Path(config.data) / "flac", num_samples=4000)
     logits, bad = predict(detector.model, data, batch_size=4)
     assert bad == []
+    # A model in training is scored alike, and goes on training.
+    assert torch.equal(predict(detector.model.train(), data, batch_size=4)[0], logits)
+    assert detector.model.training
     loss = torch.nn.functional.cross_entropy(
         logits, torch.tensor([u.label for u in utterances]), torch.tensor([0.1, 0.9])
     )
