@@ -405,16 +405,20 @@ def test_cuda_graph_of_weigh_and_align():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_paths", range(1, 9))
-def test_addresses_that_forbid_wide_accesses(num_paths, dtype):
+@pytest.mark.parametrize("op", ["gram", "combine_", "align_"])
+def test_addresses_that_forbid_wide_accesses(op, num_paths, dtype):
     generator = torch.Generator().manual_seed(num_paths)
     sizes = (1, 7, 40_001)
     whole = [torch.randn(n + 1, generator=generator).to(dtype).to(DEVICE) for _ in range(num_paths) for n in sizes]
     # Every other tensor begins one element after its allocation.
     grads = [g[1:] if i % 2 else g[:-1] for i, g in enumerate(whole)]
-    _check("gram", (grads, num_paths, [0, 1, 1], 2), dtype, "unaligned")
     weights = torch.linspace(-1, 1, 2 * num_paths, dtype=torch.float64, device=DEVICE).reshape(2, num_paths)
-    _check("combine_", (grads[:3], grads[3:], weights, [0, 1, 1]), dtype, "unaligned")
-    _check("align_", (grads[:3], grads[3:], "pcgrad", None, None, 0.5, False, 0.5), dtype, "unaligned")
+    args = {
+        "gram": (grads, num_paths, [0, 1, 1], 2),
+        "combine_": (grads[:3], grads[3:], weights, [0, 1, 1]),
+        "align_": (grads[:3], grads[3:], "pcgrad", None, None, 0.5, False, 0.5),
+    }
+    _check(op, args[op], dtype, "unaligned")
 
 
 def test_gram_sign_at_tiny_cosine():
@@ -618,21 +622,31 @@ def test_side_stream():
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.skipif(
+huge = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30 * 2**30,
     reason="needs a CUDA GPU with 30 GiB",
 )
-def test_tensors_over_2_to_the_31_elements():
-    size = 2**31 + 70_001
-    a = torch.ones(size, dtype=torch.bfloat16, device="cuda")
+HUGE = 2**31 + 70_001
+
+
+@huge
+def test_align_of_tensors_over_2_to_the_31_elements():
+    a = torch.ones(HUGE, dtype=torch.bfloat16, device="cuda")
     a[-1] = 3
     with ga.use_backends("cuda"):
-        assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [size + 8.0] * 4
+        gram, _ = ops.align_([a], [a * -2], "mean", None, None, 0.5, False, 0.5)
+    assert float(gram[0, 0, 1]) == -2 * (HUGE + 8.0)
+    assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [-0.5, -0.5, -1.5]
+
+
+@huge
+def test_tensors_over_2_to_the_31_elements():
+    a = torch.ones(HUGE, dtype=torch.bfloat16, device="cuda")
+    a[-1] = 3
+    with ga.use_backends("cuda"):
+        assert ops.gram([a, a], 2, [0], 1).flatten().tolist() == [HUGE + 8.0] * 4
         ops.combine_([a], [a], torch.tensor([[2.0, -1.5]], dtype=torch.float64, device="cuda"), [0])
         assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [0.5, 0.5, 1.5]
-        gram, _ = ops.align_([a], [a * -2], "mean", None, None, 0.5, False, 0.5)
-        assert float(gram[0, 0, 1]) == -2 * (0.25 * (size - 1) + 2.25)
-        assert [float(a[0]), float(a[2**31 + 5]), float(a[-1])] == [-0.25, -0.25, -0.75]
         del a
         # 40000 utterances of 64600 samples: the last rows start beyond 2**31.
         x = torch.zeros(40_000, 64_600, dtype=torch.float16, device="cuda")

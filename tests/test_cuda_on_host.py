@@ -49,6 +49,7 @@ NAMED = {
     "some_lanes": r"never meet: threads 0-6 in __shfl_down_sync \(mistakes.cu:\d+\); thread 7 ended; threads 8-38 in",
     "outside_of_mask": r"block \d+: thread \d+ is not in the mask of its own __syncwarp \(mistakes.cu:\d+\)",
     "unaligned_copy": r"thread \d+ copies 8 bytes between addresses that are no multiples of that",
+    "unaligned": r"block \d+: thread 0 accesses an address that is no multiple of 16, at \(mistakes.cu:\d+\)",
     "beyond_tensor": r"block 4: thread 0 accesses memory that is nobody's, at 0x",
     "beyond_array": r"block \d+: thread 95 takes element 96 of an array that has fewer, at \(mistakes.cu:\d+\)",
     "beyond_dynamic_memory": r"block \d+: thread \d+ accesses memory that is nobody's, at 0x",

@@ -38,7 +38,15 @@ REPLACED = (
     (r"extern __shared__ ([\w:]+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_memory());"),
 )
 # More than -O2 costs more seconds than it saves. -fno-gnu-unique keeps the library's variables its own.
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fsanitize=bounds-strict", "-include", "cuda_runtime.h")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-fsanitize=bounds-strict,alignment",
+    "-include",
+    "cuda_runtime.h",
+)
 # For races.cpp: every access calls a function there. No loop becomes a memset, which would not; calls return to where
 # they were, which says in which line that is.
 RACES = (

@@ -221,6 +221,15 @@ __global__ void beyond_tensor_kernel(float* data, int size) {
   if (kRight ? n < size : n <= size) data[n] = data[n] * 2;
 }
 
+struct alignas(16) Four {
+  float v[4];
+};
+
+template <bool kRight>
+__global__ void unaligned_kernel(float* data, int) {
+  if (threadIdx.x == 0) *reinterpret_cast<Four*>(data + 4 * blockIdx.x + 2 * !kRight) = Four{};
+}
+
 template <bool kRight>
 __global__ void beyond_array_kernel(float* data, int) {
   __shared__ float shared[kThreads];
@@ -264,7 +273,7 @@ extern "C" const char* cuda_on_host_run(const char* name, bool right, int blocks
       KERNEL(atomic),          KERNEL(fence_before),
       KERNEL(fence_after),     KERNEL(scope_before),
       KERNEL(scope_after),     KERNEL(last_warp),
-      KERNEL(unaligned_copy),
+      KERNEL(unaligned_copy),  KERNEL(unaligned),
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));

@@ -533,6 +533,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   return result;
 }
 
+// What a kernel or its launcher does wrong in this line of the sources.
+void fail_at(const char* file, uint32_t line, const std::string& mistake) {
+  const std::string text = mistake + ", " + text_of(Place{"at", file, int(line)});
+  if (thread_ == nullptr) throw std::out_of_range("the launcher " + text);
+  fail_in_thread(text);
+}
+
 }  // namespace cuda_on_host
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -564,17 +571,25 @@ const char* cuda_on_host_launched() {
   return text.c_str();
 }
 
-// g++ -fsanitize=bounds calls this where an index lies beyond an array whose size the type says.
+// g++ -fsanitize calls these two: where an index lies beyond an array whose size the type says, and where an address is no multiple of what the
+// type asks for, which no GPU takes.
 struct Access {
   const char* file;
   uint32_t line, column;
 };
 
+struct Aligned {
+  Access access;
+  const void* type;
+  uint8_t log_alignment, kind;
+};
+
 void __ubsan_handle_out_of_bounds(const Access* access, uintptr_t index) {
-  using namespace cuda_on_host;
-  const Place place{"at", access->file, int(access->line)};
-  const std::string text = "takes element " + std::to_string(intptr_t(index)) + " of an array that has fewer, " + text_of(place);
-  if (thread_ == nullptr) throw std::out_of_range("the launcher " + text);
-  fail_in_thread(text);
+  cuda_on_host::fail_at(access->file, access->line, "takes element " + std::to_string(intptr_t(index)) + " of an array that has fewer");
+}
+
+void __ubsan_handle_type_mismatch_v1(const Aligned* wanted, uintptr_t) {
+  const std::string multiple = std::to_string(1u << wanted->log_alignment);
+  cuda_on_host::fail_at(wanted->access.file, wanted->access.line, "accesses an address that is no multiple of " + multiple);
 }
 }
