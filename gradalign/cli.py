@@ -511,7 +511,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         if asv is not None:
             pooled = asv if isinstance(asv, AsvRates) else asv.rates()
             rates = f"p_fa {pooled.p_fa:.4f}, p_miss {pooled.p_miss:.4f}, p_fa_spoof {pooled.p_fa_spoof:.4f}"
-            if isinstance(asv, evaluation.AsvScores) and asv.names(args.by) & {row["condition"] for row in rows}:
+            if isinstance(asv, evaluation.AsvScores) and asv.name_any(args.by, [row["condition"] for row in rows]):
                 rates += f"; in each {args.by}'s row with its own"
             print(f"min t-DCF of {tdcf}, with ASV {rates}.")
         if args.interval:

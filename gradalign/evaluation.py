@@ -196,10 +196,10 @@ class AsvScores:
     codecs: np.ndarray
     values: np.ndarray
 
-    def names(self, by: str | None) -> set[str]:
-        """The attacks or codecs of the trials; empty where they say none."""
+    def name_any(self, by: str | None, conditions: Collection[str]) -> bool:
+        """Whether any of these attacks or codecs is one of the trials'."""
         known = {"attack": self.attacks[self.kinds == "spoof"], "codec": self.codecs}
-        return set(known[by].tolist()) - {"-"} if by in known else set()
+        return by in known and not set(known[by].tolist()).isdisjoint({*conditions} - {"-"})
 
     def rates(self, by: str | None = None, name: str = "") -> AsvRates:
         """The error rates at the equal-error threshold: over all trials, or those of an attack or a codec.
@@ -331,7 +331,7 @@ def evaluate(
     """
     conditions = _conditions(scores, by)
     pooled = asv.rates() if isinstance(asv, AsvScores) else asv
-    own = asv if isinstance(asv, AsvScores) and asv.names(by) & {name for name, _ in conditions} else None
+    own = asv if isinstance(asv, AsvScores) and asv.name_any(by, [name for name, _ in conditions]) else None
     rows: list[dict[str, Any]] = []
     for condition, chosen in conditions:
         bonafide, spoof = (scores.values[chosen & kind] for kind in (scores.bonafide, ~scores.bonafide))

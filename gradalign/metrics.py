@@ -359,7 +359,7 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
     0.0095, unit cost of misses and cost 10 of false acceptances. ``"2019"``: C0 is left out, and the minimum is
     divided by min(C1, C2) (ASVspoof 2019 evaluation plan). ``"2021"``: divided by C0 + min(C1, C2) (Kinnunen et al.,
     "Tandem assessment of spoofing countermeasures and automatic speaker verification: fundamentals", 2020, as in
-    ASVspoof 2021); 1 where the verification system accepts no attack, so that there is nothing to gain.
+    ASVspoof 2021).
 
     Args:
         bonafide: detector's scores of bona fide trials [N].
@@ -368,8 +368,8 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
         version: "2021" or "2019".
 
     Raises:
-        TypeError, ValueError: for bad scores or version, or rates that leave the detector no weight (C1 below 0, or a
-            divisor of 0).
+        TypeError, ValueError: for bad scores or version, or rates that leave the detector no weight (C1 or C2 not
+            above 0).
 
     >>> round(min_tdcf([1.0, 2.0], [-1.0, 0.0], AsvRates(0.02, 0.03, 0.5), "2019"), 12)
     0.0
@@ -382,7 +382,7 @@ def min_tdcf(bonafide: _Scores, spoof: _Scores, asv: AsvRates, version: str = "2
     c0 = asv_cost if version == "2021" else 0.0
     c1 = _P_TARGET - asv_cost
     c2 = _P_SPOOF * 10 * asv.p_fa_spoof
-    if c1 < 0 or c0 + min(c1, c2) <= 0:
+    if c1 <= 0 or c2 <= 0:
         raise ValueError(
             f"these ASV error rates leave the detector no weight: C1 = {c1:.6g}, C2 = {c2:.6g}; found {asv}"
         )
