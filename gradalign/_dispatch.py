@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # Public ops; their implementation below chooses a backend.
 _public = torch.library.Library("gradalign", "DEF")
@@ -90,6 +91,7 @@ class Op:
     # How many paths the arguments have, of ops on gradients.
     num_paths: Callable[..., int] | None = None
     backends: dict[str, Backend] = field(default_factory=dict)
+    differentiable: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
@@ -108,6 +110,10 @@ class Op:
         return f"<op gradalign::{self.name}{self.schema}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.differentiable and not torch.compiler.is_compiling():
+            # PyTorch would take the result for a constant.
+            if any(unpack_dual(value).tangent is not None for value in tensors((*args, *kwargs.values()))):
+                raise NotImplementedError(f"gradalign.{self.name} has no derivative in forward mode; use backward()")
         return self.public(*args, **kwargs)
 
     def differentiate(self, backward: Callable[..., Tensor]) -> None:
@@ -129,6 +135,7 @@ class Op:
             with use_backends(*ctx.allowed):
                 return backward(grad, *args), *(None,) * (len(args) - 1)
 
+        self.differentiable = True
         torch.library.register_autograd(f"gradalign::{self.name}", run, setup_context=save, lib=_public)
 
     def backend(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -295,3 +296,9 @@ def test_light_is_independent_of_level_batch_and_silence():
     model.train()
     model(torch.zeros(1, 8000)).sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(0, 16000), (2, 0), (16000,)])
+def test_light_needs_utterances_with_samples(shape):
+    with pytest.raises(ValueError, match=r"\[B, T\] with B and T >= 1; found " + re.escape(str(list(shape)))):
+        ga.detectors.create("light")(torch.zeros(shape))

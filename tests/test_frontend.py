@@ -78,10 +78,11 @@ def test_shortest_wave_gives_one_frame():
 
 
 @pytest.mark.parametrize(
-    "wave", [torch.zeros(16000), torch.zeros(1, 1, 16000), torch.zeros(1, 16000, dtype=torch.int16)]
+    "wave",
+    [torch.zeros(16000), torch.zeros(1, 1, 16000), torch.zeros(0, 16000), torch.zeros(1, 16000, dtype=torch.int16)],
 )
 def test_other_waves_are_named(wave):
-    with pytest.raises(ValueError, match=r"floating \[B, T\]; found " + str(wave.dtype)[6:]):
+    with pytest.raises(ValueError, match=r"floating \[B, T\] with B >= 1; found " + str(wave.dtype)[6:]):
         create_frontend("tiny")(wave)
 
 

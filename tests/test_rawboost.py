@@ -236,6 +236,16 @@ def test_second_derivatives_are_refused(backend):
         grad.square().sum().backward()
 
 
+def test_forward_mode_is_refused():
+    x, seeds = wave(), torch.arange(3)
+    for function in (
+        lambda x: ga.RawBoost(4)(x, seeds=seeds),
+        lambda x: ga.ops.isd(x=x, lengths=None, seeds=seeds, factor=None, p=10.0, g_sd=2.0),
+    ):
+        with pytest.raises(NotImplementedError, match="gradalign.(rawboost|isd) has no derivative in forward mode"):
+            torch.func.jvp(function, (x,), (x,))
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("level", [1e-30, 1e-25, 1e20])
 def test_noise_follows_very_quiet_and_very_loud_waves(level, backend):

@@ -222,7 +222,7 @@ class Frontend(nn.Module):
         """Compute features.
 
         Args:
-            wave: [B, T] floating, 16 kHz, in [-1, 1]; T at least 400 (`Architecture.min_samples`).
+            wave: [B, T] floating, 16 kHz, in [-1, 1]; B at least 1, T at least 400 (`Architecture.min_samples`).
 
         Returns:
             [B, T', C] in the parameters' dtype, under autocast too; one frame per 20 ms: T' = 201 for T = 64600.
@@ -231,8 +231,10 @@ class Frontend(nn.Module):
             ValueError: another shape, not floating, or too short.
         """
         min_samples = self.architecture.min_samples
-        if wave.ndim != 2 or not wave.is_floating_point():
-            raise ValueError(f"`wave` must be floating [B, T]; found {str(wave.dtype)[6:]} {list(wave.shape)}")
+        if wave.ndim != 2 or wave.shape[0] == 0 or not wave.is_floating_point():
+            raise ValueError(
+                f"`wave` must be floating [B, T] with B >= 1; found {str(wave.dtype)[6:]} {list(wave.shape)}"
+            )
         if wave.shape[1] < min_samples:
             raise ValueError(f"`wave` must have at least {min_samples} samples; found {wave.shape[1]}")
         encoder, transformer = self.model.encoder, self.model.encoder.transformer

@@ -80,7 +80,7 @@ class LightDetector(nn.Module):
         """Score a batch.
 
         Args:
-            wave: [B, T] at 16 kHz, floating, T at least 1.
+            wave: [B, T] at 16 kHz, floating, B and T at least 1.
 
         Returns:
             Logits [B, 2], index 1 bona fide.
@@ -93,8 +93,8 @@ class LightDetector(nn.Module):
 
     def embed(self, wave: Tensor) -> Tensor:
         """Return the attention-weighted mean and standard deviation of the frames: [B, T] -> [B, D]."""
-        if wave.dim() != 2 or wave.shape[1] == 0:
-            raise ValueError(f"`wave` must be [B, T] with T >= 1; found {list(wave.shape)}")
+        if wave.dim() != 2 or wave.numel() == 0:
+            raise ValueError(f"`wave` must be [B, T] with B and T >= 1; found {list(wave.shape)}")
         if not wave.is_floating_point():
             raise TypeError(f"`wave` must be floating; found {wave.dtype}")
         # float32 under autocast too: the spectrum of a float16 power overflows.
