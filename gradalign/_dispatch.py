@@ -110,10 +110,9 @@ class Op:
         return f"<op gradalign::{self.name}{self.schema}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.differentiable and not torch.compiler.is_compiling():
+        if self.differentiable and not torch.compiler.is_compiling() and has_tangent((*args, *kwargs.values())):
             # PyTorch would take the result for a constant.
-            if any(unpack_dual(value).tangent is not None for value in tensors((*args, *kwargs.values()))):
-                raise NotImplementedError(f"gradalign.{self.name} has no derivative in forward mode; use backward()")
+            raise NotImplementedError(f"gradalign.{self.name} has no derivative in forward mode; use backward()")
         return self.public(*args, **kwargs)
 
     def differentiate(self, backward: Callable[..., Tensor]) -> None:
@@ -207,6 +206,11 @@ def tensors(args: Sequence[Any]) -> list[Tensor]:
         elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
             found.extend(arg)
     return found
+
+
+def has_tangent(args: Sequence[Any]) -> bool:
+    """Whether one of an op's tensors carries a tangent of forward-mode differentiation."""
+    return any(unpack_dual(value).tangent is not None for value in tensors(args))
 
 
 def first_tensor(args: Sequence[Any]) -> Tensor:

@@ -327,7 +327,7 @@ def evaluate(
 
     Raises:
         ValueError: when a class is missing over all, ``by`` names what the scores do not say, or ``asv`` lacks trials
-            of a row.
+            of a row or leaves the detector no weight there (see `metrics.min_tdcf`).
     """
     conditions = _conditions(scores, by)
     pooled = asv.rates() if isinstance(asv, AsvScores) else asv
@@ -354,7 +354,10 @@ def evaluate(
         }
         if pooled is not None:
             rates = pooled if own is None or condition == "all" else own.rates(by, condition)
-            row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=rates, version=tdcf_version))
+            try:
+                row["min_tdcf"] = float(metrics.min_tdcf(bonafide, spoof, asv=rates, version=tdcf_version))
+            except ValueError as error:
+                raise ValueError(str(error) if condition == "all" else f"{by} {condition}: {error}") from None
         rows.append(row)
     return rows
 

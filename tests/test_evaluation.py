@@ -386,6 +386,14 @@ def test_an_attack_without_asv_scores_is_an_error(files):
     )
 
 
+def test_an_attack_that_the_asv_never_accepts_is_named(files):
+    lines = "- target 2\n- target 0\n- nontarget -1\n- nontarget 1\nA spoof 3\nB spoof -3\n"
+    (files / "asv.txt").write_text(lines)
+    asv = evaluation.read_asv_scores(files / "asv.txt")
+    with pytest.raises(ValueError, match=r"^attack B: these ASV error rates leave the detector no weight"):
+        evaluation.evaluate(evaluation.read_scores(files / "scores.txt"), by="attack", asv=asv)
+
+
 @pytest.mark.parametrize("line", ["- other 1", "target nontarget 1", "- target nan"])
 def test_broken_asv_files_are_named(tmp_path, line):
     (tmp_path / "asv.txt").write_text(f"- target 1\n{line}\n")

@@ -242,7 +242,7 @@ def test_forward_mode_is_refused():
         lambda x: ga.RawBoost(4)(x, seeds=seeds),
         lambda x: ga.ops.isd(x=x, lengths=None, seeds=seeds, factor=None, p=10.0, g_sd=2.0),
     ):
-        with pytest.raises(NotImplementedError, match="gradalign.(rawboost|isd) has no derivative in forward mode"):
+        with pytest.raises(NotImplementedError, match=r"gradalign\.(rawboost|isd) has no derivative in forward mode"):
             torch.func.jvp(function, (x,), (x,))
 
 
