@@ -98,10 +98,8 @@ GRADALIGN_HD Two weigh_two(double aa, double ab, double bb, double& rho_ab, doub
     case Weighing::kImtlg:
     case Weighing::kNashmtl: {
       const double a = root(aa), b = root(bb);
-      if (!(a > 0 && b > 0)) return two_of_sum_one(a > 0, b > 0);
-      // Lengths first, so that nothing overflows.
-      const double longer = larger(a, b);
-      return two_of_sum_one(b / longer, a / longer);
+      // A zero gradient is left out; of two, both are kept.
+      return a > 0 && b > 0 ? two_of_sum_one(b, a) : two_of_sum_one(a > 0, b > 0);
     }
     case Weighing::kAlignedmtl: {
       // One rotation diagonalises G.
@@ -238,7 +236,7 @@ GRADALIGN_HD void active_set(int n, PathSet free, const Numbers& y, const Number
     minimum(free);
     bool good = true;
     GRADALIGN_LOOP
-    for (int i = 0; i < n; ++i) good = good && (!holds(free, i) || finite(z[i]));
+    for (int i = 0; i < n; ++i) good = good && finite(z[i]);
     double step = INFINITY;
     GRADALIGN_LOOP
     for (int i = 0; i < n; ++i) {

@@ -111,11 +111,10 @@ def _weigh_two(
     elif METHOD == "imtlg" or METHOD == "nashmtl":
         a = tl.sqrt(tl.maximum(aa, 0.0))
         b = tl.sqrt(tl.maximum(bb, 0.0))
-        # Lengths first, so that nothing overflows. A zero gradient is left out; of two, both are kept.
-        longer = tl.maximum(tl.maximum(a, b), _TINY)
+        # A zero gradient is left out; of two, both are kept.
         both = (a > 0) == (b > 0)
-        one = tl.where(both, tl.where(a > 0, b / longer, 1.0), tl.where(a > 0, 1.0, 0.0))
-        two = tl.where(both, tl.where(a > 0, a / longer, 1.0), tl.where(a > 0, 0.0, 1.0))
+        one = tl.where(both, tl.where(a > 0, b, 1.0), tl.where(a > 0, 1.0, 0.0))
+        two = tl.where(both, tl.where(a > 0, a, 1.0), tl.where(a > 0, 0.0, 1.0))
         one, two = one / (one + two), two / (one + two)
     elif METHOD == "alignedmtl":
         # One rotation diagonalises G.
