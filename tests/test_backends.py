@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from gradalign.detectors import mamba
 from gradalign.detectors.aasist import AasistBackEnd
 from gradalign.detectors.aasist import our_key as aasist_key
-from gradalign.detectors.conformer import ConformerTCM, sinusoids
+from gradalign.detectors.conformer import ConformerTCM, Convolution, sinusoids
 from gradalign.detectors.conformer import our_key as conformer_key
 from gradalign.detectors.mamba import DualColumnMamba, MambaMixer, selective_scan
 from gradalign.detectors.pooled import PooledMLP
@@ -56,6 +57,39 @@ def test_official_logits(name):
         found = model(recipe_features())
     expected = torch.from_numpy(OFFICIAL[f"{name}_logits"])
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
+def test_unknown_conformer_keys():
+    for key in ("conformer.encoder_blocks.0.attn.fn.other.weight", "conformer.fc6.weight"):
+        assert conformer_key(key) is None
+
+
+def test_conformer_starts_as_published():
+    torch.manual_seed(0)
+    model = ConformerTCM(8, width=1000)
+    assert not any(block.attention.head_position.any() for block in model.blocks)
+    # Uniform between 0 and 1.
+    assert 0 <= model.class_token.min() < 0.1
+    assert 0.9 < model.class_token.max() <= 1
+
+
+@pytest.mark.parametrize(("kernel", "reached"), [(5, [2, 3, 4, 5, 6]), (4, [2, 3, 4, 5])])
+def test_an_even_kernel_reaches_one_frame_farther_back(kernel, reached):
+    x = torch.randn(1, 9, 4, requires_grad=True)
+    y = Convolution(4, kernel).eval()(x)
+    assert y.shape == x.shape
+    y[0, 4].sum().backward()
+    assert x.grad[0].abs().sum(1).nonzero().flatten().tolist() == reached
+
+
+def test_conformer_computes_in_bfloat16():
+    torch.manual_seed(0)
+    model, features = ConformerTCM(32, width=16, heads=2, kernel=7, layers=2).eval(), recipe_features(2, 24, 32)
+    with torch.no_grad():
+        expected = model(features)
+        found = model.bfloat16()(features.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max().clamp_min(1)
 
 
 def test_sinusoids_are_the_published_table():
@@ -126,6 +160,108 @@ def test_mixer_hands_a_gpu_to_the_kernels_of_mamba_ssm(monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+def test_mixer_needs_a_gpu_and_mamba_ssm_for_its_kernels(monkeypatch):
+    torch.manual_seed(0)
+    mixer, x = MambaMixer(16), torch.randn(2, 9, 16)
+    with torch.no_grad():
+        monkeypatch.setattr(mamba, "selective_scan_fn", None)
+        expected = mixer(x)
+        monkeypatch.setattr(mamba, "selective_scan_fn", lambda *_, **__: pytest.fail("called on a CPU"))
+        assert torch.equal(mixer(x), expected)
+        monkeypatch.setattr(mamba, "selective_scan_fn", None)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        assert torch.equal(mixer(x), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_recurrence_runs_in_float32(autocast, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(
+        mamba, "selective_scan", lambda *args: dtypes.extend(a.dtype for a in args) or selective_scan(*args)
+    )
+    mixer, x = MambaMixer(16), torch.randn(2, 9, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = mixer(x) if autocast else mixer.bfloat16()(x.bfloat16())
+    assert dtypes == [torch.float32] * 5
+    assert y.dtype == torch.bfloat16
+
+
+def test_mixer_starts_as_published():
+    """Gu & Dao, 3.6: log-uniform steps, decays of 1 to N, D = 1."""
+    torch.manual_seed(0)
+    mixer = MambaMixer(2000)
+    steps = functional.softplus(mixer.step.bias).log10()
+    torch.testing.assert_close(
+        steps.quantile(torch.tensor([0, 0.5, 1])), torch.tensor([-3, -2, -1.0]), rtol=0, atol=0.1
+    )
+    torch.testing.assert_close(mixer.log_decay.exp(), torch.arange(1, 17.0).expand(4000, 16))
+    assert bool((mixer.skip == 1).all())
+    torch.testing.assert_close(mixer.step.weight.abs().max() * 125**0.5, torch.tensor(1.0), rtol=0, atol=0.01)
+    # The public code's: a linear layer's start, over the square root of the blocks in a column.
+    column = DualColumnMamba(32, width=64, layers=8).backwards
+    found = torch.stack([mixer.out_project.weight for mixer in column.mixers]).abs().max()
+    torch.testing.assert_close(found, torch.tensor(128**-0.5 / 4**0.5), rtol=0.01, atol=0)
+
+
+def rms_norm(x, weight):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+class Twice(torch.nn.Module):
+    """Stands for a dropout: shows where it is."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_columns_are_the_published_ones():
+    """MixerModel.forward of the public code: a block adds, normalises and mixes; the last one's result is not used."""
+    torch.manual_seed(0)
+    model, features = SMALL["mamba"](), recipe_features(2, 9, 32)
+    assert model.dropout.p == 0.1
+    model.dropout = Twice()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+        # Little enough that the norms' epsilon counts.
+        for small in (model.front_norm, *(mixer.out_project for mixer in model.forwards.mixers)):
+            for p in small.parameters():
+                p.mul_(0.01)
+        model.front_norm.eval()
+        hidden = 2 * functional.selu(model.front_norm(model.project(features)[:, None])[:, 0])
+        pooled = []
+        for column, pool, mixed in (
+            (model.forwards, model.forwards_pool, hidden),
+            (model.backwards, model.backwards_pool, hidden.flip([1])),
+        ):
+            residual = torch.zeros_like(mixed)
+            for norm, mixer in zip(column.norms, column.mixers, strict=True):
+                residual = residual + mixed
+                mixed = mixer(rms_norm(residual, norm.weight))
+            residual = residual + mixed
+            states = rms_norm(hidden + residual, model.norm.weight)
+            pooled.append((pool(states).softmax(1).transpose(1, 2) @ states).squeeze(1))
+        expected = model.head(2 * model.merge(torch.cat(pooled, 1)))
+        torch.testing.assert_close(model(features), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pooled_mlp_is_as_described():
+    torch.manual_seed(0)
+    model, features = PooledMLP(3), recipe_features(2, 7, 3)
+    norm, hidden, _, dropout, head = model.layers
+    assert dropout.p == 0.1
+    model.eval()
+    statistics = torch.cat([features.mean(1), features.std(1, correction=0)], 1)
+    expected = head(functional.gelu(hidden(functional.layer_norm(statistics, (6,), norm.weight, norm.bias))))
+    torch.testing.assert_close(model(features), expected)
+    assert hidden.out_features == 256
+    half = features.bfloat16()
+    assert torch.equal(model(half), model(half.float()))
+    constant = torch.ones(2, 7, 3, requires_grad=True)
+    model(constant).sum().backward()
+    assert bool(constant.grad.isfinite().all())
+
+
 def test_mamba_key_map_covers_the_published_layout():
     """The names that the public code gives its weights: all of them are known, and ours are all set."""
     parts = ["mixer." + name for name in mamba._MIXER] + ["norm.weight"]
@@ -138,7 +274,11 @@ def test_mamba_key_map_covers_the_published_layout():
     assert None not in ours
     assert ours.count("") == 2 * len(parts) + 2
     assert sorted(key for key in ours if key) == sorted(DualColumnMamba(1024).state_dict())
-    assert mamba.our_key("conformer.forward_layers.6.norm.weight") is None
+    for key in ("conformer.forward_layers.6.norm.weight", "conformer.forward_layers.0.norm.bias"):
+        assert mamba.our_key(key) is None
+    # Twelve layers of width 144.
+    assert len(DualColumnMamba(1024).forwards.mixers) == 12 // 2 - 1
+    assert DualColumnMamba(1024).merge.weight.shape == (144, 288)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -168,5 +308,7 @@ def test_misuse_is_named():
         AasistBackEnd(32)(torch.zeros(1, 2, 32))
     with pytest.raises(ValueError, match="`width` must be a multiple of heads = 4; found 30"):
         ConformerTCM(32, width=30)
-    with pytest.raises(ValueError, match="`layers` must be an even number from 4 on; found 5"):
-        DualColumnMamba(32, layers=5)
+    for layers in (5, 2, 0):
+        with pytest.raises(ValueError, match=f"`layers` must be an even number from 4 on; found {layers}"):
+            DualColumnMamba(32, layers=layers)
+    DualColumnMamba(32, width=16, layers=4)

@@ -5,14 +5,21 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import gradalign as ga
+from gradalign.detectors.aasist import GraphAttention, GraphPool, sinc_filterbank
 from gradalign.detectors.aasist import our_key as aasist_key
+from gradalign.detectors.conformer import ConformerTCM
+from gradalign.detectors.frontend import ARCHITECTURES
+from gradalign.detectors.mamba import DualColumnMamba
+from gradalign.detectors.pooled import PooledMLP
 from gradalign.detectors.rawnet2 import our_key as rawnet2_key
 
 DATA = Path(__file__).parent / "data"
@@ -75,6 +82,17 @@ def test_official_outputs_on_recipe_weights(name, checkpoint):
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize(("num_filters", "num_taps"), [(70, 129), (20, 1025)])
+def test_filters_are_the_published_band_passes(num_filters, num_taps):
+    """As in the official CONV and SincConv, but in float64."""
+    hz = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), num_filters + 1) / 2595) - 1)
+    taps = np.arange(num_taps) - num_taps // 2
+    low_pass = [2 * f / 16000 * np.sinc(2 * f * taps / 16000) for f in hz]
+    expected = np.hamming(num_taps) * np.diff(low_pass, axis=0)
+    found = sinc_filterbank(num_filters, num_taps, 16000)
+    np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_official_weights(name):
     folder, source = os.environ.get("GRADALIGN_AASIST_WEIGHTS"), os.environ.get("GRADALIGN_OFFICIAL_AASIST")
@@ -107,10 +125,17 @@ def test_key_map_is_one_to_one(name):
     assert KEY_MAPS[name]("pool_hS3.proj.weight") is None
 
 
+def test_unknown_rawnet2_keys():
+    for key in ("block0.0.bn1.weight", "block6.0.conv1.weight", "fc_attention6.0.bias", "block1.0.conv3.weight"):
+        assert rawnet2_key(key) is None
+
+
 def test_rawnet2_needs_as_many_samples_as_it_says():
     model = ga.detectors.create("rawnet2", gru_width=16, gru_layers=1, embedding=8).eval()
     with torch.no_grad():
         assert bool(torch.isfinite(model(torch.randn(1, model.min_samples))).all())
+    # 1025 taps, then poolings by 3: of the filters' output and in each of six blocks.
+    assert model.min_samples == 1024 + 3**7
     with pytest.raises(ValueError, match=f"T >= {model.min_samples}; found"):
         model(torch.randn(1, model.min_samples - 1))
     model.train()(torch.randn(4, 6000)).square().sum().backward()
@@ -186,6 +211,8 @@ def test_create_names_what_it_knows():
         ga.detectors.create("resnet")
     with pytest.raises(TypeError, match="detector 'light' takes width, dropout; found 'depth'"):
         ga.detectors.create("light", depth=3)
+    with pytest.raises(TypeError, match="detector 'aasist' takes no options; found 'width'"):
+        ga.detectors.create("aasist", width=3)
 
 
 @pytest.mark.parametrize("name", ga.detectors.names())
@@ -229,6 +256,27 @@ def test_gradients_reach_front_and_back_end(name):
     assert all(p.grad is None for p in frozen.frontend.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "backend", "options"),
+    [
+        ("xlsr-conformer-tcm", ConformerTCM, {"width": 24, "heads": 3, "kernel": 7, "layers": 1}),
+        ("xlsr-mamba", DualColumnMamba, {"width": 24, "layers": 6}),
+        ("xlsr-mlp", PooledMLP, {"hidden": 24}),
+    ],
+)
+def test_options_and_defaults_are_the_back_ends(name, backend, options):
+    for given in ({}, options):
+        found = ga.detectors.create(name, frontend={"name": "tiny"}, **given).backend.state_dict()
+        expected = backend(32, **given).state_dict()
+        assert {key: v.shape for key, v in found.items()} == {key: v.shape for key, v in expected.items()}
+
+
+@pytest.mark.parametrize("name", [n for n in ga.detectors.names() if n.startswith("xlsr-")])
+def test_the_front_end_is_xlsr_300m_unless_asked(name):
+    with torch.device("meta"):
+        assert ga.detectors.create(name).frontend.architecture is ARCHITECTURES["xlsr-300m"]
+
+
 def published_keys(backend: str) -> list[str]:
     """The names in a published checkpoint over the small front end, as fairseq gives them."""
     keys = [f"feature_extractor.conv_layers.{i}.{part}" for i in range(7) for part in ("0", "2.1")]
@@ -250,6 +298,8 @@ def test_published_detectors_over_fairseq_load_whole(name, backend, tmp_path):
     for key in published_keys(backend):
         assert our_key(key) is not None, key
         official[key] = state[our_key(key)] if our_key(key) else torch.zeros(3)
+    # The norm is per tap.
+    assert official["module.ssl_model.model.encoder.pos_conv.0.weight_g"].shape == (1, 1, 16)
     torch.save(official, tmp_path / "best.pth")
     loaded = ga.detectors.load_published(name, tmp_path / "best.pth", frontend={"name": "tiny"})
     wave = recipe_wave(16000)
@@ -261,6 +311,10 @@ def test_published_detectors_over_fairseq_load_whole(name, backend, tmp_path):
         ValueError, match=r"missing frontend.*layers\.1.*output_dense\.bias; unexpected frontend.*layers\.2"
     ):
         ga.detectors.load_published(name, tmp_path / "other.pth", frontend={"name": "tiny"})
+
+
+def test_published_mamba_loads_by_its_own_key_map():
+    assert ga.detectors._PUBLISHED["xlsr-mamba"]("module.conformer.LL.bias") == "backend.merge.bias"
 
 
 def test_aasist_needs_as_many_samples_as_it_says():
@@ -279,10 +333,117 @@ def test_aasist_keeps_the_layout_of_its_gradients():
     assert all(p.grad.is_contiguous() for p in model.parameters() if p.grad is not None)
 
 
+def test_aasist_runs_channels_last_on_a_cpu():
+    model, layouts = ga.detectors.create("aasist-l"), []
+    for block in model.encoder:
+        block.register_forward_hook(lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last)))
+    model(recipe_wave(12000))
+    assert layouts == [True] * 6
+
+
+def test_aasist_drops_out_where_the_published_one_does(monkeypatch):
+    calls = Counter()
+    monkeypatch.setattr(
+        functional, "dropout", lambda x, p, training: calls.update([(p, *x.shape[1:])] if training else []) or x
+    )
+    ga.detectors.create("aasist")(recipe_wave(9000))
+    # 23 spectral and 4 temporal nodes, of which the pools keep 11 and 2; in each of two branches these, then 5 and 1.
+    branch = [(0.2, 13, 64), (0.3, 11, 32), (0.3, 2, 32), (0.2, 6, 32), (0.2, 5, 32), (0.2, 1, 32), (0.2, 1, 32)]
+    graphs = [(0.2, 23, 64), (0.3, 23, 64), (0.2, 4, 64), (0.3, 4, 64)]
+    assert calls == Counter(graphs + 2 * branch + [(0.5, 160)])
+
+
+def test_graph_pools_drop_out_of_the_scores_only(monkeypatch):
+    torch.manual_seed(0)
+    pool, nodes = GraphPool(1.0, 8), torch.randn(2, 5, 8)
+    monkeypatch.setattr(functional, "dropout", lambda x, p, training: torch.zeros_like(x))
+    expected = torch.sigmoid(pool.score.bias) * nodes
+    torch.testing.assert_close(pool(nodes).sum(1), expected.sum(1))
+
+
+def test_aasist_starts_as_published():
+    torch.manual_seed(0)
+    model = ga.detectors.create("aasist")
+    assert 0.9 < model.spectral_position.std() < 1.1
+    assert all(0.7 < branch.stack.std() < 1.3 for branch in model.branches)
+    # Xavier's normal distribution; a uniform one ends at 1.73 standard deviations.
+    score = GraphAttention(2, 10000).score / (2 / 10001) ** 0.5
+    assert 0.95 < score.std() < 1.05
+    assert score.max() > 2
+
+
 def test_light_takes_widths_it_can_divide():
     assert ga.detectors.create("light", width=48)(recipe_wave(6000)).shape == (2, 2)
-    with pytest.raises(ValueError, match=r"`width` must be a positive multiple of 24; found 32"):
-        ga.detectors.create("light", width=32)
+    for width in (32, 12, 0, -24):
+        with pytest.raises(ValueError, match=f"`width` must be a positive multiple of 24; found {width}"):
+            ga.detectors.create("light", width=width)
+
+
+def described_spectra(wave: np.ndarray) -> np.ndarray:
+    """Windows of 50 ms every 20 ms, power in 256 triangles up to Nyquist, logarithm, centred over time, scaled."""
+    window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(800) / 800), 112)
+    padded = np.pad(wave, 512)
+    frames = np.stack([padded[i : i + 1024] * window for i in range(0, len(wave) + 1, 320)])
+    power = np.abs(np.fft.rfft(frames)) ** 2
+    distance = np.abs(np.arange(513)[:, None] - 512 * np.arange(1, 257) / 257) / (512 / 257)
+    bands = np.log(power / power.mean() @ np.maximum(1 - distance, 0) + 1e-6)
+    bands = bands - bands.mean(0)
+    return bands.T / np.sqrt(np.mean(bands**2) + 1e-6)
+
+
+def test_light_features_are_as_described():
+    # Loud and quiet, each with digital silence at its end.
+    wave = recipe_wave(4000).double() * torch.tensor([[1.0], [0.01]])
+    wave[:, 2500:] = 0
+    expected = np.stack([described_spectra(row) for row in wave.numpy()])
+    found = ga.detectors.create("light").features(wave)
+    # The triangles are float32.
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3)
+
+
+class Twice(torch.nn.Module):
+    """Stands for a dropout: shows where it is."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_light_network_is_as_described():
+    torch.manual_seed(0)
+    model, wave = ga.detectors.create("light"), recipe_wave(6000)
+    assert model.dropout.p == 0.2
+    model.dropout = Twice()
+    convolutions, norms = model.encoder[::3], model.encoder[1::3]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        x = model.features(wave)[:, None]
+        for conv, norm, stride in zip(convolutions, norms, ((4, 2), (2, 2), (2, 2), (2, 1)), strict=True):
+            padding = (4, 2) if norm is norms[0] else (1, 1)
+            x = functional.conv2d(x, conv.weight, None, stride, padding)
+            x = functional.silu(functional.group_norm(x, 8, norm.weight, norm.bias))
+        frames = functional.silu(model.project(x.flatten(1, 2)))
+        weight = model.attention(frames).softmax(2)
+        mean = (weight * frames).sum(2, keepdim=True)
+        deviation = (weight * (frames - mean) ** 2).sum(2).sqrt()
+        expected = model.head(2 * torch.cat([mean[:, :, 0], deviation], 1))
+        torch.testing.assert_close(model(wave), expected, rtol=1e-4, atol=1e-5)
+    # 24 x 9 x 5 taps, three layers of 3 x 3, each with its norm; the projection, the attention and the head.
+    layers = 24 * 45 + 2 * 24 + sum(9 * a * b + 2 * b for a, b in ((24, 32), (32, 48), (48, 64)))
+    assert sum(p.numel() for p in model.parameters()) == layers + (512 + 1) * 64 + 64 + (128 + 1) * 2
+    assert convolutions[0].kernel_size == (9, 5)
+
+
+def test_light_takes_every_floating_wave():
+    torch.manual_seed(0)
+    model, wave = ga.detectors.create("light").eval(), recipe_wave(6000)
+    with torch.no_grad():
+        for half in (wave.half(), wave.bfloat16()):
+            assert torch.equal(model(half), model(half.float()))
+        expected = model(wave)
+        found = model.double()(wave.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_light_is_independent_of_level_batch_and_silence():

@@ -237,9 +237,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 class _Inert:
     """Stands for an object of any class that a file names: built from anything, doing nothing."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -274,7 +271,10 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
         reason = re.sub(r"\s*Check the documentation of torch\.load.*", "", str(error), flags=re.DOTALL)
         reason = re.sub(r".*(trusted source\.|WeightsUnpickler error:)\s*", "", reason, flags=re.DOTALL)
         raise CheckpointError(f"{path}: expected tensors and plain values; found pickled code: {reason}") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # Damaged data raise nearly anything in the readers.
         raise CheckpointError(f"{path}: expected a PyTorch file; found a damaged or another one: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of weights; found {type(content).__name__}")

@@ -21,6 +21,9 @@ FILTER_TAPS = 129
 # Frequency rows after the front end's 3 x 3 pooling, and the factor by which each residual block shortens time.
 SPECTRAL_NODES = NUM_FILTERS // 3
 POOL = 3
+# Softmax temperatures of the attention within one graph, and of the combined attention.
+TEMPERATURE = 2.0
+COMBINED_TEMPERATURE = 100.0
 
 
 def sinc_filterbank(num_filters: int, num_taps: int, sample_rate: int) -> Tensor:
@@ -71,20 +74,19 @@ def _normed(norm: nn.BatchNorm1d, nodes: Tensor) -> Tensor:
 class GraphAttention(nn.Module):
     """Attention among the nodes of one graph: [B, N, D_in] -> [B, N, D_out]."""
 
-    def __init__(self, dim_in: int, dim_out: int, temperature: float) -> None:
+    def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.pair = nn.Linear(dim_in, dim_out)
         self.score = _score_parameter(dim_out)
         self.attended = nn.Linear(dim_in, dim_out)
         self.own = nn.Linear(dim_in, dim_out)
         self.norm = nn.BatchNorm1d(dim_out)
-        self.temperature = temperature
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Return the updated nodes."""
         nodes = functional.dropout(nodes, 0.2, self.training)
         pairs = torch.tanh(self.pair(nodes[:, :, None] * nodes[:, None]))
-        attention = torch.softmax((pairs @ self.score).squeeze(-1) / self.temperature, dim=-1)
+        attention = torch.softmax((pairs @ self.score).squeeze(-1) / TEMPERATURE, dim=-1)
         return _normed(self.norm, self.attended(attention @ nodes) + self.own(nodes))
 
 
@@ -94,7 +96,7 @@ class HeterogeneousAttention(nn.Module):
     temporal [B, N_t, D_in], spectral [B, N_s, D_in], stack [B or 1, 1, D_in] -> the three with D_out features.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, temperature: float) -> None:
+    def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.lift_temporal = nn.Linear(dim_in, dim_in)
         self.lift_spectral = nn.Linear(dim_in, dim_in)
@@ -109,7 +111,6 @@ class HeterogeneousAttention(nn.Module):
         self.attended_stack = nn.Linear(dim_in, dim_out)
         self.own_stack = nn.Linear(dim_in, dim_out)
         self.norm = nn.BatchNorm1d(dim_out)
-        self.temperature = temperature
 
     def forward(self, temporal: Tensor, spectral: Tensor, stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the updated temporal, spectral and stack nodes."""
@@ -124,10 +125,10 @@ class HeterogeneousAttention(nn.Module):
         is_temporal = torch.arange(nodes.shape[1], device=nodes.device) < split
         same = is_temporal[:, None] == is_temporal[None]
         board = torch.where(same, torch.where(is_temporal[:, None], scores[..., 0], scores[..., 1]), scores[..., 2])
-        attention = torch.softmax(board / self.temperature, dim=-1)
+        attention = torch.softmax(board / COMBINED_TEMPERATURE, dim=-1)
 
         heard = torch.tanh(self.pair_stack(nodes * stack)) @ self.score_stack
-        to_stack = torch.softmax(heard / self.temperature, dim=1).transpose(1, 2)
+        to_stack = torch.softmax(heard / COMBINED_TEMPERATURE, dim=1).transpose(1, 2)
         stack = self.attended_stack(to_stack @ nodes) + self.own_stack(stack)
 
         nodes = _normed(self.norm, self.attended(attention @ nodes) + self.own(nodes))
@@ -152,11 +153,11 @@ class GraphPool(nn.Module):
 class StackingBranch(nn.Module):
     """One of the two parallel branches: attention, pooling, attention again with a residual."""
 
-    def __init__(self, dim_in: int, dim_out: int, ratio: float, temperature: float) -> None:
+    def __init__(self, dim_in: int, dim_out: int, ratio: float) -> None:
         super().__init__()
         self.stack = nn.Parameter(torch.randn(1, 1, dim_in))
-        self.first = HeterogeneousAttention(dim_in, dim_out, temperature)
-        self.second = HeterogeneousAttention(dim_out, dim_out, temperature)
+        self.first = HeterogeneousAttention(dim_in, dim_out)
+        self.second = HeterogeneousAttention(dim_out, dim_out)
         self.pool_spectral = GraphPool(ratio, dim_out)
         self.pool_temporal = GraphPool(ratio, dim_out)
 
@@ -180,7 +181,6 @@ class GraphReadout(nn.Module):
         num_spectral: spectral nodes.
         graph_dims: node features after the first and second kind of graph attention.
         pool_ratios: share of nodes kept of the spectral graph, the temporal graph and the combined graphs.
-        temperatures: softmax temperatures of the spectral, temporal and combined attention.
     """
 
     def __init__(
@@ -189,17 +189,14 @@ class GraphReadout(nn.Module):
         num_spectral: int,
         graph_dims: tuple[int, int],
         pool_ratios: tuple[float, float, float],
-        temperatures: tuple[float, float, float],
     ) -> None:
         super().__init__()
         self.spectral_position = nn.Parameter(torch.randn(1, num_spectral, dim))
-        self.spectral_attention = GraphAttention(dim, graph_dims[0], temperatures[0])
-        self.temporal_attention = GraphAttention(dim, graph_dims[0], temperatures[1])
+        self.spectral_attention = GraphAttention(dim, graph_dims[0])
+        self.temporal_attention = GraphAttention(dim, graph_dims[0])
         self.pool_spectral = GraphPool(pool_ratios[0], graph_dims[0])
         self.pool_temporal = GraphPool(pool_ratios[1], graph_dims[0])
-        self.branches = nn.ModuleList(
-            StackingBranch(graph_dims[0], graph_dims[1], pool_ratios[2], temperatures[2]) for _ in range(2)
-        )
+        self.branches = nn.ModuleList(StackingBranch(*graph_dims, pool_ratios[2]) for _ in range(2))
         self.head = nn.Linear(5 * graph_dims[1], 2)
 
     def readout(self, spectral: Tensor, temporal: Tensor) -> Tensor:
@@ -221,7 +218,7 @@ class Aasist(GraphReadout):
 
     Args:
         channels: output channels of the residual encoder's blocks.
-        graph_dims, pool_ratios, temperatures: see `GraphReadout`.
+        graph_dims, pool_ratios: see `GraphReadout`.
     """
 
     filters: Tensor
@@ -231,9 +228,8 @@ class Aasist(GraphReadout):
         channels: tuple[int, ...],
         graph_dims: tuple[int, int],
         pool_ratios: tuple[float, float, float],
-        temperatures: tuple[float, float, float],
     ) -> None:
-        super().__init__(channels[-1], SPECTRAL_NODES, graph_dims, pool_ratios, temperatures)
+        super().__init__(channels[-1], SPECTRAL_NODES, graph_dims, pool_ratios)
         filters = sinc_filterbank(NUM_FILTERS, FILTER_TAPS, SAMPLE_RATE)
         self.register_buffer("filters", filters, persistent=False)
         self.front_norm = nn.BatchNorm2d(1)
@@ -286,7 +282,7 @@ class AasistBackEnd(GraphReadout):
 
     def __init__(self, in_width: int) -> None:
         width, channels = 128, (32, 32, 64, 64, 64, 64)
-        super().__init__(channels[-1], width // POOL, (64, 32), (0.5, 0.5, 0.5), (2.0, 2.0, 100.0))
+        super().__init__(channels[-1], width // POOL, (64, 32), (0.5, 0.5, 0.5))
         self.project = nn.Linear(in_width, width)
         self.front_norm = nn.BatchNorm2d(1)
         pairs = zip((1, *channels[:-1]), channels, strict=True)
@@ -310,12 +306,12 @@ class AasistBackEnd(GraphReadout):
 
 def aasist() -> Aasist:
     """AASIST as published: 297,866 parameters."""
-    return Aasist((32, 32, 64, 64, 64, 64), (64, 32), (0.5, 0.7, 0.5), (2.0, 2.0, 100.0))
+    return Aasist((32, 32, 64, 64, 64, 64), (64, 32), (0.5, 0.7, 0.5))
 
 
 def aasist_l() -> Aasist:
     """AASIST-L, the light variant as published: 85,306 parameters."""
-    return Aasist((32, 32, 24, 24, 24, 24), (24, 32), (0.4, 0.5, 0.7), (2.0, 2.0, 100.0))
+    return Aasist((32, 32, 24, 24, 24, 24), (24, 32), (0.4, 0.5, 0.7))
 
 
 # Official names, piece by piece, and ours.

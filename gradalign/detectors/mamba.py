@@ -27,7 +27,7 @@ def selective_scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor)
     factor is above 1, and nothing is divided by one.
 
     Args:
-        x, step: [B, T, D].
+        x, step: [B, T, D], T at least 1.
         decay: [D, N], at most 0.
         b, c: [B, T, N].
 
@@ -39,7 +39,7 @@ def selective_scan(x: Tensor, step: Tensor, decay: Tensor, b: Tensor, c: Tensor)
     tensor([1., 2., 3.])
     """
     batch, length, width = x.shape
-    size = max(1, math.isqrt(length))
+    size = math.isqrt(length)
     padding = -length % size
     factor = functional.pad(step, (0, 0, 0, padding))[..., None] * decay
     added = functional.pad((step * x)[..., None] * b[:, :, None], (0, 0, 0, 0, 0, padding))
@@ -81,7 +81,7 @@ class MambaMixer(nn.Module):
         self.out_project = nn.Linear(inner, width, bias=False)
         # Steps between 0.001 and 0.1, log-uniformly: softplus of the bias at the start of training (Gu & Dao, 3.6).
         nn.init.uniform_(self.step.weight, -(self.rank**-0.5), self.rank**-0.5)
-        start = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_min(1e-4)
+        start = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         with torch.no_grad():
             self.step.bias.copy_(start + torch.log(-torch.expm1(-start)))
 
@@ -90,7 +90,7 @@ class MambaMixer(nn.Module):
         x, gate = self.in_project(hidden).chunk(2, dim=-1)
         x = functional.silu(self.convolution(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         step, b, c = self.select(x).split([self.rank, self.states, self.states], dim=-1)
-        step = functional.linear(step, self.step.weight.to(step.dtype))
+        step = functional.linear(step, self.step.weight)
         # The recurrence runs in float32 under autocast too.
         decay = -self.log_decay.float().exp()
         if selective_scan_fn is not None and x.is_cuda:
@@ -144,6 +144,10 @@ class DualColumnMamba(nn.Module):
         self.front_norm = nn.BatchNorm2d(1)
         self.dropout = nn.Dropout(dropout)
         self.forwards, self.backwards = (Column(width, layers // 2 - 1) for _ in range(2))
+        # As published: what a block adds starts smaller the more blocks a column has.
+        with torch.no_grad():
+            for mixer in (*self.forwards.mixers, *self.backwards.mixers):
+                mixer.out_project.weight /= math.sqrt(layers // 2)
         self.norm = nn.RMSNorm(width, eps=1e-5)
         # The published biases have no effect: the softmax takes them away.
         self.forwards_pool, self.backwards_pool = (nn.Linear(width, 1, bias=False) for _ in range(2))
