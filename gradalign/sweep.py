@@ -159,7 +159,7 @@ class _Sweep:
 
     def _advance(self, epochs: int) -> None:
         with self.lock:
-            self.bar.update(max(0, epochs))
+            self.bar.update(epochs)
 
     def _say(self, text: str) -> None:
         if self.show:

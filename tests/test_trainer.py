@@ -4,13 +4,17 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -878,6 +882,7 @@ def test_a_sweep_trains_every_method_from_every_seed_and_only_once(config, capfd
     assert all((run / "results.json").exists() for run in runs)
     shown = capfd.readouterr().err
     assert [f"{run.name:<12}  epoch 1/1  train loss 0." in shown for run in runs] == [run != alone for run in runs]
+    assert "bad audio files" not in shown
     sweep(config, ["none", "pcgrad"], [0, 1], jobs=2)
     assert capfd.readouterr().err == ""
 
@@ -891,11 +896,149 @@ def test_a_failed_run_of_a_sweep_is_named_and_the_others_finish(own_corpus, conf
         sweep(config, ["none", "pcgrad"], [0], jobs=2, progress=False)
     pcgrad = train(replace(config, align="pcgrad", out=config.out + "-alone"), progress=False)
     assert_same_weights(weights(pcgrad / "best.pt"), weights(Path(config.out) / "pcgrad-seed0" / "best.pt"))
+    # Finished runs are not tested again.
+    (own_corpus / "flac" / "test00.flac").unlink()
+    sweep(config, ["pcgrad"], [0], progress=False)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_audio_that_every_run_of_a_sweep_would_miss_is_named_before_the_first(own_corpus, config, split):
+    (own_corpus / "flac" / f"{split}00.flac").unlink()
+    config = replace(config, data=str(own_corpus))
+    with pytest.raises(AudioError, match=f"{split}00"):
+        sweep(config, ["none"], [0], progress=False)
+    assert not Path(config.out).exists()
+
+
+def test_a_sweep_has_every_method_before_the_next_seed(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr("gradalign.sweep.train", lambda run, progress: seen.append((run.run_dir.name, progress)))
+    runs = sweep(config, ["none", "pcgrad"], [1, 0], progress=False)
+    assert seen == [(f"{method}-seed{seed}", False) for seed in (1, 0) for method in ("none", "pcgrad")]
+    assert [run.name for run in runs] == ["none-seed1", "none-seed0", "pcgrad-seed1", "pcgrad-seed0"]
+    # One run needs no process of its own, however many may run.
+    sweep(config, ["mean"], [0], jobs=4)
+    assert seen[4:] == [("mean-seed0", True)]
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """A function that sets the shell commands that a sweep runs in place of Python; the configuration is in $config."""
+
+    def write(commands):
+        script = tmp_path / "child"
+        script.write_text(f"#!/bin/sh\nread -r config\n{commands}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr("gradalign.sweep.sys", SimpleNamespace(executable=str(script), stderr=sys.stderr))
+
+    return write
+
+
+def test_a_sweep_shows_every_epoch(config, child, capfd):
+    row = {"train_loss": None, "dev_loss": 0.5, "dev_eer": 0.25, "conflict_rate": None, "seconds": 2.4}
+    # The first is that of a resumed run.
+    rows = [
+        {"epoch": 3, **row},
+        {"epoch": 12, **row, "train_loss": 0.75, "conflict_rate": 0.5},
+    ]
+    child("\n".join(f"echo '{json.dumps({'row': row})}'" for row in rows) + "\necho '{\"bad\": 2}'")
+    config = replace(config, epochs=12)
+    sweep(config, ["none", "pcgrad"], [0], jobs=2)
+    out, shown = capfd.readouterr()
+    assert out == ""
+    assert "none-seed0    epoch  3/12  train loss -  dev loss 0.5000  dev EER 25.00%  in conflict -  2 s\n" in shown
+    assert (
+        "pcgrad-seed0  epoch 12/12  train loss 0.7500  dev loss 0.5000  dev EER 25.00%  in conflict  50%  2 s" in shown
+    )
+    assert f"none-seed0    2 bad audio files left out, see {config.out}/none-seed0/skipped.txt" in shown
+    assert "2 runs, 2 at a time: 100%" in shown
+    assert "24/24 [" in shown.split("\r")[-1]
+    sweep(config, ["none", "pcgrad"], [0], jobs=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("commands", "reason"),
+    [
+        ("kill -9 $$", "ended by SIGKILL; the same command goes on from its last checkpoint"),
+        ("exit 3", "ended with exit code 3"),
+        ("""echo '{"error": "no luck"}'; exit 1""", "no luck"),
+    ],
+)
+def test_how_a_run_of_a_sweep_ended_is_named(config, child, commands, reason, capfd):
+    child(commands)
+    with pytest.raises(GradalignError, match=rf"2 of 2 runs failed \((none|pcgrad)-seed0, .*-seed0\): {reason}$"):
+        sweep(config, ["none", "pcgrad"], [0], jobs=2)
+    assert f"none-seed0    failed: {reason}\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("threads", "cores", "each"), [(0, 8, 4), (0, 1, 1), (3, 8, 3)])
+def test_runs_of_a_sweep_share_the_cores(config, child, tmp_path, monkeypatch, threads, cores, each):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    child(f'echo "$OMP_NUM_THREADS $OMP_WAIT_POLICY" >> {tmp_path}/env; echo "$config" >> {tmp_path}/configs')
+    sweep(replace(config, threads=threads), ["none", "pcgrad"], [0], jobs=2, progress=False)
+    assert (tmp_path / "env").read_text() == 2 * f"{each} PASSIVE\n"
+    configs = [json.loads(line) for line in (tmp_path / "configs").read_text().splitlines()]
+    assert {(c["align"], c["threads"]) for c in configs} == {("none", each), ("pcgrad", each)}
+
+
+def test_ctrl_c_ends_every_run_of_a_sweep(config, child, tmp_path, capfd):
+    began, ended = tmp_path / "began", tmp_path / "ended"
+    child(f"trap 'echo >> {ended}; exit 1' TERM; echo >> {began}; sleep 9 >/dev/null 2>&1 & wait")
+
+    def interrupt():
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not (began.exists() and len(began.read_text()) == 2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # A shell's background jobs ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config, ["none", "pcgrad"], [0, 1], jobs=2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert began.read_text() == ended.read_text() == "\n\n"
+    assert "failed" not in capfd.readouterr().err
+
+
+def test_a_run_of_a_sweep_tells_events_alone_and_ends_with_its_parent(config):
+    program = """if True:
+        import os, signal, time
+        from gradalign import sweep
+        def train(config, progress, on_epoch):
+            print("a library")
+            os.system("echo a program")
+            os.kill(os.getpid(), signal.SIGINT)
+            if config.seed == 1:
+                raise RuntimeError("no\\nluck")
+            on_epoch({"epoch": 1})
+            time.sleep(60)
+        sweep.train = train
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os._exit(sweep._child())
+    """
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for seed, process in enumerate(processes):
+        process.stdin.write(json.dumps(asdict(replace(config, seed=seed))) + "\nmore\n")
+        process.stdin.flush()
+    assert json.loads(processes[0].stdout.readline()) == {"row": {"epoch": 1}}
+    assert processes[0].poll() is None
+    processes[0].stdin.close()
+    assert processes[0].stdout.read() == ""
+    assert processes[0].wait() == 1
+    assert json.loads(processes[1].communicate()[0]) == {"error": "RuntimeError: no luck"}
+    assert processes[1].returncode == 1
 
 
 def test_what_a_run_of_a_sweep_could_not_foresee_is_named_too(config, capfd):
     config = replace(config, detector="rawnet2", num_samples=2000)
-    with pytest.raises(GradalignError, match=r"2 of 2 runs failed .*: `wave` must be \[B, T\] with T >= 3211; found"):
+    with pytest.raises(GradalignError, match=r"2 runs failed \([^)]*\): `wave` must be \[B, T\] with T >= 3211; found"):
         sweep(config, ["none", "pcgrad"], [0], jobs=2)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -912,3 +1055,11 @@ def test_what_a_run_of_a_sweep_could_not_foresee_is_named_too(config, capfd):
 def test_a_wrong_sweep_is_named(config, methods, seeds, jobs, message):
     with pytest.raises(ConfigError, match=message):
         sweep(config, methods, seeds, jobs)
+
+
+def test_a_sweep_is_no_torchrun_and_its_options_are_of_one_method(config, monkeypatch):
+    with pytest.raises(ConfigError, match="`align_options` belong to one method; found 2 methods"):
+        sweep(replace(config, align="cagrad", align_options={"c": 0.5}), ["cagrad", "cagrad-fast"], [0])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ConfigError, match=r"`jobs` must be 1 under torchrun, .*; found 2"):
+        sweep(config, ["none", "pcgrad"], [0], jobs=2)

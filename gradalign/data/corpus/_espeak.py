@@ -46,7 +46,6 @@ def main(library_path: str, data_path: str, voice: str, action: str, *settings: 
     for parameter, value in zip((1, 3), settings, strict=True):
         library.espeak_SetParameter(parameter, int(value), 0)
     library.espeak_Synth(text, len(text) + 1, 0, 0, 0, 1, None, None)
-    library.espeak_Synchronize()
     sys.stdout.buffer.write(f"{rate}\n".encode() + b"".join(pieces))
 
 

@@ -30,7 +30,7 @@ def cues(wave: np.ndarray) -> np.ndarray:
     floor_db = np.percentile(energy_db, 5)
     silent = energy_db < level_db - 15
     loud = np.flatnonzero(~silent)
-    lead, tail = (loud[0], len(silent) - 1 - loud[-1]) if len(loud) else (len(silent), len(silent))
+    lead, tail = loud[0], len(silent) - 1 - loud[-1]
     return np.array(
         [
             level_db,

@@ -20,8 +20,6 @@ _HIGH_PASS = firwin(2047, 90, fs=RATE, pass_zero=False)
 
 def resample(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Resample by a polyphase filter."""
-    if rate == new_rate:
-        return np.asarray(wave, dtype=np.float64)
     divisor = np.gcd(rate, new_rate)
     return resample_poly(np.asarray(wave, dtype=np.float64), new_rate // divisor, rate // divisor)
 
@@ -33,7 +31,7 @@ def low_pass(wave: np.ndarray) -> np.ndarray:
 
 def high_pass(wave: np.ndarray) -> np.ndarray:
     """Keep what lies above 90 Hz, without hum and rumble."""
-    return fftconvolve(wave, _HIGH_PASS, "same") if len(wave) else wave
+    return fftconvolve(wave, _HIGH_PASS, "same")
 
 
 def frame_energy(wave: np.ndarray) -> np.ndarray:
@@ -46,9 +44,10 @@ def trim(wave: np.ndarray, range_db: float) -> np.ndarray:
     energy = frame_energy(wave)
     if len(energy) == 0:
         return wave[:0]
-    level_db = np.convolve(10 * np.log10(energy + 1e-12), np.ones(3) / 3, "same")
+    # The first and the last frame are repeated: zeros, which are full scale in dB, would pass for speech.
+    level_db = np.convolve(np.pad(10 * np.log10(energy + 1e-12), 1, mode="edge"), np.ones(3) / 3, "valid")
     loud = np.flatnonzero(level_db > np.percentile(level_db, 98) - range_db)
-    return wave[max(0, loud[0] - 1) * FRAME : (loud[-1] + 2) * FRAME] if len(loud) else wave[:0]
+    return wave[max(0, loud[0] - 1) * FRAME : (loud[-1] + 2) * FRAME]
 
 
 def active_rms(wave: np.ndarray) -> float:
@@ -67,11 +66,9 @@ def unit_level(wave: np.ndarray) -> np.ndarray:
 def _average_spectrum(wave: np.ndarray, share: slice) -> np.ndarray:
     """Power spectrum [257] over a share of the 32 ms frames, ordered from the quietest to the loudest."""
     size = 512
-    if len(wave) < 4 * size:
-        wave = np.tile(wave, -(-4 * size // max(len(wave), 1)))
     frames = np.lib.stride_tricks.sliding_window_view(wave, size)[:: size // 4]
     order = np.argsort((frames**2).mean(1))
-    chosen = frames[order[int(share.start * len(order)) : max(int(share.stop * len(order)), 4)]]
+    chosen = frames[order[int(share.start * len(order)) : int(share.stop * len(order))]]
     window = np.hanning(size)
     return (np.abs(np.fft.rfft(chosen * window, axis=1)) ** 2).mean(0) / (window**2).sum()
 
@@ -121,7 +118,7 @@ def shorten_pauses(wave: np.ndarray, longest_s: float = 0.08) -> np.ndarray:
 def limit_crest(wave: np.ndarray, crest_db: float) -> np.ndarray:
     """Bend the peaks down to ``crest_db`` above the active RMS, which becomes 1; quieter peaks stay as they are."""
     wave, wanted = unit_level(wave), 10 ** (crest_db / 20)
-    if np.abs(wave).max(initial=0) <= wanted:
+    if np.abs(wave).max() <= wanted:
         return wave
     low, high = 0.01, 100.0
     # The crest grows with the threshold of the hyperbolic tangent: bisect it.
@@ -205,6 +202,5 @@ def equalise(wave: np.ndarray, channel: str, lender: np.ndarray, rng: np.random.
     wave = wave + background_noise(lender, len(wave), rng) * 10 ** (rng.uniform(-36, -30) / 20)
     wave = CHANNELS[channel](wave * 10 ** (rng.uniform(-29, -23) / 20))
     wave = unit_level(low_pass(high_pass(wave))) * 10 ** (rng.uniform(-32, -26) / 20)
-    wave = wave / max(1.0, np.abs(wave).max() / 0.99)
     # Noise at the level of dither for all: no digital silence in one class only.
     return wave + rng.standard_normal(len(wave)) * 10 ** (-75 / 20)

@@ -30,7 +30,7 @@ MIN_SECONDS, MAX_SECONDS = 1.4, 4.5
 def _run(command: list[str], folder: Path, what: str) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode != 0:
-        reason = (result.stderr or result.stdout).strip().splitlines()
+        reason = result.stderr.strip().splitlines()
         raise DataError(f"{what} failed: {' '.join(command)}: {reason[-1] if reason else 'no message'}")
 
 
