@@ -67,7 +67,11 @@ def test_unknown_conformer_keys():
 def test_conformer_starts_as_published():
     torch.manual_seed(0)
     model = ConformerTCM(8, width=1000)
-    assert not any(block.attention.head_position.any() for block in model.blocks)
+    first, *others = (block.state_dict() for block in model.blocks)
+    assert len(others) == 3
+    assert all(torch.equal(value, first[name]) for other in others for name, value in other.items())
+    assert len({p.data_ptr() for p in model.blocks.parameters()}) == len(list(model.blocks.parameters()))
+    assert not first["attention.head_position"].any()
     # Uniform between 0 and 1.
     assert 0 <= model.class_token.min() < 0.1
     assert 0.9 < model.class_token.max() <= 1

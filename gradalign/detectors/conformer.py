@@ -8,6 +8,7 @@ beside the frames and the class token, one token per head that summarises the fr
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,9 @@ class ConformerTCM(nn.Module):
         self.project = nn.Linear(in_width, width)
         self.front_norm = nn.BatchNorm2d(1)
         self.class_token = nn.Parameter(torch.rand(1, width))
-        self.blocks = nn.Sequential(*(ConformerBlock(width, heads, kernel) for _ in range(layers)))
+        # As published, all blocks start from the same weights.
+        block = ConformerBlock(width, heads, kernel)
+        self.blocks = nn.Sequential(*(deepcopy(block) for _ in range(layers)))
         self.head = nn.Linear(width, 2)
 
     def forward(self, features: Tensor) -> Tensor:
