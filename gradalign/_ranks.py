@@ -103,8 +103,6 @@ def whole(state: Any) -> Any:
     """A state dict whose tensors are whole; every process must ask for it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
     return state.full_tensor() if isinstance(state, Tensor) and is_dtensor(state) else state  # type: ignore[attr-defined]
 
 

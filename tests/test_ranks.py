@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from inputs import CLIPS, config_of
+from torch import nn
 
 from gradalign import _ranks
 from gradalign._checkpoint import load_checkpoint
@@ -19,12 +20,12 @@ from gradalign.config import TrainConfig
 from gradalign.trainer import train
 
 
-def torchrun(config: TrainConfig, num_ranks: int = 2) -> str:
+def torchrun(config: TrainConfig, *options: str) -> str:
     """Train as a user does; returns what was printed."""
     path = Path(config.out).with_suffix(".json")
     path.write_text(config.to_json())
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
-    command += ["-m", "gradalign", "train", "--config", str(path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "gradalign", "train", "--config", str(path), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -72,6 +73,35 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
     assert_same_run(again, one)
 
 
+def test_two_processes_go_on_bit_for_bit(tmp_path):
+    """With dropout and batch-norm: random numbers are each process' own, averages are until an epoch ends."""
+    settings = {
+        "detector": "aasist-l",
+        "detector_options": {},
+        "num_samples": 2500,
+        "batch_size": 2,
+        "epochs": 2,
+        "path": "joint",
+    }
+    whole, parts = (config_of(tmp_path / name, **settings) for name in ("whole", "parts"))
+    torchrun(whole)
+    torchrun(replace(parts, epochs=1))
+    torchrun(parts)
+    found, expected = (load_checkpoint(config.run_dir / "checkpoint.pt") for config in (parts, whole))
+    assert all(torch.equal(found["model"][key], value) for key, value in expected["model"].items())
+    assert not torch.equal(*expected["rng_cpu"])
+    rows = [
+        [json.loads(line) for line in (c.run_dir / "metrics.jsonl").read_text().splitlines()] for c in (parts, whole)
+    ]
+    assert [row["dev_loss"] for row in rows[0]] == [row["dev_loss"] for row in rows[1]]
+
+
+def test_two_processes_train_one_method_after_the_other(tmp_path):
+    config = config_of(tmp_path / "runs", epochs=1)
+    torchrun(config, "--align", "none,mean")
+    assert {path.parent.name for path in Path(config.out).glob("*/results.json")} == {"none-seed0", "mean-seed0"}
+
+
 def test_sharded_layers_train_as_whole_ones(tmp_path):
     """With dropout: each process has the same random numbers either way."""
     options = {"detector": "xlsr-mlp", "detector_options": {"frontend": {"name": "tiny"}}, "epochs": 2}
@@ -79,6 +109,19 @@ def test_sharded_layers_train_as_whole_ones(tmp_path):
     torchrun(whole)
     torchrun(sharded)
     assert_same_run(sharded.run_dir, whole.run_dir)
+
+
+def test_large_layers_are_shared_out_one_at_a_time(monkeypatch):
+    shared = []
+    monkeypatch.setattr(_ranks, "num_ranks", lambda: 2)
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh: shared.append((module, mesh)))
+    large, inner, small = nn.Linear(60, 60), nn.Linear(60, 60), nn.Linear(2, 2)
+    outer = nn.Sequential(nn.ModuleList([inner]), nn.Linear(60, 60))
+    model = nn.Sequential(nn.ModuleList([large, outer, small]), nn.Linear(60, 60))
+    _ranks.shard(model, torch.device("cpu"))
+    # What holds another comes after it; a hundredth of the weights is large.
+    assert shared == [(module, ("cpu", (2,))) for module in (inner, outer, large, model)]
 
 
 def test_a_sharded_run_goes_on_alone_and_one_that_began_alone_goes_on_sharded(tmp_path):
