@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inputs import Twice
 from torch.nn import functional
 
 from gradalign.detectors import mamba
@@ -209,13 +210,6 @@ def test_mixer_starts_as_published():
 
 def rms_norm(x, weight):
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-
-
-class Twice(torch.nn.Module):
-    """Stands for a dropout: shows where it is."""
-
-    def forward(self, x):
-        return 2 * x
 
 
 def test_columns_are_the_published_ones():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inputs import Twice
 from torch.nn import functional
 
 import gradalign as ga
@@ -399,13 +400,6 @@ def test_light_features_are_as_described():
     found = ga.detectors.create("light").features(wave)
     # The triangles are float32.
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3)
-
-
-class Twice(torch.nn.Module):
-    """Stands for a dropout: shows where it is."""
-
-    def forward(self, x):
-        return 2 * x
 
 
 def test_light_network_is_as_described():

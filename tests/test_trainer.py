@@ -1040,7 +1040,8 @@ def test_a_run_of_a_sweep_tells_events_alone_and_ends_with_its_parent(config):
 
 def test_what_a_run_of_a_sweep_could_not_foresee_is_named_too(config, capfd):
     config = replace(config, detector="rawnet2", num_samples=2000)
-    with pytest.raises(GradalignError, match=r"2 runs failed \([^)]*\): `wave` must be \[B, T\] with T >= 3211; found"):
+    message = r"2 of 2 runs failed \([^)]*\): `wave` must be \[B, T\] with T >= 3211; found"
+    with pytest.raises(GradalignError, match=message):
         sweep(config, ["none", "pcgrad"], [0], jobs=2)
     assert "Traceback" not in capfd.readouterr().err
 

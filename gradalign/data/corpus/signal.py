@@ -47,7 +47,8 @@ def trim(wave: np.ndarray, range_db: float) -> np.ndarray:
     # The first and the last frame are repeated: zeros, which are full scale in dB, would pass for speech.
     level_db = np.convolve(np.pad(10 * np.log10(energy + 1e-12), 1, mode="edge"), np.ones(3) / 3, "valid")
     loud = np.flatnonzero(level_db > np.percentile(level_db, 98) - range_db)
-    return wave[max(0, loud[0] - 1) * FRAME : (loud[-1] + 2) * FRAME]
+    # None is where samples are not finite.
+    return wave[max(0, loud[0] - 1) * FRAME : (loud[-1] + 2) * FRAME] if len(loud) else wave[:0]
 
 
 def active_rms(wave: np.ndarray) -> float:
