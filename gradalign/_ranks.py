@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -21,10 +22,20 @@ def join(device: torch.device) -> None:
     """Join torchrun's process group, if torchrun started this process and it has not joined yet."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
+    # Imported once the group is there, this module's default arguments would keep it, and its threads, to the end.
+    import torch.distributed.nn
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End the process group and its threads: one that is at work when the interpreter ends aborts the process."""
+    dist.destroy_process_group()
+    # DTensor's caches keep the group of a model that was shared out, and so its threads: time to let their tensors go.
+    time.sleep(0.1)
 
 
 def rank() -> int:

@@ -20,12 +20,12 @@ from gradalign.config import TrainConfig
 from gradalign.trainer import train
 
 
-def torchrun(config: TrainConfig, *options: str) -> str:
+def torchrun(config: TrainConfig, *options: str, program: tuple[str, ...] = ("-m", "gradalign")) -> str:
     """Train as a user does; returns what was printed."""
     path = Path(config.out).with_suffix(".json")
     path.write_text(config.to_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "gradalign", "train", "--config", str(path), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *program]
+    command += ["train", "--config", str(path), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,6 +100,20 @@ def test_two_processes_train_one_method_after_the_other(tmp_path):
     config = config_of(tmp_path / "runs", epochs=1)
     torchrun(config, "--align", "none,mean")
     assert {path.parent.name for path in Path(config.out).glob("*/results.json")} == {"none-seed0", "mean-seed0"}
+
+
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that is still at work when the interpreter ends aborts the process."""
+    (tmp_path / "program.py").write_text("""if True:
+        import atexit, glob
+        # What is registered first runs last.
+        names = lambda: [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+        atexit.register(lambda: print("threads:", sum("gloo" in name for name in names())))
+        from gradalign import cli
+        raise SystemExit(cli.main())
+    """)
+    config = config_of(tmp_path / "runs", epochs=1)
+    assert torchrun(config, program=(str(tmp_path / "program.py"),)).count("threads: 0") == 2
 
 
 def test_sharded_layers_train_as_whole_ones(tmp_path):
