@@ -15,12 +15,13 @@ from inputs import Twice
 from torch.nn import functional
 
 import gradalign as ga
-from gradalign.detectors.aasist import GraphAttention, GraphPool, sinc_filterbank
+from gradalign.detectors.aasist import GraphAttention, GraphPool, ResidualBlock, sinc_filterbank
 from gradalign.detectors.aasist import our_key as aasist_key
 from gradalign.detectors.conformer import ConformerTCM
 from gradalign.detectors.frontend import ARCHITECTURES
 from gradalign.detectors.mamba import DualColumnMamba
 from gradalign.detectors.pooled import PooledMLP
+from gradalign.detectors.rawnet2 import ScaledResidualBlock
 from gradalign.detectors.rawnet2 import our_key as rawnet2_key
 
 DATA = Path(__file__).parent / "data"
@@ -111,6 +112,28 @@ def test_official_weights(name):
     with torch.no_grad():
         assert (model(recipe_wave(64600)) - official(recipe_wave(64600))[1]).abs().max() <= 1e-4
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in official.parameters())
+
+
+@pytest.mark.parametrize(
+    ("block", "x"),
+    [
+        (ResidualBlock(8, 8, first=False), torch.randn(2, 8, 12, 90)),
+        (ScaledResidualBlock(8, 8), torch.randn(2, 8, 900)),
+    ],
+    ids=["aasist", "rawnet2"],
+)
+def test_a_block_keeps_no_activation_twice(block, x):
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x.requires_grad_()).sum().backward()
+    large = [tensor for tensor in kept.values() if tensor.numel() > x.numel() // 2]
+    # The input, what the batch-norm read, what the second convolution read, and what the pooling read.
+    assert len(large) == 4
 
 
 # The published RawNet2 has 848 more, in normalisations that it never uses.

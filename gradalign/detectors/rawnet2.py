@@ -35,7 +35,7 @@ class ScaledResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, T] -> [B, C_out, T // 3]."""
         # The published block also normalises its input, and then convolves the input that was not normalised.
-        inner = self.second(functional.leaky_relu(self.norm(self.first(x)), 0.3))
+        inner = self.second(functional.leaky_relu(self.norm(self.first(x)), 0.3, inplace=True))
         pooled = functional.max_pool1d(inner + self.shortcut(x), 3)
         scale = torch.sigmoid(self.scale(pooled.mean(2)))[:, :, None]
         return pooled * scale + scale
