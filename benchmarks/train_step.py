@@ -3,9 +3,10 @@
 Every step sees the same clean and augmented views of a batch. "plain split" is ordinary training on both views one
 after the other; "plain joint" on both at once. "aligned split" and "aligned joint" are `AlignedOptimizer` with pcgrad.
 The published step (its pcgrad.py is an argument) sends both views through the model at once and runs two backwards
-through it; so do the other peers' PCGrads (a file, and packages where they are installed). On a GPU the split steps are
-also timed as replays of a CUDA graph ("captured"), in which the host launches nothing; the peers' cannot be captured,
-because they wait for the device.
+through it; so do the other peers' PCGrads (a file, and packages where they are installed). All have our detector;
+"published, official AASIST" is the published step on the official code's network, with the same weights. On a GPU the
+split steps are also timed as replays of a CUDA graph ("captured"), in which the host launches nothing; the peers'
+cannot be captured, because they wait for the device.
 
     python benchmarks/train_step.py --threads 2 --batch 4 --samples 16000 --published-pcgrad grad_align/pcgrad.py
     python benchmarks/train_step.py --device cuda --batch 10 --autocast bfloat16 --published-pcgrad ... --name h100-step
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 import gradalign as ga
 from gradalign.detectors import frontend as frontends
+from gradalign.detectors.aasist import our_key
 
 PLAIN_SPLIT, PLAIN_JOINT = "plain split", "plain joint"
 ALIGNED_SPLIT, ALIGNED_JOINT, PUBLISHED = "aligned split", "aligned joint", "published"
@@ -38,6 +41,8 @@ PYTORCH_PCGRAD, PYTORCH_OPTIMIZER, TORCHJD = "Pytorch-PCGrad", "pytorch_optimize
 OURS = (PLAIN_SPLIT, ALIGNED_SPLIT, PLAIN_JOINT, ALIGNED_JOINT)
 PEERS = (PUBLISHED, PYTORCH_PCGRAD, PYTORCH_OPTIMIZER, TORCHJD)
 WAYS = (*OURS, *PEERS)
+OFFICIAL = "published, official AASIST"
+OFFICIAL_CONFIGS = {"aasist": "AASIST.conf", "aasist-l": "AASIST-L.conf"}
 CAPTURED = {f"{name}, captured": name for name in (PLAIN_SPLIT, ALIGNED_SPLIT)}
 PLAIN_CAPTURED, ALIGNED_CAPTURED = CAPTURED
 
@@ -72,6 +77,29 @@ def pcgrad_wrappers(pytorch_pcgrad: Path | None) -> tuple[dict[str, Wrap], dict[
 
         found[PYTORCH_OPTIMIZER] = lambda inner: PCGrad(inner).pc_backward
     return found, missing
+
+
+class OfficialAasist(nn.Module):
+    """The network of a checkout of clovaai/aasist, with the weights of ours: [B, T] -> logits [B, 2]."""
+
+    def __init__(self, checkout: Path, ours: nn.Module, config: str) -> None:
+        super().__init__()
+        settings = json.loads((checkout / "config" / config).read_text())["model_config"]
+        self.model = load_module(checkout / "models" / "AASIST.py", "official_aasist").Model(settings)
+        weights = ours.state_dict()
+        official = self.model.state_dict()
+        self.model.load_state_dict({key: weights[key_of_ours] for key in official if (key_of_ours := our_key(key))})
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Return the logits alone."""
+        logits: Tensor = self.model(wave)[1]
+        return logits
+
+    @torch.no_grad()
+    def error(self, ours: nn.Module, wave: Tensor) -> float:
+        """Relative error of the logits against ours; AASIST has dropout, so both are in evaluation mode for it."""
+        found, expected = copy.deepcopy(self).eval()(wave), copy.deepcopy(ours).eval()(wave)
+        return measure.worst_error(found, expected)
 
 
 class Step:
@@ -241,10 +269,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="run the model under torch.autocast")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all")
     parser.add_argument("--published-pcgrad", type=Path, help="the published grad_align/pcgrad.py")
+    parser.add_argument("--official-aasist", type=Path, help="checkout of clovaai/aasist: the published step on it too")
     parser.add_argument("--pytorch-pcgrad", type=Path, help="the pcgrad.py of WeiChengTseng/Pytorch-PCGrad")
     measure.add_common_arguments(parser)
     parser.set_defaults(seconds=90.0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.official_aasist and (options.detector not in OFFICIAL_CONFIGS or options.published_pcgrad is None):
+        parser.error("--official-aasist needs --detector aasist or aasist-l, and --published-pcgrad")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -268,16 +300,22 @@ def main(arguments: list[str] | None = None) -> int:
     for what in skipped:
         print(f"skipped: {what}")
 
-    def make(samples: int = options.samples, precision: torch.dtype | None = autocast) -> Step:
+    def make(
+        samples: int = options.samples, precision: torch.dtype | None = autocast, network: nn.Module = model
+    ) -> Step:
         clean = shapes.wave(options.batch, samples, device, 0)
         augmented = ga.RawBoost(algo=4)(clean, seeds=shapes.seeds(options.batch, device, 0))
         labels = torch.arange(options.batch, device=device) % 2
-        return Step(model, torch.stack([clean, augmented]), labels, precision)
+        return Step(network, torch.stack([clean, augmented]), labels, precision)
 
     # In float32 and on short utterances: the mathematics does not depend on either.
     with _exact():
         errors = gate(lambda: make(min(options.samples, 8000), None), peers, options.ways)
-    allowed = dict.fromkeys(PEERS, measure.PEER_TOLERANCE)
+    allowed = dict.fromkeys((*PEERS, OFFICIAL), measure.PEER_TOLERANCE)
+    official = None
+    if options.official_aasist:
+        official = OfficialAasist(options.official_aasist, model, OFFICIAL_CONFIGS[options.detector]).to(device)
+        errors[OFFICIAL] = official.error(model, make().views[1])
     wrong = {name: error for name, error in errors.items() if error > allowed.get(name, measure.TOLERANCE)}
     failed = [f"{name}: relative error {error:.2g}" for name, error in wrong.items()]
     rows: list[dict[str, Any]] = []
@@ -292,6 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type == "cuda":
             chosen += [name for name, way in CAPTURED.items() if way in options.ways]
         ways = contenders(make, peers, chosen)
+        if official is not None:
+            step = make(network=official)
+            ways[OFFICIAL] = step, step.wrapped(peers[PUBLISHED])
         takers = [_contender(name, run) for name, (_, run) in ways.items()]
         times = measure.interleave(takers, device, 1, options.rounds, options.seconds)
         for name, (_, run) in ways.items():
@@ -312,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             rows.append(row)
             print(
-                f"{name:<23} {row['wall_ms']['median']:10.1f} ms "
+                f"{name:<26} {row['wall_ms']['median']:10.1f} ms "
                 f"[{row['wall_ms']['p20']:.1f}, {row['wall_ms']['p80']:.1f}] "
                 + (f"cpu {row['cpu_ms']['median']:10.1f} ms " if row["cpu_ms"] else "")
                 + (f"peak {row['peak_mib']:8.1f} MiB " if row["peak_mib"] is not None else "")
@@ -326,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
             (PUBLISHED, ALIGNED_JOINT),
             (ALIGNED_CAPTURED, PLAIN_CAPTURED),
             (PUBLISHED, ALIGNED_CAPTURED),
-            *((peer, ALIGNED_SPLIT) for peer in PEERS[1:]),
+            *((peer, ALIGNED_SPLIT) for peer in (*PEERS[1:], OFFICIAL)),
         ):
             if not {slower, faster} <= set(times):
                 continue
@@ -353,6 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
         for slower, faster, limit, at_least in (
             (ALIGNED_SPLIT, PLAIN_SPLIT, 1.05, False),
             (PUBLISHED, ALIGNED_SPLIT, least, True),
+            *(((OFFICIAL, ALIGNED_SPLIT, least, True),) if official is not None else ()),
             *(captured_goals if device.type == "cuda" else ()),
         )
         for clock in measure.clocks(device)

@@ -29,6 +29,7 @@ import train_step
 import gradalign as ga
 from gradalign import _dispatch, ops
 
+DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
 TINY = ("--ops", "isd", "--samples", "300", "--rounds", "3")
 PUBLISHED = """
@@ -213,6 +214,60 @@ def test_train_step_compares_plain_and_aligned(results):
     ]
     peak = {row["contender"]: row["peak_mib"] for row in result["rows"]}
     assert peak["aligned split"] < peak["aligned joint"]
+
+
+OFFICIAL_AASIST = """
+import numpy as np
+import torch
+import gradalign as ga
+from gradalign.detectors.aasist import our_key
+
+class Model(torch.nn.Module):  # the network by its official names
+    def __init__(self, settings):
+        super().__init__()
+        assert settings == {"first_conv": 128}
+        self.ours = ga.detectors.create("aasist-l")
+
+    def state_dict(self, *args, **kwargs):
+        ours = self.ours.state_dict()
+        return {key: ours[our_key(key)] for key in NAMES}
+
+    def load_state_dict(self, state):
+        self.ours.load_state_dict({our_key(key): value for key, value in state.items()})
+
+    def forward(self, wave):
+        return None, OFFSET + self.ours(wave)
+"""
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_train_step_times_the_official_network_once_its_logits_are_ours(results, tmp_path, capsys, offset):
+    names = list(json.loads(str(np.load(DATA / "aasist_logits.npz")["aasist-l_shapes"])))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "AASIST.py").write_text(f"{OFFICIAL_AASIST}\nOFFSET, NAMES = {offset}, {names}\n")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "AASIST-L.conf").write_text('{"model_config": {"first_conv": 128}}')
+    pcgrad = tmp_path / "pcgrad.py"
+    pcgrad.write_text(
+        "class PCGrad:\n    def __init__(self, inner): self.inner = inner\n"
+        "    def ga_backward(self, losses): self.inner.zero_grad(); sum(losses).backward()\n"
+    )
+    options = f"--detector aasist-l --batch 2 --samples 4000 --rounds 3 --name step --official-aasist {tmp_path}"
+    command = [*options.split(), "--ways", "aligned split"]
+    with pytest.raises(SystemExit):
+        train_step.main(command)
+    assert "needs --detector aasist or aasist-l, and --published-pcgrad" in capsys.readouterr().err
+    assert train_step.main([*command, "--published-pcgrad", str(pcgrad)]) == (offset > 0)
+    result = json.loads((results / "step.json").read_text())
+    if offset:
+        assert not result["rows"]
+        assert result["failed"][0].startswith("published, official AASIST: relative error")
+    else:
+        assert [row["contender"] for row in result["rows"]] == ["aligned split", "published, official AASIST"]
+        assert result["rows"][1]["relative_error"] == 0.0
+        assert [(c["slower"], c["faster"]) for c in result["comparisons"]] == [
+            ("published, official AASIST", "aligned split")
+        ]
 
 
 def test_peers_agree_with_our_alignment(results):
