@@ -43,6 +43,7 @@ GRADALIGN_INLINE void axpby(T* out, const T* const* others, const double* weight
 // The compiler clones plain functions, not templates.
 #define GRADALIGN_CHUNK(T)                                                                                                                    \
   GRADALIGN_CLONES double dot_chunk(const T* a, const T* b, int64_t count) { return inner_product(a, b, count); }                             \
+  GRADALIGN_CLONES void dot_chunks(const T* a, const T* b, int64_t count, double* products) { inner_products(a, b, count, products); }        \
   GRADALIGN_CLONES void combine_chunk(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) { \
     axpby<T>(out, others, weights, num_paths, begin, end);                                                                                    \
   }
@@ -60,6 +61,7 @@ struct HostPaths : Paths {
     dispatch_floating(at(0, chunk.param).scalar_type(), "a gradient", [&](auto type) {
       using T = decltype(type);
       auto piece = [&](int64_t k) { return static_cast<const T*>(at(k, chunk.param).const_data_ptr()) + chunk.begin; };
+      if (num_paths == 2) return dot_chunks(piece(0), piece(1), chunk.end - chunk.begin, products);
       for (int64_t i = 0, pair = 0; i < num_paths; ++i)
         for (int64_t j = i; j < num_paths; ++j, ++pair) products[pair] = dot_chunk(piece(i), piece(j), chunk.end - chunk.begin);
     });

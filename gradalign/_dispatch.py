@@ -110,10 +110,19 @@ class Op:
         return f"<op gradalign::{self.name}{self.schema}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.differentiable and not torch.compiler.is_compiling() and has_tangent((*args, *kwargs.values())):
+        if torch.compiler.is_compiling():
+            return self.public(*args, **kwargs)
+        if self.differentiable and has_tangent((*args, *kwargs.values())):
             # PyTorch would take the result for a constant.
             raise NotImplementedError(f"gradalign.{self.name} has no derivative in forward mode; use backward()")
-        return self.public(*args, **kwargs)
+        try:
+            return self.public(*args, **kwargs)
+        except RuntimeError as error:
+            what = str(error).partition("\nPosition: ")[0]
+            if what.startswith(f"gradalign::{self.name}() Expected a value of type"):
+                # PyTorch goes on with the value itself, every element of every tensor.
+                raise TypeError(f"{what} Arguments: {self.schema}") from None
+            raise
 
     def differentiate(self, backward: Callable[..., Tensor]) -> None:
         """Make the first argument differentiable: ``backward(grad, *arguments)`` returns its gradient.
