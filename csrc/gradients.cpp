@@ -40,10 +40,27 @@ GRADALIGN_INLINE void axpby(T* out, const T* const* others, const double* weight
   }
 }
 
+// Inner products of a chunk's pieces, one per pair of paths i <= j.
+template <typename T>
+GRADALIGN_INLINE void dot(const T* const* pieces, int64_t num_paths, int64_t count, double* products) {
+  switch (num_paths) {
+    case 2: return inner_products<2>(pieces, count, products);
+    case 3: return inner_products<3>(pieces, count, products);
+    case 4: return inner_products<4>(pieces, count, products);
+    case 5: return inner_products<5>(pieces, count, products);
+    case 6: return inner_products<6>(pieces, count, products);
+    case 7: return inner_products<7>(pieces, count, products);
+    case 8: return inner_products<8>(pieces, count, products);
+  }
+  for (int64_t i = 0, pair = 0; i < num_paths; ++i)
+    for (int64_t j = i; j < num_paths; ++j, ++pair) products[pair] = inner_product(pieces[i], pieces[j], count);
+}
+
 // The compiler clones plain functions, not templates.
 #define GRADALIGN_CHUNK(T)                                                                                                                    \
-  GRADALIGN_CLONES double dot_chunk(const T* a, const T* b, int64_t count) { return inner_product(a, b, count); }                             \
-  GRADALIGN_CLONES void dot_chunks(const T* a, const T* b, int64_t count, double* products) { inner_products(a, b, count, products); }        \
+  GRADALIGN_CLONES void dot_chunk(const T* const* pieces, int64_t num_paths, int64_t count, double* products) {                               \
+    dot<T>(pieces, num_paths, count, products);                                                                                               \
+  }                                                                                                                                           \
   GRADALIGN_CLONES void combine_chunk(T* out, const T* const* others, const double* weights, int64_t num_paths, int64_t begin, int64_t end) { \
     axpby<T>(out, others, weights, num_paths, begin, end);                                                                                    \
   }
@@ -56,14 +73,12 @@ GRADALIGN_CHUNK(BFloat16)
 struct HostPaths : Paths {
   using Paths::Paths;
 
-  // Inner products of a chunk's pieces, one per pair of paths i <= j.
   void multiply(const Chunk& chunk, double* products) const {
     dispatch_floating(at(0, chunk.param).scalar_type(), "a gradient", [&](auto type) {
       using T = decltype(type);
-      auto piece = [&](int64_t k) { return static_cast<const T*>(at(k, chunk.param).const_data_ptr()) + chunk.begin; };
-      if (num_paths == 2) return dot_chunks(piece(0), piece(1), chunk.end - chunk.begin, products);
-      for (int64_t i = 0, pair = 0; i < num_paths; ++i)
-        for (int64_t j = i; j < num_paths; ++j, ++pair) products[pair] = dot_chunk(piece(i), piece(j), chunk.end - chunk.begin);
+      std::vector<const T*> pieces(num_paths);
+      for (int64_t k = 0; k < num_paths; ++k) pieces[k] = static_cast<const T*>(at(k, chunk.param).const_data_ptr()) + chunk.begin;
+      dot_chunk(pieces.data(), num_paths, chunk.end - chunk.begin, products);
     });
   }
 

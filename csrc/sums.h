@@ -1,7 +1,6 @@
 // Reductions on the CPU: vectorised, in one order, the same on every instruction set.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -34,24 +33,29 @@ GRADALIGN_INLINE double inner_product(const T* a, const T* b, int64_t count) {
   return total;
 }
 
-// products = {a a, a b, b b}: inner_product of each, the same bits, in one pass. Each number is read and widened once.
-template <typename T>
-GRADALIGN_INLINE void inner_products(const T* a, const T* b, int64_t count, double* products) {
-  double aa[kSums] = {}, ab[kSums] = {}, bb[kSums] = {};
-  const auto add = [&](double x, double y, int i) {
-    aa[i] += x * x;
-    ab[i] += x * y;
-    bb[i] += y * y;
+// inner_product of every pair i <= j of K rows, the same bits, in one pass: each number is read and widened once.
+template <int K, typename T>
+GRADALIGN_INLINE void inner_products(const T* const* rows, int64_t count, double* products) {
+  constexpr int kPairs = K * (K + 1) / 2;
+  double partial[kPairs][kSums] = {};
+  // The loop over i turns into vectors, and the sums into registers, only where those over paths are gone.
+  const auto add = [&](int64_t t, int i) {
+    double wide[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) wide[k] = double(rows[k][t]);
+    int pair = 0;
+#pragma GCC unroll 8
+    for (int a = 0; a < K; ++a)
+#pragma GCC unroll 8
+      for (int b = a; b < K; ++b) partial[pair++][i] += wide[a] * wide[b];
   };
   int64_t t = 0;
   for (; t + kSums <= count; t += kSums)
-    for (int i = 0; i < kSums; ++i) add(double(a[t + i]), double(b[t + i]), i);
-  for (; t < count; ++t) add(double(a[t]), double(b[t]), int(t % kSums));
-  std::fill_n(products, 3, 0.0);
-  for (int i = 0; i < kSums; ++i) {
-    products[0] += aa[i];
-    products[1] += ab[i];
-    products[2] += bb[i];
+    for (int i = 0; i < kSums; ++i) add(t + i, i);
+  for (; t < count; ++t) add(t, int(t % kSums));
+  for (int pair = 0; pair < kPairs; ++pair) {
+    products[pair] = 0;
+    for (int i = 0; i < kSums; ++i) products[pair] += partial[pair][i];
   }
 }
 

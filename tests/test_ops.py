@@ -249,13 +249,14 @@ def test_gram_sign_at_tiny_cosine():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_paths_products_do_not_depend_on_a_third(dtype):
-    """Two paths have a loop of their own on the CPU."""
+def test_a_pairs_product_does_not_depend_on_the_other_paths(dtype):
+    """On the CPU each number of paths up to eight has a loop of its own."""
     for size in (1, 15, 16, 17, 1000, 16384, 16401):
-        a, b, c = (torch.randn(size, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(3))
+        g = [torch.randn(size, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(10)]
         with ga.use_backends("cpp"):
-            two, three = ops.gram([a, b], 2, [0], 1), ops.gram([a, b, c], 3, [0], 1)
-        assert torch.equal(two, three[:, :2, :2])
+            most = ops.gram(g, 10, [0], 1)
+            for k in range(1, 10):
+                assert torch.equal(ops.gram(g[:k], k, [0], 1), most[:, :k, :k])
 
 
 def test_bijection_is_a_permutation():
