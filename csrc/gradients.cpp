@@ -40,7 +40,7 @@ GRADALIGN_INLINE void axpby(T* out, const T* const* others, const double* weight
   }
 }
 
-// Inner products of a chunk's pieces, one per pair of paths i <= j.
+// Inner products of a chunk's pieces, one per pair of paths i <= j: a loop for each number of paths up to kMaxPaths, pair by pair beyond.
 template <typename T>
 GRADALIGN_INLINE void dot(const T* const* pieces, int64_t num_paths, int64_t count, double* products) {
   switch (num_paths) {
